@@ -1,0 +1,75 @@
+# `make` lists what there is. Every target makes its own environment in .venv the first time.
+#   make PYTHON=/path/to/python3.12 test    with a Python of your choice
+#   make DEVICE=cpu demo                    without the NVIDIA libraries (DEVICE=cuda: with them)
+
+BIN = .venv/bin
+PYTHONS = python3.13 python3.12 python3.11 python3
+DEVICE = $(shell [ `uname -s` = Linux ] && { nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu; })
+LEFT_OUT = `make test` left out interop, demo and docs: run `make check` for all of it.
+
+.DEFAULT_GOAL = help
+.NOTPARALLEL:
+.PHONY: help demo test interop docs lab check clean units demo-result check-rest
+
+help:
+	@echo "make demo      train a small Llama on two centuries of speeches and read what it writes"
+	@echo "make lab       open the notebooks in JupyterLab"
+	@echo "make test      run the notebooks, the tests and the checks"
+	@echo "make interop   compare with mlx-lm, transformers and torch (a large download)"
+	@echo "make docs      build the site in _docs/ and README.md"
+	@echo "make check     everything above but lab"
+	@echo "make clean     remove what was built; your runs, data and .venv stay"
+
+demo: .venv/.stamp-data
+	$(BIN)/python tools/demo.py
+
+lab: .venv/.stamp-dev
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+test: units
+	@echo '$(LEFT_OUT)'
+
+# The environments of interop, demo and dev are one: each adds to it, none takes away.
+interop: .venv/.stamp-dev .venv/.stamp-interop
+	$(BIN)/python -m pytest -q -rs tests/interop
+
+docs: .venv/.stamp-dev
+	$(BIN)/python tools/docs.py
+
+check: units check-rest
+
+check-rest: demo-result interop docs
+
+units: .venv/.stamp-dev
+	$(BIN)/python tools/notebooks.py execute
+	$(BIN)/python tools/notebooks.py sync
+	$(BIN)/python -m pytest -q -rs tests --ignore=tests/interop --ignore=tests/demo
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+
+demo-result: demo .venv/.stamp-dev
+	$(BIN)/python -m pytest -q -rs tests/demo
+
+clean:
+	rm -rf _exec _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find mlx_pretrain nbs tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
+
+# One stamp for each extra. The extra for this machine (cpu, cuda, none on a Mac) comes along with every one.
+.venv/.stamp-%: settings.ini setup.py | .venv/bin/python
+	@device='$(strip $(DEVICE))'; extras="$${device:+$$device,}$*"; \
+	echo "Installing mlx-pretrain[$$extras] into .venv; the first time this takes a few minutes."; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$$extras]"
+	@touch $@
+
+# A name on the PATH proves little: the Python must run, be new enough, and be able to make environments.
+.venv/bin/python:
+	@for python in $(if $(PYTHON),"$(PYTHON)",$(PYTHONS)); do \
+	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    echo "Making .venv with $$("$$python" -c 'import sys; print(sys.executable, sys.version.split()[0])')."; \
+	    "$$python" -m venv --clear .venv; exit $$?; \
+	  fi; \
+	done; \
+	echo "mlx-pretrain needs Python 3.11 or newer with venv: install one (macOS: brew install python@3.13; Debian, Ubuntu:" \
+	  "apt install python3-venv; others: https://www.python.org/downloads) or name yours with make PYTHON=/path/to/python." >&2; \
+	exit 1

@@ -1,0 +1,27 @@
+"""Test settings: markers, and the rule that nothing is skipped in CI."""
+import os
+import sys
+
+import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "linux: what is tested exists on Linux only; elsewhere the test is not collected")
+
+
+def pytest_collection_modifyitems(config, items):
+    if sys.platform == "linux": return
+    here = [item for item in items if not item.get_closest_marker("linux")]
+    config.hook.pytest_deselected([item for item in items if item not in here])
+    items[:] = here
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])
+    if skipped and os.environ.get("CI"): terminalreporter.write_line("A skipped test counts as a failure in CI.", red=True)
+
+
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and reporter.stats.get("skipped") and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

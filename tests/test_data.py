@@ -1,0 +1,454 @@
+"""Properties of mlx_pretrain.data: nothing is lost, doubled or reordered, and planted bugs are caught."""
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from tempfile import mkdtemp
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_pretrain import data
+from mlx_pretrain.config import ConfigError, load_config
+from mlx_pretrain.data import (
+    ByteTokenizer, DataConfig, DataError, HFTokenizer, SentencePieceTokenizer, SpecialTokens, Windows, batch_indices, load_tokenizer, make_tokenizer,
+    pack, read_jsonl, read_texts, steps_in, train_sentencepiece)
+
+settings.register_profile("data", deadline=None, max_examples=150)
+settings.load_profile("data")
+
+ENGLISH = ["The old man counts the boats.\nHe has counted them every morning for forty years.\n", "  The baker carries out the bread. " * 3]
+NASTY = ["<pad>", "<bos>", "<eos>", "<unk>", "<0x41>", "</s>", "▁", "▅", "\n", "\r", " ", "  ", "\0", "\t", "\u2028", "\ufeff", "\ufffd", "é", "e\u0301", "🙂", "the "]
+TEXT = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+                 st.lists(st.sampled_from(NASTY), max_size=12).map("".join),
+                 st.lists(st.one_of(st.sampled_from(NASTY), st.text(max_size=3).filter(lambda s: s.isprintable())), max_size=8).map("".join))
+
+
+@cache
+def tokenizer(kind):
+    home = mkdtemp()
+    if kind == "bytes": return ByteTokenizer()
+    if kind == "sentencepiece": return train_sentencepiece(ENGLISH, 290, home)
+    ByteTokenizer().save(home)
+    return HFTokenizer(home)
+
+
+KINDS = pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface"])
+
+
+# Batches -----------------------------------------------------------------------------------------------------------------------------
+
+def check_epochs(n, batch_size, epochs, seed, batches=batch_indices):
+    "Every window once an epoch, each epoch whole before the next begins, missing places only at the very end."
+    steps = steps_in(n, batch_size, epochs)
+    visited = np.concatenate([batches(n, batch_size, step, seed, epochs) for step in range(steps)])
+    assert visited.shape == (steps * batch_size,)
+    assert len(visited) - n * epochs < batch_size
+    for epoch in range(epochs): assert sorted(visited[epoch * n:(epoch + 1) * n].tolist()) == list(range(n))
+    assert (visited[n * epochs:] == -1).all()
+
+
+COUNTS = dict(n=st.integers(1, 40), batch_size=st.integers(1, 50), epochs=st.integers(1, 5), seed=st.integers(0, 2**32))
+
+
+@given(**COUNTS)
+def test_batches_lose_double_and_reorder_nothing(n, batch_size, epochs, seed): check_epochs(n, batch_size, epochs, seed)
+
+
+@given(**COUNTS)
+def test_a_step_depends_on_nothing_but_seed_and_step(n, batch_size, epochs, seed):
+    data._order.cache_clear()
+    backwards = [batch_indices(n, batch_size, step, seed) for step in reversed(range(steps_in(n, batch_size, epochs)))][::-1]
+    data._order.cache_clear()
+    for step, expected in enumerate(backwards):
+        limited = batch_indices(n, batch_size, step, seed, epochs)
+        assert np.array_equal(batch_indices(n, batch_size, step, seed), expected)
+        assert np.array_equal(limited[limited >= 0], expected[limited >= 0])
+    with pytest.raises(ValueError, match="after the end"): batch_indices(n, batch_size, len(backwards), seed, epochs)
+
+
+def test_epochs_and_seeds_have_their_own_order():
+    orders = [tuple(batch_indices(30, 30, step, seed)) for step in range(4) for seed in range(4)]
+    assert len(set(orders)) == 16
+
+
+def drop_last(n, batch_size, step, seed, epochs):
+    "Planted bug: a batch that straddles two epochs is dropped."
+    got = batch_indices(n, batch_size, step, seed, epochs)
+    return np.full_like(got, -1) if (step * batch_size) // n != (step * batch_size + batch_size - 1) // n else got
+
+
+def sample_with_replacement(n, batch_size, step, seed, epochs): return np.random.default_rng([seed, step]).integers(0, n, batch_size)
+
+
+def reshuffle_each_step(n, batch_size, step, seed, epochs):
+    "Planted bug: the order depends on the step and not on the epoch."
+    places = step * batch_size + np.arange(batch_size)
+    order = np.random.default_rng([seed, step]).permutation(n)
+    return np.where(places < n * epochs, order[places % n], -1)
+
+
+@pytest.mark.parametrize("bug", [drop_last, sample_with_replacement, reshuffle_each_step])
+def test_planted_bugs_in_batches_are_caught(bug):
+    with pytest.raises(AssertionError): check_epochs(10, 4, 3, 0, bug)
+
+
+# Windows -----------------------------------------------------------------------------------------------------------------------------
+
+def check_windows(windows, documents, tok):
+    "Every token but the first is a target exactly once, in order, after the token that comes before it; bos and eos at borders only."
+    stream = [i for document in documents for i in [tok.bos_id, *tok.encode(document), tok.eos_id]]
+    inputs, targets, mask = (np.array(a) for a in windows.batch(np.arange(len(windows))))
+    assert inputs.shape == targets.shape == mask.shape == (len(windows), windows.context)
+    assert mask.dtype == bool and inputs.dtype == targets.dtype == np.int32
+    assert targets[mask].tolist() == stream[1:]
+    assert inputs[mask].tolist() == stream[:-1]
+    assert windows.n_targets == mask.sum() == len(stream) - 1
+    assert mask.any(axis=1).all()                                                # no window for nothing
+    assert (inputs[:, 1:] == targets[:, :-1]).all()                              # targets are the inputs moved by one
+    kept = targets[:-1] if len(windows) > 1 else targets[:0]
+    assert not (kept == tok.pad_id).any()                                        # padding in the last window only
+    assert Counter(targets[mask].tolist())[tok.eos_id] == len(documents)
+    assert Counter(targets[mask].tolist())[tok.bos_id] == len(documents) - 1
+    full = stream.index(tok.eos_id) + 1
+    assert inputs[0][:min(full, windows.context)].tolist() == stream[:min(full, windows.context)]
+    assert windows.n_bytes == sum(len(d.encode()) for d in documents)
+
+
+PACKED = dict(documents=st.lists(TEXT, min_size=1, max_size=6).filter(lambda ds: any(ds)), shape=st.integers(1, 24).flatmap(
+    lambda context: st.tuples(st.just(context), st.integers(0, context - 1))))
+
+
+@KINDS
+@given(**PACKED)
+def test_every_token_is_a_target_exactly_once(kind, documents, shape):
+    context, overlap = shape
+    tok = tokenizer(kind)
+    check_windows(pack(iter(documents), tok, context, overlap), documents, tok)
+
+
+@given(**PACKED)
+def test_overlap_is_context_from_the_window_before(documents, shape):
+    context, overlap = shape
+    windows = pack(documents, ByteTokenizer(), context, overlap)
+    inputs, _, mask = (np.array(a) for a in windows.batch(range(len(windows))))
+    for before, after in zip(inputs[:-1], inputs[1:]): assert before[context - overlap:].tolist() == after[:overlap].tolist()
+    assert not mask[1:, :overlap].any()
+
+
+@given(**PACKED, order=st.randoms())
+def test_a_window_is_the_same_in_any_batch(documents, shape, order):
+    windows = pack(documents, ByteTokenizer(), *shape)
+    indices = [*range(len(windows)), -1]
+    order.shuffle(indices)
+    together = windows.batch(indices)
+    for row, i in enumerate(indices):
+        alone = windows.batch([i])
+        for a, b in zip(alone, together): assert a[0].tolist() == b[row].tolist()
+        if i == -1: assert not alone.loss_mask.any() and (np.array(alone.inputs) == windows.pad_id).all()
+
+
+class DropsTail(Windows):
+    "Planted bug: the last, partly filled window is lost."
+    def __len__(self): return max(1, (len(self.tokens) - 1) // self.context)
+
+
+class CountsOverlap(Windows):
+    "Planted bug: overlap tokens count twice."
+    def batch(self, indices):
+        inputs, targets, mask = super().batch(indices)
+        return data.Batch(inputs, targets, (targets != self.pad_id))
+
+
+class SkipsAtCuts(Windows):
+    "Planted bug: the first target of each window is never predicted (inputs and targets cut from the same T tokens)."
+    def batch(self, indices):
+        inputs, targets, mask = super().batch(indices)
+        mask = np.array(mask)
+        mask[1:, 0] = False
+        return data.Batch(inputs, targets, data.mx.array(mask))
+
+
+@pytest.mark.parametrize(("bug", "overlap"), [(DropsTail, 0), (CountsOverlap, 3), (SkipsAtCuts, 0)])
+def test_planted_bugs_in_windows_are_caught(bug, overlap):
+    documents, tok = ["one two three", "four five"], ByteTokenizer()
+    good = pack(documents, tok, 8, overlap)
+    check_windows(good, documents, tok)
+    with pytest.raises(AssertionError): check_windows(bug(**vars(good)), documents, tok)
+
+
+@pytest.mark.parametrize("change", [
+    lambda t, tok: t[t != tok.eos_id],                                     # documents that never end
+    lambda t, tok: np.insert(t, 5, tok.eos_id),                            # an end inside a document
+    lambda t, tok: np.delete(t, len(t) // 2),                              # a lost token
+    lambda t, tok: t[::-1].copy(),                                         # another order
+])
+def test_planted_bugs_in_the_stream_are_caught(change):
+    documents, tok = ["one two three", "four five"], ByteTokenizer()
+    good = pack(documents, tok, 8)
+    with pytest.raises(AssertionError): check_windows(replace(good, tokens=change(good.tokens, tok)), documents, tok)
+
+
+def test_ids_are_checked_before_mlx_sees_them():
+    class Broken(ByteTokenizer):
+        bad = 259
+        def _encode_batch(self, texts): return [[self.bad] for _ in texts]
+    with pytest.raises(DataError, match="made id 259, but has only 259 tokens"): pack(["a"], Broken(), 4)
+    Broken.bad = -1
+    with pytest.raises(DataError, match="do not belong together"): pack(["a"], Broken(), 4)
+    windows = pack(["abc"], ByteTokenizer(), 4)
+    for index in (len(windows), -2):
+        with pytest.raises(IndexError): windows.batch([index])
+
+
+def test_grouping_changes_nothing(monkeypatch):
+    documents = [f"document {i} " * (i % 4) for i in range(30)]
+    whole = pack(documents, tokenizer("sentencepiece"), 16, 4)
+    groups = data._groups
+    monkeypatch.setattr(data, "_groups", lambda texts: groups(texts, size=20))
+    assert np.array_equal(pack(documents, tokenizer("sentencepiece"), 16, 4).tokens, whole.tokens)
+
+
+# Tokenizers --------------------------------------------------------------------------------------------------------------------------
+
+@KINDS
+@given(text=TEXT)
+def test_any_text_survives(kind, text):
+    tok = tokenizer(kind)
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert tok.decode([tok.bos_id, *ids, tok.eos_id, tok.pad_id]) == text
+    assert all(0 <= i < tok.vocab_size for i in ids)
+    assert not {tok.pad_id, tok.bos_id, tok.eos_id} & set(ids)              # text that spells a special token stays text
+
+
+@KINDS
+@given(texts=st.lists(TEXT, max_size=5))
+def test_a_batch_is_its_texts(kind, texts): assert tokenizer(kind).encode_batch(texts) == [tokenizer(kind).encode(t) for t in texts]
+
+
+@given(text=TEXT.filter(lambda t: "▁" not in t))
+def test_cutting_at_line_breaks_changes_no_id(text):
+    tok = tokenizer("sentencepiece")
+    assert tok.encode(text) == tok._sp.encode(text)
+
+
+@KINDS
+@given(ids=st.lists(st.integers(0, 258), max_size=20))
+def test_any_ids_decode(kind, ids): tokenizer(kind).decode(ids).encode()
+
+
+@given(ids=st.lists(st.integers(0, 258), max_size=20))
+def test_byte_and_hugging_face_agree_on_broken_utf8(ids):
+    assert tokenizer("huggingface").decode(ids) == tokenizer("bytes").decode(ids)
+
+
+def test_negative_controls_for_round_trips():
+    sp, hf = tokenizer("sentencepiece"), HFTokenizer(_saved(ByteTokenizer()))
+    assert sp._sp.decode(sp._sp.encode("a▁b")) == "a b"                      # what SentencePiece alone would lose
+    hf._tok.encode_special_tokens = False
+    assert hf.encode("<eos>") == [hf.eos_id]                                 # what text would do without that setting
+
+
+def _saved(tok):
+    home = mkdtemp()
+    tok.save(home)
+    return home
+
+
+@KINDS
+@pytest.mark.parametrize("text", ["lone \ud800", "\udfff"])
+def test_lone_surrogates_are_refused(kind, text):
+    with pytest.raises(DataError, match="lone surrogate"): tokenizer(kind).encode(text)
+
+
+@KINDS
+@given(text=TEXT)
+@settings(max_examples=20)
+def test_saved_tokenizers_come_back(kind, text):
+    tok = tokenizer(kind)
+    back = load_tokenizer(_saved(tok))
+    assert back.encode(text) == tok.encode(text)
+    assert (back.pad_id, back.bos_id, back.eos_id, back.vocab_size) == (tok.pad_id, tok.bos_id, tok.eos_id, tok.vocab_size)
+
+
+@pytest.mark.parametrize("size", [256, 300, 1000])
+def test_byte_tokenizers_keep_their_ids_in_every_form(size):
+    tok = ByteTokenizer(size, SpecialTokens(pad="[PAD]", bos="[B]", eos="[E]"))
+    home = _saved(tok)
+    for back in (load_tokenizer(home), HFTokenizer(home)):
+        assert (back.pad_id, back.bos_id, back.eos_id, back.vocab_size) == (size, size + 1, size + 2, size + 3)
+        assert back.encode("[E] é\n") == list("[E] é\n".encode())
+        assert [back.piece(i) for i in (size, size + 1, size + 2)] == ["[PAD]", "[B]", "[E]"]
+        assert back.piece(0xE2) == "<0xE2>" and back.piece(97) == "a"
+    config = json.loads(open(f"{home}/tokenizer_config.json").read())
+    assert config["add_bos_token"] is True and config["bos_token"] == "[B]" and config["eos_token"] == "[E]" and config["pad_token"] == "[PAD]"
+
+
+def test_training_is_deterministic_and_quiet(tmp_path, capfd):
+    first, second = tmp_path / "1", tmp_path / "2"
+    train_sentencepiece(ENGLISH, 290, first)
+    train_sentencepiece(iter(ENGLISH), 290, second)
+    for name in ("tokenizer.model", "tokenizer_config.json"): assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_training_says_what_to_change(tmp_path):
+    with pytest.raises(DataError, match=r"too small for a vocabulary of 5000: set data.tokenizer.vocab_size to (\d+) or less") as error:
+        train_sentencepiece(ENGLISH, 5000, tmp_path)
+    most = int(error.value.args[0].split("vocab_size to ")[1].split()[0])
+    assert train_sentencepiece(ENGLISH, most, tmp_path).vocab_size == most   # the remedy works
+    with pytest.raises(DataError, match="vocab_size to more than"): train_sentencepiece(["".join(map(chr, range(0x4e00, 0x4e80)))], 264, tmp_path)
+    for nothing in ([], [""], ["\n\n"]):
+        with pytest.raises(DataError, match="no text"): train_sentencepiece(nothing, 300, tmp_path)
+
+
+def test_a_mistake_in_a_row_passes_through_training(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"text": 7}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl, line 2: \"text\" must be a text"): train_sentencepiece(read_texts(tmp_path / "rows.jsonl"), 300, tmp_path)
+    def stopped():
+        yield "fine"
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): train_sentencepiece(stopped(), 300, tmp_path)
+
+
+def test_a_directory_holds_the_last_tokenizer_saved(tmp_path):
+    ByteTokenizer().save(tmp_path)
+    train_sentencepiece(ENGLISH, 290, tmp_path)
+    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+    ByteTokenizer(300).save(tmp_path)
+    assert load_tokenizer(tmp_path).vocab_size == 303 and not (tmp_path / "tokenizer.model").exists()
+
+
+def test_a_tokenizer_outlives_its_directory(tmp_path):
+    tok = train_sentencepiece(ENGLISH, 290, tmp_path / "old")
+    for file in (tmp_path / "old").iterdir(): file.unlink()
+    tok.save(tmp_path / "new")
+    assert load_tokenizer(tmp_path / "new").encode(ENGLISH[0]) == tok.encode(ENGLISH[0])
+
+
+def test_special_tokens_of_published_models(tmp_path):
+    "tokenizer_config.json, then special_tokens_map.json, config.json, generation_config.json; no pad: eos pads."
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    def ids(): return (tok := HFTokenizer(tmp_path)).bos_id, tok.eos_id, tok.pad_id
+    def write(name, **values): (tmp_path / name).write_text(json.dumps(values))
+    with pytest.raises(DataError, match='add "eos_token" to its tokenizer_config.json'): ids()
+    write("generation_config.json", eos_token_id=[97, 98], bos_token_id=None)
+    assert ids() == (None, 97, 97)
+    write("config.json", eos_token_id=99, pad_token_id=5000)                 # an id outside the vocabulary is nobody's
+    assert ids() == (None, 99, 99)
+    write("special_tokens_map.json", eos_token={"content": "<eos>"}, pad_token="<pad>")
+    assert ids() == (None, 258, 256)
+    write("tokenizer_config.json", bos_token="<bos>", eos_token="<pad>", pad_token=None, chat_template="kept")
+    assert ids() == (257, 256, 256)
+    HFTokenizer(tmp_path).save(tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text()) == {
+        "bos_token": "<bos>", "eos_token": "<pad>", "pad_token": "<pad>", "chat_template": "kept"}
+
+
+def test_tokenizers_that_cannot_be_loaded(tmp_path):
+    remedy = "make one with `mlx-pretrain tokenizer --config FILE`"
+    with pytest.raises(DataError, match=f"holds no tokenizer.json and no tokenizer.model; {remedy}"): load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match=f"is not a tokenizer directory; {remedy}"): load_tokenizer(tmp_path / "missing")
+    (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01")
+    with pytest.raises(DataError, match="is not a tokenizer directory"): load_tokenizer(tmp_path / "tokenizer.model")
+    with pytest.raises(DataError, match="is not a SentencePiece model"): load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[1")
+    with pytest.raises(DataError, match="tokenizer.json cannot be read"): load_tokenizer(tmp_path)
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"normal_vocab_size": "many"}')
+    with pytest.raises(DataError, match="tokenizer_config.json is damaged"): load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match="cannot write the tokenizer"): ByteTokenizer().save(tmp_path / "tokenizer.json" / "inside")
+
+
+@pytest.mark.parametrize("names", [
+    dict(pad="<x>", bos="<x>"), dict(bos="<eos>"), dict(eos="a"), dict(eos=""), dict(pad="\n\n"), dict(pad="<unk>"), dict(bos="<0x0A>"), dict(bos="a b"), dict(eos="▁▁")])
+def test_special_tokens_that_collide(names, tmp_path):
+    with pytest.raises(ValueError): SpecialTokens(**names)
+    (tmp_path / "c.yaml").write_text("tokenizer:\n  special_tokens: " + json.dumps(names) + "\n")
+    with pytest.raises(ConfigError, match="special token"): load_config(DataConfig, tmp_path / "c.yaml")
+
+
+# JSON Lines --------------------------------------------------------------------------------------------------------------------------
+
+@given(texts=st.lists(TEXT, min_size=1, max_size=6), ascii=st.booleans(), end=st.sampled_from(["\n", "\r\n", "\n\n"]), last=st.booleans())
+def test_rows_come_back(texts, ascii, end, last):
+    file = f"{mkdtemp()}/rows.jsonl"
+    content = end.join(json.dumps({"text": t, "id": i}, ensure_ascii=ascii) for i, t in enumerate(texts)) + (end if last else "")
+    with open(file, "wb") as f: f.write(content.encode())
+    rows = list(read_jsonl(file))
+    assert [row.value for row in rows] == [{"text": t, "id": i} for i, t in enumerate(texts)]
+    assert list(read_texts(file)) == texts
+    assert [row.line for row in rows] == [1 + i * end.count("\n") for i in range(len(texts))]
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    (b'{"text": "a"', "not valid JSON"), (b"{text: 1}", "not valid JSON"), (b'{"text": "a"} {"text": "b"}', "not valid JSON"),
+    (b'{"text": "tab\there"}', "not valid JSON"), (b"{", "each line must hold one whole object"),
+    (b'{"text": "a", "x": NaN}', "NaN is not a number that JSON knows"), (b'{"x": -Infinity}', "-Infinity"), (b'{"x": 1e400}', "1e400"),
+    (b'{"text": "a", "text": "a"}', 'key "text" stands there twice'), (b'{"text": "a", "x": {"y": 1, "y": 2}}', 'key "y" stands there twice'),
+    (b'{"text": "\\ud83d"}', "lone surrogate"), (b'{"\\uDE00": 1}', "lone surrogate"), (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
+    (b'{"text": "caf\xe9"}', "byte 0xe9 is not UTF-8"), (b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "too deeply nested"),
+    (b'{"x": 1' + b"0" * 6000 + b"}", "thousands of digits"),
+    (b"[1]", "found a list"), (b'"text"', "found a text"), (b"null", "found null"), (b"3", "found a number"), (b"true", "found true or false"),
+    (b'{"txt": "a"}', 'there is no field "text", the row has "txt"'), (b"{}", "no field at all"),
+    (b'{"text": null}', '"text" must be a text in quotes, found null'), (b'{"text": ["a"]}', "found a list"), (b'{"text": 5}', "found a number")])
+def test_a_bad_line_is_named(tmp_path, line, message):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
+    texts = read_texts(file)
+    assert next(texts) == "fine"                                             # rows before it are read: it is a stream
+    with pytest.raises(DataError) as error: next(texts)
+    sentence = str(error.value)
+    assert sentence.startswith(f"{file}, line 3: ") and message in sentence and "\n" not in sentence and len(sentence) < 300 + len(str(file))
+
+
+def test_line_separators_inside_a_string_are_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "a\u2028b\u2029c\x85d"}\n{"text": "e"}'.encode())
+    assert list(read_texts(tmp_path / "a.jsonl")) == ["a\u2028b\u2029c\x85d", "e"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}')
+    assert list(read_texts(tmp_path / "a.jsonl")) == ["a"]
+    (tmp_path / "b.jsonl").write_bytes('{"text": "a"}'.encode("utf-16"))
+    with pytest.raises(DataError, match="line 1: byte 0xff is not UTF-8"): list(read_texts(tmp_path / "b.jsonl"))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match="cannot be read .No such file or directory.; check the path"): list(read_texts(tmp_path / "missing"))
+    with pytest.raises(DataError, match="is a directory"): list(read_texts(tmp_path))
+    with pytest.raises(DataError, match="cannot be read"): list(read_texts("nul\0byte"))
+    (tmp_path / "empty").write_bytes(b"\n \r\n")
+    with pytest.raises(DataError, match="holds no rows"): list(read_texts(tmp_path / "empty"))
+
+
+def test_no_text_to_pack():
+    for nothing in ([], [""], ["", ""]):
+        with pytest.raises(DataError, match="no text"): pack(nothing, ByteTokenizer(), 8)
+    for context, overlap in ((8, 8), (8, -1), (0, 0)):
+        with pytest.raises(ValueError, match="overlap"): pack(["a"], ByteTokenizer(), context, overlap)
+
+
+# Settings ----------------------------------------------------------------------------------------------------------------------------
+
+def test_settings(tmp_path):
+    def load(text):
+        (tmp_path / "data.yaml").write_text(text)
+        return load_config(DataConfig, tmp_path / "data.yaml")
+    cfg = load("preprocessing:\n  max_context_size: 64\n  chunk_overlap: null\ntokenizer:\n  normal_vocab_size: 300\n  special_tokens: {eos: <end>}\n")
+    tok = make_tokenizer(cfg)
+    assert (cfg.preprocessing.chunk_overlap, tok.vocab_size, tok.piece(tok.eos_id)) == (0, 303, "<end>")
+    for text, message in (("preprocessing: {max_context_size: 8, chunk_overlap: 8}", "must be less than max_context_size"),
+                          ("preprocessing: {max_context_size: 1}", "greater than or equal to 2"), ("tokenizer: {normal_vocab_size: 255}", "256"),
+                          ("tokenizer_path: 3", "tokenizer_path"), ("inputfile: x", "input_file")):
+        with pytest.raises(ConfigError, match=message): load(text)
+    with pytest.raises(DataError, match="mlx-pretrain tokenizer"): make_tokenizer(load("tokenizer_path: nowhere"))
+
+
+def test_steps_by_hand(): assert [steps_in(*a) for a in ((10, 4, 1), (10, 4, 2), (1, 8, 3), (8, 8, 1))] == [3, 5, 1, 1] == [
+    math.ceil(a * c / b) for a, b, c in ((10, 4, 1), (10, 4, 2), (1, 8, 3), (8, 8, 1))]

@@ -1,0 +1,196 @@
+"""Run the notebooks, and check that the library is what they say.
+
+    python tools/notebooks.py execute    every notebook in a kernel of its own, into _exec/
+    python tools/notebooks.py sync       notebooks are clean, mlx_pretrain/ and README.md come from them
+    python tools/notebooks.py export     clean the notebooks, write mlx_pretrain/ and README.md
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS, LIB, EXEC, README = (ROOT / name for name in ("nbs", "mlx_pretrain", "_exec", "README.md"))
+TIMEOUT = 600  # seconds a notebook
+WORKERS = 2  # notebooks at a time
+NOT_RUN = re.compile(r"^#\|\s*eval:\s*false", re.MULTILINE)
+HIDDEN = re.compile(r"^#\|\s*(hide|default_exp|exporti?|exports)\b", re.MULTILINE)
+DIRECTIVE = re.compile(r"^#\|.*\n?", re.MULTILINE)
+
+
+def notebooks(folder=NBS):
+    "Every notebook below `folder`, as paths relative to it; names that start with a dot or an underscore do not count."
+    found = (path.relative_to(folder) for path in folder.rglob("*.ipynb"))
+    return sorted(path for path in found if not any(part[0] in "._" for part in path.parts))
+
+
+# Executing
+
+
+def key_of(name):
+    "A hash of all that a notebook's outputs depend on."
+    digest = hashlib.sha256(f"{sys.version} mlx {version('mlx')}".encode())
+    for path in (NBS / name, ROOT / "settings.ini", *sorted(LIB.rglob("*.py")), *sorted((ROOT / "configs").rglob("*.yaml"))):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def is_fresh(name):
+    "Whether `_exec/` holds this notebook as it would run now."
+    executed = EXEC / name
+    return executed.exists() and json.loads(executed.read_text(encoding="utf-8"))["metadata"].get("key") == key_of(name)
+
+
+def run_one(name):
+    "Run one notebook in a kernel of this Python, and write it with outputs and widget state."
+    import nbformat
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+    key, nb = key_of(name), nbformat.read(NBS / name, 4)
+    for cell in nb.cells:
+        if NOT_RUN.search(cell.source): cell.metadata["tags"] = ["skip-execution"]
+    # without folders to search, "python3" is the kernel of sys.executable, whatever else is installed
+    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    client = NotebookClient(nb, kernel, timeout=TIMEOUT, resources={"metadata": {"path": str((NBS / name).parent)}},
+                            store_widget_state=True, record_timing=False, extra_arguments=["--log-level=40"])
+    try: client.execute()
+    except (CellExecutionError, DeadKernelError) as error: sys.exit(str(error))
+    for cell in nb.cells: cell.metadata.pop("tags", None)
+    nb.metadata["key"] = key
+    (EXEC / name).parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nb, EXEC / name)
+
+
+def run_in_child(name):
+    "Run one notebook in a process that can be stopped: seconds it took, and what went wrong."
+    start, threads = time.perf_counter(), str(max(1, (os.cpu_count() or 1) // WORKERS))
+    env = os.environ | {"IN_TEST": "1", "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+    command = [sys.executable, __file__, "run-one", str(name)]
+    try: done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired: return TIMEOUT, f"stopped after {TIMEOUT} seconds"
+    return time.perf_counter() - start, (done.stderr or f"exit status {done.returncode}") if done.returncode else ""
+
+
+def execute(names=None, only_stale=False):
+    "Run notebooks into `_exec/`, print a line each, and exit with the tracebacks of those that fail."
+    names = [name for name in names or notebooks() if not (only_stale and is_fresh(name))]
+    for name in notebooks(EXEC):
+        if name in names or not (NBS / name).exists(): (EXEC / name).unlink()
+    failures = {}
+    with ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            for name, (seconds, problem) in zip(names, pool.map(run_in_child, names), strict=True):
+                print(f"{'FAILED' if problem else 'ok':6} {seconds:6.1f} s  nbs/{name}", flush=True)
+                if problem: failures[name] = problem
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            sys.exit("stopped")
+    if failures: sys.exit("".join(f"\n=== nbs/{name}\n{problem}\n" for name, problem in failures.items()))
+
+
+# The README
+
+
+def cells_of(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def readme():
+    "README.md's text: the visible cells of the index, executed if it has code, with links that work from the repository's root."
+    cells = cells_of(NBS / "index.ipynb")
+    if any(cell["cell_type"] == "code" and not NOT_RUN.search("".join(cell["source"])) for cell in cells):
+        execute([Path("index.ipynb")], only_stale=True)
+        cells = cells_of(EXEC / "index.ipynb")
+    parts = []
+    for cell in cells:
+        source = "".join(cell["source"]).strip()
+        if HIDDEN.search(source): continue
+        if cell["cell_type"] == "markdown": parts.append(re.sub(r"(\]\()(?![a-z]+:|#|/)", r"\1nbs/", source).replace("](nbs/../", "]("))
+        if cell["cell_type"] == "code": parts += [f"```python\n{DIRECTIVE.sub('', source)}\n```", *map(as_text, cell["outputs"])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def as_text(output):
+    "A cell's output as an indented block; the README has no place to put pictures."
+    if "name" in output: text = output["text"] if output["name"] == "stdout" else ""
+    else: text = output["data"].get("text/plain", "")
+    return "\n".join(f"    {line}".rstrip() for line in "".join(text).rstrip().splitlines())
+
+
+# In step
+
+
+def nbdev(command, root):
+    "Run one of nbdev's commands in `root`; `IN_TEST` would keep it from writing its index."
+    env = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
+    subprocess.run([Path(sys.executable).with_name(f"nbdev_{command}")], cwd=root, env=env, check=True)
+
+
+def export():
+    "Clean the notebooks, and write the library and the README from them."
+    nbdev("clean", ROOT)
+    nbdev("export", ROOT)
+    README.write_text(readme(), encoding="utf-8")
+
+
+def stored_outputs(name):
+    "What a notebook holds that git should not: outputs, counts and widget state."
+    nb = json.loads((NBS / name).read_text(encoding="utf-8"))
+    if "widgets" in nb["metadata"]: yield f"nbs/{name} holds widget state"
+    if any(cell.get("outputs") or cell.get("execution_count") for cell in nb["cells"]): yield f"nbs/{name} holds outputs"
+
+
+def hashes(root):
+    files = (*(root / "nbs").rglob("*.ipynb"), *(root / "mlx_pretrain").rglob("*.py"))
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def out_of_step():
+    "Files that cleaning and exporting would change, add or leave orphaned; tried on a copy, so nothing here is touched."
+    with tempfile.TemporaryDirectory(prefix="sync") as folder:
+        copy = Path(folder, "copy")
+        for source in (NBS, LIB): shutil.copytree(source, copy / source.name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, copy)
+        before = hashes(copy)
+        for module in (copy / LIB.name).rglob("*.py"):
+            if module.name != "__init__.py": module.unlink()  # what has no notebook does not come back
+        nbdev("clean", copy)
+        nbdev("export", copy)
+        after = hashes(copy)
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before: yield f"{name} is missing"
+        elif name not in after: yield f"{name} has no notebook"
+        elif before[name] != after[name]: yield f"{name} {'differs from its notebook' if name.endswith('.py') else 'is not clean'}"
+
+
+def sync():
+    "Exit with everything that is out of step, or say that nothing is."
+    problems = [problem for name in notebooks() for problem in stored_outputs(name)] + [*out_of_step()]
+    if not README.exists() or README.read_text(encoding="utf-8") != readme(): problems.append("README.md differs from nbs/index.ipynb")
+    if problems: sys.exit("\n".join(problems) + "\nOut of step: run `python tools/notebooks.py export`.")
+    print(f"in step: {len(notebooks())} notebooks, mlx_pretrain/ and README.md")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["execute", "sync", "export", "run-one"])
+    parser.add_argument("names", nargs="*", type=Path, help="notebooks, relative to nbs/ (default: all)")
+    args = parser.parse_args()
+    if args.command == "execute": execute(args.names)
+    elif args.command == "run-one": run_one(args.names[0])
+    else: {"sync": sync, "export": export}[args.command]()
+
+
+if __name__ == "__main__": main()
