@@ -41,17 +41,17 @@ check: units check-rest
 check-rest: demo-result interop docs
 
 units: .venv/.stamp-dev
+	$(BIN)/ruff check --quiet
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/notebooks.py execute
 	$(BIN)/python tools/notebooks.py sync
 	$(BIN)/python -m pytest -q -rs tests --ignore=tests/interop --ignore=tests/demo
-	$(BIN)/ruff check
-	$(BIN)/lint-imports
 
 demo-result: demo .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/demo
 
 clean:
-	rm -rf _exec _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf _exec _pages _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find mlx_pretrain nbs tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
 

@@ -49,6 +49,9 @@ class SpecialTokens(Section):
                 raise ValueError(f"{name!r} cannot name a special token: use at least two characters without blanks, not <unk> or <0x41>")
         return self
 
+
+_SPECIAL = SpecialTokens()
+
 # %% ../nbs/01_data.ipynb #d60131f9
 def _check_text(text: str) -> str:
     try: text.encode()
@@ -112,7 +115,7 @@ class ByteTokenizer(Tokenizer):
     def __init__(
         self,
         normal_vocab_size: int = 256, # ids before the special tokens, at least 256
-        special_tokens: SpecialTokens = SpecialTokens(), # their names; only `piece` and `save` use them
+        special_tokens: SpecialTokens = _SPECIAL, # their names; only `piece` and `save` use them
     ):
         if normal_vocab_size < 256: raise ValueError(f"there are 256 bytes, so normal_vocab_size cannot be {normal_vocab_size}")
         self.normal_vocab_size, self.special_tokens = normal_vocab_size, special_tokens
@@ -127,7 +130,8 @@ class ByteTokenizer(Tokenizer):
     def _decode(self, ids): return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def _name(self, i):
-        if i >= self.normal_vocab_size: return (self.special_tokens.pad, self.special_tokens.bos, self.special_tokens.eos)[i - self.normal_vocab_size]
+        special = self.special_tokens
+        if i >= self.normal_vocab_size: return (special.pad, special.bos, special.eos)[i - self.normal_vocab_size]
         return chr(i) if 32 <= i < 127 or i == 10 else f"<0x{i:02X}>"
 
 # %% ../nbs/01_data.ipynb #d00eae79
@@ -152,10 +156,11 @@ def _train_options(vocab_size: int, special: SpecialTokens) -> dict[str, Any]:
 # %% ../nbs/01_data.ipynb #b3878a4d
 def _too_small(message: str, vocab_size: int) -> DataError:
     "SentencePiece's complaint in one sentence with the remedy."
+    key = "data.tokenizer.vocab_size"
     if m := re.search(r"set it to a value <= (\d+)", message):
-        return DataError(f"the text is too small for a vocabulary of {vocab_size}: set data.tokenizer.vocab_size to {m[1]} or less, or give more text")
+        return DataError(f"the text is too small for a vocabulary of {vocab_size}: set {key} to {m[1]} or less, or give more text")
     if m := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return DataError(f"a vocabulary of {vocab_size} is too small for this text's characters: set data.tokenizer.vocab_size to more than {m[1]}")
+        return DataError(f"a vocabulary of {vocab_size} is too small for this text's characters: set {key} to more than {m[1]}")
     if "sentences_.empty" in message: return DataError("there is no text to train a tokenizer on: every row is empty")
     return DataError(f"SentencePiece could not train a vocabulary of {vocab_size}: {message}")
 
@@ -164,7 +169,7 @@ def train_sentencepiece(
     texts: Iterable[str], # the training texts
     vocab_size: int, # tokens to make; 256 bytes, the line break and 4 control tokens are among them
     directory: str | Path, # where the tokenizer's files go; made if it does not exist
-    special_tokens: SpecialTokens = SpecialTokens(), # names of the control tokens
+    special_tokens: SpecialTokens = _SPECIAL, # names of the control tokens
 ) -> "SentencePieceTokenizer": # the new tokenizer
     """Train a byte-pair tokenizer and save it. The same texts give the same files, to the byte.
 
@@ -172,8 +177,9 @@ def train_sentencepiece(
     Source: Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units; Kudo and Richardson 2018, SentencePiece.
     """
     import sentencepiece
-    model, lines = BytesIO(), list(islice(_training_lines(texts), _MAX_LINES)) # a list: a mistake in a row must not be raised inside C++
-    try: sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **_train_options(vocab_size, special_tokens))
+    lines = list(islice(_training_lines(texts), _MAX_LINES)) # a list: a mistake in a row must not be raised inside C++
+    model, options = BytesIO(), _train_options(vocab_size, special_tokens)
+    try: sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
     except RuntimeError as e: raise _too_small(str(e), vocab_size) from None
     config = _tokenizer_config(special_tokens.model_dump(), **_LLAMA_TOKENIZER, add_prefix_space=False)
     _write_files(directory, {"tokenizer.model": model.getvalue(), "tokenizer_config.json": config})
@@ -189,11 +195,12 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
         self._files = _read_files(path, "tokenizer.model")
         try: self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=self._files["tokenizer.model"])
-        except RuntimeError: raise DataError(f"{Path(path) / 'tokenizer.model'} is not a SentencePiece model; make or copy it again") from None
-        self.vocab_size, self._cuts = sp.get_piece_size(), _exact_cuts(sp)
+        except RuntimeError: raise DataError(f"{path}/tokenizer.model is not a SentencePiece model; make or copy it again") from None
+        self.vocab_size, self._cuts = len(sp), _exact_cuts(sp)
         own = {"bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id(), "pad_token_id": sp.pad_id()}
         self.bos_id, self.eos_id, self.pad_id = _special_ids(path, {sp.id_to_piece(i): i for i in range(len(sp))}.get, len(sp), own)
-        self._files["tokenizer_config.json"] = _complete_config(self, sp.id_to_piece, {**_LLAMA_TOKENIZER, "add_prefix_space": not self._cuts})
+        defaults = {**_LLAMA_TOKENIZER, "add_prefix_space": not self._cuts}
+        self._files["tokenizer_config.json"] = _complete_config(self, sp.id_to_piece, defaults)
 
     def _encode_batch(self, texts):
         if not self._cuts: return self._sp.encode(texts)
@@ -219,7 +226,8 @@ def _exact_cuts(sp) -> dict[str, list[int]]:
     return {"\n": [line_break], "▁": bar} if ours else {}
 
 # %% ../nbs/01_data.ipynb #c2d86b32
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                    "added_tokens.json", "chat_template.jinja")
 _LLAMA_TOKENIZER = {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "legacy": False}
 _MAKE_ONE = "make one with `mlx-pretrain tokenizer --config FILE`"
 
@@ -229,8 +237,8 @@ def _json_bytes(value: dict[str, Any]) -> bytes: return (json.dumps(value, inden
 
 def _tokenizer_config(names: dict[str, str], **more: Any) -> bytes:
     "tokenizer_config.json as transformers and mlx-lm read it."
-    return _json_bytes({**{f"{name}_token": token for name, token in names.items()}, "add_bos_token": "bos" in names, "add_eos_token": False,
-                        "clean_up_tokenization_spaces": False, **more})
+    tokens = {f"{name}_token": token for name, token in names.items()}
+    return _json_bytes({**tokens, "add_bos_token": "bos" in names, "add_eos_token": False, "clean_up_tokenization_spaces": False, **more})
 
 # %% ../nbs/01_data.ipynb #8769b314
 def _read_files(directory: str | Path, *wanted: str) -> dict[str, bytes]:
@@ -265,8 +273,9 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _token_text(value: Any) -> str | None: # a token stands there as "</s>" or as {"content": "</s>", "lstrip": false, …}
-    return value.get("content") if isinstance(value, dict) else value
+def _token_text(value: Any) -> str: # a token stands there as "</s>" or as {"content": "</s>", "lstrip": false, …}
+    if isinstance(value, dict): value = value.get("content")
+    return value if isinstance(value, str) else ""
 
 # %% ../nbs/01_data.ipynb #1eba0969
 def _special_ids(
@@ -279,7 +288,7 @@ def _special_ids(
     found, configs = {}, [_read_object(Path(path) / name) for name in _CONFIG_FILES] + [own or {}]
     for name in ("bos", "eos", "pad"):
         for config in configs:
-            i = token_to_id(_token_text(config.get(f"{name}_token")) or "")
+            i = token_to_id(_token_text(config.get(f"{name}_token")))
             if i is None: i = config.get(f"{name}_token_id")
             if isinstance(i, list): i = (i or [None])[0] # several tokens that stop: the first ends a document
             if isinstance(i, int) and 0 <= i < vocab_size: found.setdefault(name, i)
@@ -305,7 +314,7 @@ class HFTokenizer(Tokenizer):
         import tokenizers
         self._files = _read_files(path, "tokenizer.json")
         try: self._tok = tok = tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
-        except Exception as e: raise DataError(f"{Path(path) / 'tokenizer.json'} cannot be read ({e}); copy it again") from None
+        except Exception as e: raise DataError(f"{path}/tokenizer.json cannot be read ({e}); copy it again") from None
         tok.encode_special_tokens = True
         tok.no_truncation()
         tok.no_padding()
@@ -320,7 +329,7 @@ class HFTokenizer(Tokenizer):
 
     def _name(self, i):
         name = self._tok.id_to_token(i) or f"<{i}>"
-        if "▁" in name: return name.replace("▁", " ")
+        if "▁" in name or re.fullmatch("<0x..>", name): return name.replace("▁", " ") # the two conventions of SentencePiece
         text, alphabet = self._tok.decode([i], skip_special_tokens=False), _byte_names()
         if "\ufffd" in text and set(name) <= set(alphabet): return "".join(f"<0x{alphabet.index(c):02X}>" for c in name)
         return text or name
@@ -428,7 +437,8 @@ def read_jsonl(
     """
     try: file = open(path, "rb")
     except IsADirectoryError: raise DataError(f"{path} is a directory; give the JSON Lines file in it") from None
-    except (OSError, ValueError) as e: raise DataError(f"{path} cannot be read ({getattr(e, 'strerror', None) or e}); check the path") from None
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path} cannot be read ({getattr(e, 'strerror', None) or e}); check the path") from None
     rows = 0
     with file:
         for line, raw in enumerate(file, 1):                               # a binary file is cut at b"\n" and nowhere else
@@ -449,7 +459,10 @@ def read_texts(
 
 # %% ../nbs/01_data.ipynb #6695dadc
 class Batch(NamedTuple):
-    "`B` windows: `inputs` (B, T) int32; `targets` (B, T) int32, the inputs moved by one; `loss_mask` (B, T) bool, True where a target counts."
+    """`B` windows of `T` tokens.
+
+    `inputs` (B, T) int32; `targets` (B, T) int32, the inputs moved by one; `loss_mask` (B, T) bool, True where a target counts.
+    """
     inputs: mx.array
     targets: mx.array
     loss_mask: mx.array
@@ -482,7 +495,7 @@ class Windows:
     ) -> Batch: # their tokens
         "Gather some windows. Raises `IndexError` if there is no such window."
         indices = np.asarray(indices)
-        if indices.size and not -1 <= indices.min() <= indices.max() < len(self): raise IndexError(f"windows are numbered 0 to {len(self) - 1}")
+        if not ((indices >= -1) & (indices < len(self))).all(): raise IndexError(f"windows are numbered 0 to {len(self) - 1}")
         places = indices[:, None] * (self.context - self.overlap) + np.arange(self.context + 1)    # (B, T+1)
         real = (indices[:, None] >= 0) & (places < len(self.tokens))                              # (B, T+1)
         tokens = np.where(real, self.tokens[np.where(real, places, 0)], self.pad_id).astype(np.int32)
@@ -525,7 +538,8 @@ def pack(
     tokens = np.concatenate(parts)                                        # (N,)
     if not n_bytes: raise DataError("there is no text: every document is empty")
     if tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
-        raise DataError(f"the tokenizer made id {tokens.max()}, but has only {tokenizer.vocab_size} tokens; its files do not belong together")
+        bad = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise DataError(f"the tokenizer made id {bad}, but has only {tokenizer.vocab_size} tokens; its files do not belong together")
     return Windows(tokens, context, overlap, tokenizer.pad_id, tokenizer.vocab_size, n_bytes)
 
 # %% ../nbs/01_data.ipynb #d65c6555
@@ -558,7 +572,7 @@ def batch_indices(
     Raises `ValueError` if there is no window, or the step lies after the last epoch.
     """
     if n < 1 or batch_size < 1 or step < 0: raise ValueError(f"need n ≥ 1, batch_size ≥ 1 and step ≥ 0, got {n}, {batch_size}, {step}")
-    if epochs is not None and step >= steps_in(n, batch_size, epochs): raise ValueError(f"step {step} comes after the end of {epochs} epochs")
+    if epochs is not None and step >= steps_in(n, batch_size, epochs): raise ValueError(f"step {step} is after the end of {epochs} epochs")
     places = step * batch_size + np.arange(batch_size)                        # (B,) in the endless row
     indices = np.full(batch_size, -1)
     for epoch in range(places[0] // n, places[-1] // n + 1):

@@ -6,9 +6,30 @@
 __all__ = ['ROWS', 'norm', 'linears', 'linear_add', 'swiglu', 'Rope', 'attention', 'head_loss']
 
 # %% ../nbs/13_ops.ipynb #57805b61
+import sys
 from dataclasses import dataclass
 
 import mlx.core as mx
+
+# %% ../nbs/13_ops.ipynb #19d84f6f
+@mx.custom_function
+@mx.compile
+def _exp_by_bits(x: mx.array) -> mx.array:
+    "`exp(x)` in float32 from additions, multiplications and shifts; x is cut to [-87, 88]. Source: Cephes, expf.c (S. Moshier), the polynomial."
+    x = mx.clip(x.astype(mx.float32), -87.0, 88.0)
+    n = mx.round(x * 1.44269504)
+    f = (x - n * 0.693359375) + n * 2.12194440e-4                         # x − n·ln 2, in two parts for accuracy
+    p = 1.9875691500e-4
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1): p = p * f + c
+    return (p * (f * f) + f + 1) * ((n.astype(mx.int32) + 127) << 23).view(mx.float32)
+
+
+@_exp_by_bits.vjp
+def _exp_by_bits_vjp(x, cotangent, output): return (cotangent * output).astype(x.dtype)
+
+
+def _slow_exp() -> bool: return sys.platform == "linux" and mx.default_device() == mx.cpu
+def _exp(x: mx.array) -> mx.array: return _exp_by_bits(x) if _slow_exp() else mx.exp(x.astype(mx.float32))
 
 # %% ../nbs/13_ops.ipynb #6940664e
 def norm(
@@ -40,15 +61,26 @@ def linear_add(
     return residual + x @ w.T
 
 # %% ../nbs/13_ops.ipynb #de66d77a
+def _sigmoid(x: mx.array) -> mx.array: return 1 / (1 + _exp(-x))
+
+
+@mx.custom_function
 def swiglu(
     gate: mx.array, # (…, F)
     up: mx.array, # (…, F)
 ) -> mx.array: # (…, F)
-    """`silu(gate) * up` with `silu(z) = z / (1 + exp(-z))`.
+    """`silu(gate) * up` with `silu(z) = z · sigmoid(z)`.
 
     Source: Shazeer 2020, GLU Variants Improve Transformer.
     """
-    return gate * mx.sigmoid(gate) * up
+    return (gate * _sigmoid(gate) * up).astype(up.dtype)
+
+
+@swiglu.vjp
+def _swiglu_vjp(primals, cotangent, _):
+    gate, up = primals
+    s = _sigmoid(gate)
+    return (cotangent * up * s * (1 + gate * (1 - s))).astype(gate.dtype), (cotangent * gate * s).astype(up.dtype)
 
 # %% ../nbs/13_ops.ipynb #88c7a6f7
 @dataclass(frozen=True)
@@ -67,6 +99,37 @@ class Rope:
         return mx.fast.rope(x, x.shape[-1], traditional=self.traditional, base=None, scale=1.0, offset=offset, freqs=self.periods)
 
 # %% ../nbs/13_ops.ipynb #16a52c51
+@mx.custom_function
+def _attend(q, k, v, mask):
+    "Softmax attention with the quick exponential. Shapes: q (B, K, H/K · T, head_dim), scaled; k, v (B, K, S, head_dim); mask (…, T, S) → out as q, p"
+    B, K, rows, _ = q.shape
+    T, S = mask.shape[-2:]
+    s = (q @ k.swapaxes(-1, -2)).reshape(B, K, rows // T, T, S)
+    s = mx.where(mask, s, -mx.inf)
+    e = mx.where(mask, _exp(s - s.max(axis=-1, keepdims=True)), 0)
+    p = (e / e.sum(axis=-1, keepdims=True)).reshape(B, K, rows, S).astype(v.dtype)
+    return p @ v, p
+
+
+@_attend.vjp
+def _attend_vjp(primals, cotangents, outputs):
+    q, k, v, mask = primals
+    (d, _), (out, p) = cotangents, outputs
+    ds = p * (d @ v.swapaxes(-1, -2) - (d * out).sum(axis=-1, keepdims=True))     # (B, K, rows, S)
+    return ds @ k, ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ d, mx.zeros_like(mask)
+
+# %% ../nbs/13_ops.ipynb #bf8f6416
+def _causal(T: int, S: int) -> mx.array: return mx.arange(S - T, S)[:, None] >= mx.arange(S)   # (T, S) bool
+
+
+def _softmax_attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
+    "Shapes: q (B, H, T, head_dim), k and v (B, K, S, head_dim), mask (B, 1, T, S) or none → (B, H, T, head_dim)"
+    scale, (B, H, T, head_dim), (_, K, S, _) = q.shape[-1] ** -0.5, q.shape, k.shape
+    if T == 1 or not _slow_exp(): return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if mask is None else mask)
+    mask = _causal(T, S) if mask is None else mask[:, :, None]            # (T, S) or (B, 1, 1, T, S)
+    return _attend((q * scale).reshape(B, K, -1, head_dim), k, v, mask)[0].reshape(B, H, T, head_dim)
+
+# %% ../nbs/13_ops.ipynb #60b4a804
 def attention(
     q: mx.array, # queries, (B, T, H, head_dim), not yet turned
     k: mx.array, # keys, (B, T, K, head_dim), not yet turned; K divides H
@@ -80,9 +143,7 @@ def attention(
     q, k, v = (z.swapaxes(1, 2) for z in (q, k, v))                       # (B, heads, T, head_dim)
     q, k = rope(q, offset), rope(k, offset)
     if cache is not None: k, v = cache.append(k, v)                       # (B, K, S, head_dim): S = all tokens so far
-    mask = "causal" if mask is None else mask
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
-    return out.swapaxes(1, 2)                                             # (B, T, H, head_dim)
+    return _softmax_attention(q, k, v, mask).swapaxes(1, 2)               # (B, T, H, head_dim)
 
 # %% ../nbs/13_ops.ipynb #5b50ada1
 ROWS = 256  # tokens whose logits exist at the same time
@@ -92,7 +153,7 @@ def _chunk_loss(h, w, t, m):
     "Summed loss of some rows and its gradients. Shapes: h (N, D), w (V, D), t (N,), m (N,) → scalar, (N, D), (V, D)"
     logits = (h @ w.T).astype(mx.float32)                                 # (N, V)
     top = logits.max(axis=-1, keepdims=True)                              # (N, 1)
-    e = mx.exp(logits - top)                                              # (N, V): the only exponentials
+    e = _exp(logits - top)                                                # (N, V): the only exponentials
     z = e.sum(axis=-1, keepdims=True)                                     # (N, 1)
     t, m = t[:, None], m[:, None]                                         # (N, 1)
     nll = mx.log(z) + top - mx.take_along_axis(logits, t, axis=-1)        # (N, 1)
@@ -123,8 +184,9 @@ def _fused_loss_vjp(primals, cotangents, outputs):
 def _forward_loss(h, w, t, m):
     "The summed loss alone."
     logits = (h @ w.T).astype(mx.float32)                                 # (N, V)
-    nll = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, t[:, None], axis=-1)[:, 0]
-    return mx.where(m, nll, 0).sum()
+    top = logits.max(axis=-1)                                             # (N,)
+    lse = mx.log(_exp(logits - top[:, None]).sum(axis=-1)) + top if _slow_exp() else mx.logsumexp(logits, axis=-1)
+    return mx.where(m, lse - mx.take_along_axis(logits, t[:, None], axis=-1)[:, 0], 0).sum()
 
 
 def head_loss(

@@ -1,6 +1,5 @@
 """Properties of mlx_pretrain.data: nothing is lost, doubled or reordered, and planted bugs are caught."""
 import json
-import math
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -14,17 +13,21 @@ from hypothesis import strategies as st
 from mlx_pretrain import data
 from mlx_pretrain.config import ConfigError, load_config
 from mlx_pretrain.data import (
-    ByteTokenizer, DataConfig, DataError, HFTokenizer, SentencePieceTokenizer, SpecialTokens, Windows, batch_indices, load_tokenizer, make_tokenizer,
-    pack, read_jsonl, read_texts, steps_in, train_sentencepiece)
+    ByteTokenizer, DataConfig, DataError, HFTokenizer, SentencePieceTokenizer, SpecialTokens, Windows, batch_indices, load_tokenizer,
+    make_tokenizer, pack, read_jsonl, read_texts, steps_in, train_sentencepiece)
 
-settings.register_profile("data", deadline=None, max_examples=150)
-settings.load_profile("data")
+
+def forall(examples=150, **strategies):
+    "Hypothesis's `given` without a deadline: the machine may be busy."
+    return lambda test: settings(deadline=None, max_examples=examples)(given(**strategies)(test))
+
 
 ENGLISH = ["The old man counts the boats.\nHe has counted them every morning for forty years.\n", "  The baker carries out the bread. " * 3]
-NASTY = ["<pad>", "<bos>", "<eos>", "<unk>", "<0x41>", "</s>", "▁", "▅", "\n", "\r", " ", "  ", "\0", "\t", "\u2028", "\ufeff", "\ufffd", "é", "e\u0301", "🙂", "the "]
+NASTY = ["<pad>", "<bos>", "<eos>", "<unk>", "<0x41>", "</s>", "▁", "▅", "\n", "\r", " ", "  ", "\0", "\t", "\u2028", "\ufeff", "\ufffd",
+         "é", "e\u0301", "🙂", "the "]
 TEXT = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
                  st.lists(st.sampled_from(NASTY), max_size=12).map("".join),
-                 st.lists(st.one_of(st.sampled_from(NASTY), st.text(max_size=3).filter(lambda s: s.isprintable())), max_size=8).map("".join))
+                 st.lists(st.one_of(st.sampled_from(NASTY), st.text(max_size=3).filter(str.isprintable)), max_size=8).map("".join))
 
 
 @cache
@@ -54,11 +57,11 @@ def check_epochs(n, batch_size, epochs, seed, batches=batch_indices):
 COUNTS = dict(n=st.integers(1, 40), batch_size=st.integers(1, 50), epochs=st.integers(1, 5), seed=st.integers(0, 2**32))
 
 
-@given(**COUNTS)
+@forall(**COUNTS)
 def test_batches_lose_double_and_reorder_nothing(n, batch_size, epochs, seed): check_epochs(n, batch_size, epochs, seed)
 
 
-@given(**COUNTS)
+@forall(**COUNTS)
 def test_a_step_depends_on_nothing_but_seed_and_step(n, batch_size, epochs, seed):
     data._order.cache_clear()
     backwards = [batch_indices(n, batch_size, step, seed) for step in reversed(range(steps_in(n, batch_size, epochs)))][::-1]
@@ -67,7 +70,7 @@ def test_a_step_depends_on_nothing_but_seed_and_step(n, batch_size, epochs, seed
         limited = batch_indices(n, batch_size, step, seed, epochs)
         assert np.array_equal(batch_indices(n, batch_size, step, seed), expected)
         assert np.array_equal(limited[limited >= 0], expected[limited >= 0])
-    with pytest.raises(ValueError, match="after the end"): batch_indices(n, batch_size, len(backwards), seed, epochs)
+    with pytest.raises(ValueError, match="is after the end"): batch_indices(n, batch_size, len(backwards), seed, epochs)
 
 
 def test_epochs_and_seeds_have_their_own_order():
@@ -123,23 +126,23 @@ PACKED = dict(documents=st.lists(TEXT, min_size=1, max_size=6).filter(lambda ds:
 
 
 @KINDS
-@given(**PACKED)
+@forall(**PACKED)
 def test_every_token_is_a_target_exactly_once(kind, documents, shape):
     context, overlap = shape
     tok = tokenizer(kind)
     check_windows(pack(iter(documents), tok, context, overlap), documents, tok)
 
 
-@given(**PACKED)
+@forall(**PACKED)
 def test_overlap_is_context_from_the_window_before(documents, shape):
     context, overlap = shape
     windows = pack(documents, ByteTokenizer(), context, overlap)
     inputs, _, mask = (np.array(a) for a in windows.batch(range(len(windows))))
-    for before, after in zip(inputs[:-1], inputs[1:]): assert before[context - overlap:].tolist() == after[:overlap].tolist()
+    for before, after in zip(inputs[:-1], inputs[1:], strict=True): assert before[context - overlap:].tolist() == after[:overlap].tolist()
     assert not mask[1:, :overlap].any()
 
 
-@given(**PACKED, order=st.randoms())
+@forall(**PACKED, order=st.randoms())
 def test_a_window_is_the_same_in_any_batch(documents, shape, order):
     windows = pack(documents, ByteTokenizer(), *shape)
     indices = [*range(len(windows)), -1]
@@ -147,7 +150,7 @@ def test_a_window_is_the_same_in_any_batch(documents, shape, order):
     together = windows.batch(indices)
     for row, i in enumerate(indices):
         alone = windows.batch([i])
-        for a, b in zip(alone, together): assert a[0].tolist() == b[row].tolist()
+        for a, b in zip(alone, together, strict=True): assert a[0].tolist() == b[row].tolist()
         if i == -1: assert not alone.loss_mask.any() and (np.array(alone.inputs) == windows.pad_id).all()
 
 
@@ -198,7 +201,7 @@ def test_ids_are_checked_before_mlx_sees_them():
         def _encode_batch(self, texts): return [[self.bad] for _ in texts]
     with pytest.raises(DataError, match="made id 259, but has only 259 tokens"): pack(["a"], Broken(), 4)
     Broken.bad = -1
-    with pytest.raises(DataError, match="do not belong together"): pack(["a"], Broken(), 4)
+    with pytest.raises(DataError, match="made id -1"): pack(["a"], Broken(), 4)
     windows = pack(["abc"], ByteTokenizer(), 4)
     for index in (len(windows), -2):
         with pytest.raises(IndexError): windows.batch([index])
@@ -215,7 +218,7 @@ def test_grouping_changes_nothing(monkeypatch):
 # Tokenizers --------------------------------------------------------------------------------------------------------------------------
 
 @KINDS
-@given(text=TEXT)
+@forall(text=TEXT)
 def test_any_text_survives(kind, text):
     tok = tokenizer(kind)
     ids = tok.encode(text)
@@ -226,22 +229,22 @@ def test_any_text_survives(kind, text):
 
 
 @KINDS
-@given(texts=st.lists(TEXT, max_size=5))
+@forall(texts=st.lists(TEXT, max_size=5))
 def test_a_batch_is_its_texts(kind, texts): assert tokenizer(kind).encode_batch(texts) == [tokenizer(kind).encode(t) for t in texts]
 
 
-@given(text=TEXT.filter(lambda t: "▁" not in t))
+@forall(text=TEXT.filter(lambda t: "▁" not in t))
 def test_cutting_at_line_breaks_changes_no_id(text):
     tok = tokenizer("sentencepiece")
     assert tok.encode(text) == tok._sp.encode(text)
 
 
 @KINDS
-@given(ids=st.lists(st.integers(0, 258), max_size=20))
+@forall(ids=st.lists(st.integers(0, 258), max_size=20))
 def test_any_ids_decode(kind, ids): tokenizer(kind).decode(ids).encode()
 
 
-@given(ids=st.lists(st.integers(0, 258), max_size=20))
+@forall(ids=st.lists(st.integers(0, 258), max_size=20))
 def test_byte_and_hugging_face_agree_on_broken_utf8(ids):
     assert tokenizer("huggingface").decode(ids) == tokenizer("bytes").decode(ids)
 
@@ -266,8 +269,7 @@ def test_lone_surrogates_are_refused(kind, text):
 
 
 @KINDS
-@given(text=TEXT)
-@settings(max_examples=20)
+@forall(20, text=TEXT)
 def test_saved_tokenizers_come_back(kind, text):
     tok = tokenizer(kind)
     back = load_tokenizer(_saved(tok))
@@ -285,7 +287,7 @@ def test_byte_tokenizers_keep_their_ids_in_every_form(size):
         assert [back.piece(i) for i in (size, size + 1, size + 2)] == ["[PAD]", "[B]", "[E]"]
         assert back.piece(0xE2) == "<0xE2>" and back.piece(97) == "a"
     config = json.loads(open(f"{home}/tokenizer_config.json").read())
-    assert config["add_bos_token"] is True and config["bos_token"] == "[B]" and config["eos_token"] == "[E]" and config["pad_token"] == "[PAD]"
+    assert config["add_bos_token"] is True and [config[f"{name}_token"] for name in ("pad", "bos", "eos")] == ["[PAD]", "[B]", "[E]"]
 
 
 def test_training_is_deterministic_and_quiet(tmp_path, capfd):
@@ -301,14 +303,15 @@ def test_training_says_what_to_change(tmp_path):
         train_sentencepiece(ENGLISH, 5000, tmp_path)
     most = int(error.value.args[0].split("vocab_size to ")[1].split()[0])
     assert train_sentencepiece(ENGLISH, most, tmp_path).vocab_size == most   # the remedy works
-    with pytest.raises(DataError, match="vocab_size to more than"): train_sentencepiece(["".join(map(chr, range(0x4e00, 0x4e80)))], 264, tmp_path)
+    with pytest.raises(DataError, match="vocab_size to more than"): train_sentencepiece([str(bytes(range(128)))], 264, tmp_path)
     for nothing in ([], [""], ["\n\n"]):
         with pytest.raises(DataError, match="no text"): train_sentencepiece(nothing, 300, tmp_path)
 
 
 def test_a_mistake_in_a_row_passes_through_training(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"text": 7}\n')
-    with pytest.raises(DataError, match=r"rows.jsonl, line 2: \"text\" must be a text"): train_sentencepiece(read_texts(tmp_path / "rows.jsonl"), 300, tmp_path)
+    with pytest.raises(DataError, match='rows.jsonl, line 2: "text" must be a text'):
+        train_sentencepiece(read_texts(tmp_path / "rows.jsonl"), 300, tmp_path)
     def stopped():
         yield "fine"
         raise KeyboardInterrupt
@@ -339,7 +342,7 @@ def test_special_tokens_of_published_models(tmp_path):
     with pytest.raises(DataError, match='add "eos_token" to its tokenizer_config.json'): ids()
     write("generation_config.json", eos_token_id=[97, 98], bos_token_id=None)
     assert ids() == (None, 97, 97)
-    write("config.json", eos_token_id=99, pad_token_id=5000)                 # an id outside the vocabulary is nobody's
+    write("config.json", eos_token_id=99, pad_token_id=5000, bos_token=7)                 # an id outside the vocabulary is nobody's
     assert ids() == (None, 99, 99)
     write("special_tokens_map.json", eos_token={"content": "<eos>"}, pad_token="<pad>")
     assert ids() == (None, 258, 256)
@@ -348,6 +351,14 @@ def test_special_tokens_of_published_models(tmp_path):
     HFTokenizer(tmp_path).save(tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text()) == {
         "bos_token": "<bos>", "eos_token": "<pad>", "pad_token": "<pad>", "chat_template": "kept"}
+
+
+def test_pieces_of_a_converted_sentencepiece_model(tmp_path):
+    decoder = {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}]}
+    model = {"type": "BPE", "vocab": {"</s>": 0, "<0xC3>": 1, "▁sea": 2}, "merges": [], "byte_fallback": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "decoder": decoder, "model": model}))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    assert [HFTokenizer(tmp_path).piece(i) for i in range(3)] == ["</s>", "<0xC3>", " sea"]
 
 
 def test_tokenizers_that_cannot_be_loaded(tmp_path):
@@ -366,7 +377,8 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("names", [
-    dict(pad="<x>", bos="<x>"), dict(bos="<eos>"), dict(eos="a"), dict(eos=""), dict(pad="\n\n"), dict(pad="<unk>"), dict(bos="<0x0A>"), dict(bos="a b"), dict(eos="▁▁")])
+    dict(pad="<x>", bos="<x>"), dict(bos="<eos>"), dict(eos="a"), dict(eos=""), dict(pad="\n\n"), dict(pad="<unk>"), dict(bos="<0x0A>"),
+    dict(bos="a b"), dict(eos="▁▁")])
 def test_special_tokens_that_collide(names, tmp_path):
     with pytest.raises(ValueError): SpecialTokens(**names)
     (tmp_path / "c.yaml").write_text("tokenizer:\n  special_tokens: " + json.dumps(names) + "\n")
@@ -375,7 +387,7 @@ def test_special_tokens_that_collide(names, tmp_path):
 
 # JSON Lines --------------------------------------------------------------------------------------------------------------------------
 
-@given(texts=st.lists(TEXT, min_size=1, max_size=6), ascii=st.booleans(), end=st.sampled_from(["\n", "\r\n", "\n\n"]), last=st.booleans())
+@forall(texts=st.lists(TEXT, min_size=1, max_size=6), ascii=st.booleans(), end=st.sampled_from(["\n", "\r\n", "\n\n"]), last=st.booleans())
 def test_rows_come_back(texts, ascii, end, last):
     file = f"{mkdtemp()}/rows.jsonl"
     content = end.join(json.dumps({"text": t, "id": i}, ensure_ascii=ascii) for i, t in enumerate(texts)) + (end if last else "")
@@ -390,13 +402,13 @@ def test_rows_come_back(texts, ascii, end, last):
     (b'{"text": "a"', "not valid JSON"), (b"{text: 1}", "not valid JSON"), (b'{"text": "a"} {"text": "b"}', "not valid JSON"),
     (b'{"text": "tab\there"}', "not valid JSON"), (b"{", "each line must hold one whole object"),
     (b'{"text": "a", "x": NaN}', "NaN is not a number that JSON knows"), (b'{"x": -Infinity}', "-Infinity"), (b'{"x": 1e400}', "1e400"),
-    (b'{"text": "a", "text": "a"}', 'key "text" stands there twice'), (b'{"text": "a", "x": {"y": 1, "y": 2}}', 'key "y" stands there twice'),
+    (b'{"text": "a", "text": "a"}', 'key "text" stands there twice'), (b'{"x": {"y": 1, "y": 2}}', 'key "y" stands there twice'),
     (b'{"text": "\\ud83d"}', "lone surrogate"), (b'{"\\uDE00": 1}', "lone surrogate"), (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
     (b'{"text": "caf\xe9"}', "byte 0xe9 is not UTF-8"), (b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "too deeply nested"),
     (b'{"x": 1' + b"0" * 6000 + b"}", "thousands of digits"),
-    (b"[1]", "found a list"), (b'"text"', "found a text"), (b"null", "found null"), (b"3", "found a number"), (b"true", "found true or false"),
+    (b"[1]", "found a list"), (b'"text"', "found a text"), (b"null", "found null"), (b"3", "found a number"), (b"true", "found true"),
     (b'{"txt": "a"}', 'there is no field "text", the row has "txt"'), (b"{}", "no field at all"),
-    (b'{"text": null}', '"text" must be a text in quotes, found null'), (b'{"text": ["a"]}', "found a list"), (b'{"text": 5}', "found a number")])
+    (b'{"text": null}', '"text" must be a text in quotes, found null'), (b'{"text": ["a"]}', "a list"), (b'{"text": 5}', "a number")])
 def test_a_bad_line_is_named(tmp_path, line, message):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
@@ -404,7 +416,8 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     assert next(texts) == "fine"                                             # rows before it are read: it is a stream
     with pytest.raises(DataError) as error: next(texts)
     sentence = str(error.value)
-    assert sentence.startswith(f"{file}, line 3: ") and message in sentence and "\n" not in sentence and len(sentence) < 300 + len(str(file))
+    assert sentence.startswith(f"{file}, line 3: ") and message in sentence and "\n" not in sentence
+    assert len(sentence) < 300 + len(str(file))
 
 
 def test_line_separators_inside_a_string_are_text(tmp_path):
@@ -420,7 +433,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(DataError, match="cannot be read .No such file or directory.; check the path"): list(read_texts(tmp_path / "missing"))
+    with pytest.raises(DataError, match="No such file or directory.; check the path"): list(read_texts(tmp_path / "missing"))
     with pytest.raises(DataError, match="is a directory"): list(read_texts(tmp_path))
     with pytest.raises(DataError, match="cannot be read"): list(read_texts("nul\0byte"))
     (tmp_path / "empty").write_bytes(b"\n \r\n")
@@ -440,15 +453,16 @@ def test_settings(tmp_path):
     def load(text):
         (tmp_path / "data.yaml").write_text(text)
         return load_config(DataConfig, tmp_path / "data.yaml")
-    cfg = load("preprocessing:\n  max_context_size: 64\n  chunk_overlap: null\ntokenizer:\n  normal_vocab_size: 300\n  special_tokens: {eos: <end>}\n")
+    cfg = load("preprocessing: {max_context_size: 64, chunk_overlap: null}\n"
+               "tokenizer: {normal_vocab_size: 300, special_tokens: {eos: <end>}}\n")
     tok = make_tokenizer(cfg)
     assert (cfg.preprocessing.chunk_overlap, tok.vocab_size, tok.piece(tok.eos_id)) == (0, 303, "<end>")
     for text, message in (("preprocessing: {max_context_size: 8, chunk_overlap: 8}", "must be less than max_context_size"),
-                          ("preprocessing: {max_context_size: 1}", "greater than or equal to 2"), ("tokenizer: {normal_vocab_size: 255}", "256"),
+                          ("preprocessing: {max_context_size: 1}", "greater than or equal to 2"),
+                          ("tokenizer: {normal_vocab_size: 255}", "256"),
                           ("tokenizer_path: 3", "tokenizer_path"), ("inputfile: x", "input_file")):
         with pytest.raises(ConfigError, match=message): load(text)
     with pytest.raises(DataError, match="mlx-pretrain tokenizer"): make_tokenizer(load("tokenizer_path: nowhere"))
 
 
-def test_steps_by_hand(): assert [steps_in(*a) for a in ((10, 4, 1), (10, 4, 2), (1, 8, 3), (8, 8, 1))] == [3, 5, 1, 1] == [
-    math.ceil(a * c / b) for a, b, c in ((10, 4, 1), (10, 4, 2), (1, 8, 3), (8, 8, 1))]
+def test_steps_by_hand(): assert [steps_in(*a) for a in ((10, 4, 1), (10, 4, 2), (1, 8, 3), (8, 8, 1))] == [3, 5, 1, 1]

@@ -2,6 +2,7 @@
 
 nbdev's processors turn the notebooks in _exec/ into pages and document the exported symbols; smalldocs renders them.
 """
+import ast
 import json
 import os
 import re
@@ -15,13 +16,15 @@ from pathlib import Path
 import yaml
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
-from notebooks import NBS, README, ROOT, execute, notebooks, readme
+from notebooks import EXEC, NBS, README, ROOT, execute, notebooks, readme
 
-PROC, SITE = ROOT / "_proc", ROOT / "_docs"
+PAGES, PROC, SITE = ROOT / "_pages", ROOT / "_proc", ROOT / "_docs"
 CDN = "https://cdn.jsdelivr.net/npm"
 WIDGETS = "@jupyter-widgets/html-manager@1.0.14"
 VIEW, STATE = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"
 NUMBER = re.compile(r"^\d+[a-z]*_")  # 00_model.ipynb is page model.html, as nbdev has it
+MODULE = re.compile(r"^#\|\s*default_exp\s+(\S+)", re.MULTILINE)
+EXPORT = re.compile(r"^#\|\s*export\s*$", re.MULTILINE)
 NOTEBOOK_LINK = re.compile(r"(\]\((?:\.\./|\w+/)*)\d+[a-z]*_(\w+\.ipynb)")
 WEB_FONTS = re.compile(r"@import\s*(?:url\()?[\"']?https://fonts[^;]*;")
 
@@ -34,6 +37,27 @@ def page_path(name):
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+
+
+def is_imports(source):
+    "Whether a cell has imports only."
+    return all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(source).body)
+
+
+def with_source(nb):
+    """A notebook whose exported code will stay on its page (nbdev would leave only the signature), imports excepted.
+
+    A hidden cell brings in the module first: nbdev documents a function where it stands, and its types may come later.
+    """
+    cells = []
+    for cell in nb["cells"]:
+        source = "".join(cell["source"])
+        exported = cell["cell_type"] == "code" and EXPORT.search(source)
+        if exported and not is_imports(source): source = EXPORT.sub("#| exports", source, count=1)
+        cells.append(cell | {"source": source})
+        if module := MODULE.search(source):
+            cells.append(cell | {"source": f"#| hide\nfrom mlx_pretrain.{module[1]} import *", "id": "the-module"})
+    return nb | {"cells": cells}
 
 
 def plain(nb, up, host):
@@ -61,7 +85,9 @@ def widget_manager(state):
 def stage():
     "Fill `_proc/` with what the renderer reads: pages, the files beside them, the site's name and its sidebar."
     cfg = get_config()
-    proc_nbs("_exec", force=True)
+    shutil.rmtree(PAGES, ignore_errors=True)
+    for name in notebooks(): write(PAGES / name, json.dumps(with_source(json.loads((EXEC / name).read_text(encoding="utf-8")))))
+    proc_nbs(PAGES.name, force=True)
     for name in notebooks():
         nb = json.loads((PROC / name).read_text(encoding="utf-8"))
         (PROC / name).unlink()

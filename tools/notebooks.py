@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, LIB, EXEC, README = (ROOT / name for name in ("nbs", "mlx_pretrain", "_exec", "README.md"))
 TIMEOUT = 600  # seconds a notebook
 WORKERS = 2  # notebooks at a time
+BY_HAND = ("__init__.py", "__main__.py")  # modules without a notebook
 NOT_RUN = re.compile(r"^#\|\s*eval:\s*false", re.MULTILINE)
 HIDDEN = re.compile(r"^#\|\s*(hide|default_exp|exporti?|exports)\b", re.MULTILINE)
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.MULTILINE)
@@ -165,7 +166,7 @@ def out_of_step():
         for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, copy)
         before = hashes(copy)
         for module in (copy / LIB.name).rglob("*.py"):
-            if module.name != "__init__.py": module.unlink()  # what has no notebook does not come back
+            if module.name not in BY_HAND: module.unlink()  # what has no notebook does not come back
         nbdev("clean", copy)
         nbdev("export", copy)
         after = hashes(copy)

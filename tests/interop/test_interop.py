@@ -1,0 +1,245 @@
+"""Our models in mlx-lm and transformers, theirs here: same ids, same logits, same end."""
+import json
+import subprocess
+import sys
+
+import mlx_pretrain  # noqa: F401, I001 - before MLX, and so before mlx_lm
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+import torch
+import transformers
+from mlx.utils import tree_map
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from mlx_pretrain.data import ByteTokenizer, train_sentencepiece
+from mlx_pretrain.generate import generate
+from mlx_pretrain.model import Llama, LlamaArgs, RopeScaling, rope_periods, scale_periods
+from mlx_pretrain.pretrained import PretrainedError, export, load
+
+transformers.logging.set_verbosity_error()
+TEXTS = ["", " ", "  ", "   \n", "\n", "\n\n", " a", "a ", "a  b", "Hello, world!", "tabs\tand\r\nlines", "Zürich, naïve café", "🦙", "👩‍👩‍👧 family",
+         "你好，世界", "a\u0301", "\u2028 and \u00a0", "zero\x00byte", "def f(x):\n    return x ** 2\n", "1234567890", "▁ bar", "…“quotes”…",
+         "The state of the union is strong.\n\nMy fellow citizens:", "İstanbul ﬁne ㎏", "\ufeffmark", "x" * 300]
+LLAMA3 = dict(type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+KINDS = {
+    "byte-tied-gqa": ("byte", {}),
+    "byte-padded-vocabulary": ("byte", {"vocab_size": 320}),
+    "sentencepiece-untied-llama3": ("sentencepiece", {"tie_word_embeddings": False, "rope_scaling": RopeScaling(**LLAMA3), "rope_theta": 5e5}),
+    "sentencepiece-tied-linear": ("sentencepiece", {"rope_scaling": RopeScaling(type="linear", factor=4.0)}),
+    "byte-biases-traditional": ("byte", {"attention_bias": True, "mlp_bias": True, "rope_traditional": True, "head_dim": 32}),
+}
+
+
+def lively(**sizes):
+    model = Llama(LlamaArgs(**{**dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                                      head_dim=16, max_position_embeddings=256), **sizes}), seed=1)
+    return model.update(tree_map(lambda w: 4 * w if w.ndim > 1 else w + 0.1, model.parameters()))
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    lines = ["My fellow citizens: the state of the union is strong.\n\nThe llama  eats 1,234 blades of grass; naïve café, Zürich."] * 30
+    return {"byte": ByteTokenizer(), "sentencepiece": train_sentencepiece(lines, 350, tmp_path_factory.mktemp("sp"))}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def ours(request, tokenizers, tmp_path_factory):
+    "Model, tokenizer and exported directory of one kind."
+    name, sizes = KINDS[request.param]
+    tokenizer = tokenizers[name]
+    model = lively(**{"vocab_size": tokenizer.vocab_size, **sizes})
+    directory = tmp_path_factory.mktemp("model")
+    export(model, tokenizer, directory)
+    return model, tokenizer, directory
+
+
+def ids_of(model, n=40): return np.random.default_rng(0).integers(0, model.args.vocab_size, (2, n)).astype(np.int32)
+
+
+def close(theirs, model, ids):
+    want = np.array(model(mx.array(ids)))
+    assert np.abs(want).max() > 1                                         # a model that says something
+    assert np.abs(np.asarray(theirs) - want).max() < 2e-5 * np.abs(want).max()
+
+
+def torch_logits(model, ids):
+    with torch.no_grad(): return model(torch.tensor(ids, dtype=torch.long)).logits.float().numpy()
+
+
+# ---- ours, there
+
+def test_logits_in_mlx_lm(ours):
+    model, _, directory = ours
+    theirs, _ = mlx_lm.load(str(directory))
+    ids = ids_of(model)
+    close(theirs(mx.array(ids)), model, ids)
+
+
+def test_logits_in_transformers(ours):
+    model, _, directory = ours
+    theirs, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(report.values()), report                               # no weight missing, unknown or of another shape
+    assert isinstance(theirs, LlamaForCausalLM) and theirs.dtype == torch.float32
+    ids = ids_of(model)
+    close(torch_logits(theirs, ids), model, ids)
+
+
+def test_the_comparison_can_fail(tokenizers, tmp_path):
+    "Without `rope_scaling`, mlx-lm takes plain positions, and the logits show it."
+    model = lively(vocab_size=259, rope_scaling=RopeScaling(**LLAMA3))
+    export(model, tokenizers["byte"], tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rope_scaling"}))
+    theirs, _ = mlx_lm.load(str(tmp_path / "m"))
+    ids = ids_of(model)
+    with pytest.raises(AssertionError): close(theirs(mx.array(ids)), model, ids)
+
+
+def test_ids(ours):
+    _, tokenizer, directory = ours
+    for theirs in (AutoTokenizer.from_pretrained(directory), mlx_lm.load(str(directory))[1]):
+        for text in TEXTS:
+            want = tokenizer.encode(text)
+            assert theirs.encode(text, add_special_tokens=False) == want, text
+            assert theirs.encode(text) == [tokenizer.bos_id, *want], text
+            assert theirs.decode(want) == text == tokenizer.decode(want)
+        assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        assert theirs.decode([tokenizer.bos_id, *tokenizer.encode("hé"), tokenizer.eos_id], skip_special_tokens=True) == "hé"
+
+
+@pytest.fixture(scope="module", params=["byte", "sentencepiece"])
+def stopper(request, tokenizers, tmp_path_factory):
+    "A model whose likeliest tokens are known, the sixth of them its end."
+    tokenizer = tokenizers[request.param]
+    prompt = [tokenizer.bos_id, *tokenizer.encode("My fellow")]
+    how = dict(max_new_tokens=20, eos_ids=[], pad_id=tokenizer.pad_id, temperature=0)
+    for seed in range(100):
+        model = lively(vocab_size=tokenizer.vocab_size, tie_word_embeddings=False)
+        model.lm_head.weight = mx.random.normal(model.lm_head.weight.shape, key=mx.random.key(seed))
+        said = np.array(generate(model, [prompt], **how).tokens)[0].tolist()
+        if said[5] not in said[:5] and tokenizer.eos_id not in said[:6]: break
+    order = np.arange(tokenizer.vocab_size)
+    order[[said[5], tokenizer.eos_id]] = tokenizer.eos_id, said[5]        # the sixth token becomes the end
+    model.lm_head.weight = model.lm_head.weight[mx.array(order)]
+    directory = tmp_path_factory.mktemp("stopper")
+    export(model, tokenizer, directory)
+    return model, tokenizer, directory, prompt, [*said[:5], tokenizer.eos_id]
+
+
+def test_the_end_ends_here(stopper):
+    model, tokenizer, _, prompt, said = stopper
+    out = generate(model, [prompt], 20, eos_ids=[tokenizer.eos_id], pad_id=tokenizer.pad_id, temperature=0)
+    assert np.array(out.tokens)[np.array(out.response_mask)].tolist() == said
+
+
+def test_the_end_ends_in_mlx_lm(stopper):
+    _, tokenizer, directory, prompt, said = stopper
+    model, theirs = mlx_lm.load(str(directory))
+    assert set(theirs.eos_token_ids) == {tokenizer.eos_id}
+    *_, last = steps = list(mlx_lm.stream_generate(model, theirs, prompt, max_tokens=20))
+    assert last.finish_reason == "stop" and [s.token for s in steps] == said
+
+
+def test_the_end_ends_in_transformers(stopper):
+    _, _, directory, prompt, said = stopper
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist() == prompt + said
+
+
+# ---- theirs, here
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10_000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32},
+}
+
+
+def stranger(rope, **more):
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=256, rope_parameters=dict(ROPES[rope]), initializer_range=0.15,
+                         bos_token_id=257, eos_token_id=258, pad_token_id=256, **more)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("more,shard", [({}, "40KB"), ({"tie_word_embeddings": True}, "10GB"), ({"attention_bias": True, "head_dim": 32}, "40KB")])
+def test_directories_of_transformers(rope, more, shard, tmp_path):
+    theirs = stranger(rope, **more)
+    with torch.no_grad():
+        for name, w in theirs.named_parameters():
+            if w.ndim == 1: w.add_(0.1 * torch.randn(w.shape)) # noqa: E701 - gains and biases that matter
+            assert name
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    ByteTokenizer().save(tmp_path)
+    files = list(tmp_path.glob("model*.safetensors"))
+    assert (len(files) > 2) == (shard == "40KB")
+    opened = load(tmp_path).model
+    ids = ids_of(opened)
+    close(torch_logits(theirs, ids), opened, ids)
+
+
+def test_bfloat16_of_transformers(tmp_path):
+    theirs = stranger("llama3").to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    ByteTokenizer().save(tmp_path)
+    opened = load(tmp_path).model
+    ids = ids_of(opened)
+    close(torch_logits(theirs.float(), ids), opened, ids)
+
+
+def test_saved_again_by_transformers(ours, tmp_path):
+    "There and back: model and tokenizer as transformers writes them."
+    model, tokenizer, directory = ours
+    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path)
+    back = load(tmp_path)
+    ids = ids_of(model)
+    close(back.model(mx.array(ids)), model, ids)
+    for text in TEXTS: assert back.tokenizer.encode(text) == tokenizer.encode(text), text
+    assert (back.tokenizer.bos_id, back.tokenizer.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+
+
+def convert(*words):
+    subprocess.run([sys.executable, "-c", "import mlx_pretrain; from mlx_lm.convert import main; main()", *map(str, words)],
+                   check=True, capture_output=True, text=True)
+
+
+def test_quantised_is_refused_and_the_command_helps(tokenizers, tmp_path):
+    model = lively(vocab_size=259, num_hidden_layers=1)
+    export(model, tokenizers["byte"], tmp_path / "m")
+    convert("--hf-path", tmp_path / "m", "--mlx-path", tmp_path / "q", "-q", "--q-group-size", 32, "--q-bits", 8)
+    with pytest.raises(PretrainedError, match="--dequantize") as caught: load(tmp_path / "q")
+    assert f"mlx_lm.convert --hf-path '{tmp_path / 'q'}' --mlx-path OUT --dequantize" in str(caught.value)
+    convert("--hf-path", tmp_path / "q", "--mlx-path", tmp_path / "d", "--dequantize")
+    back, ids = load(tmp_path / "d").model, ids_of(model)
+    error = mx.abs(back(mx.array(ids)) - model(mx.array(ids))).max() / mx.abs(model(mx.array(ids))).max()
+    assert error.item() < 0.1                                             # eight bits
+
+
+# ---- positions
+
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_periods(rope, head_dim):
+    spelled = dict(ROPES[rope])
+    config = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, rope_parameters=dict(spelled), max_position_embeddings=8192)
+    theta, kind = spelled.pop("rope_theta"), spelled.pop("rope_type")
+    scaling = RopeScaling() if kind == "default" else RopeScaling(type=kind, **spelled)
+    ours = 1 / np.array(scale_periods(rope_periods(head_dim, theta), scaling))
+    np.testing.assert_allclose(ours, LlamaRotaryEmbedding(config).inv_freq.numpy(), rtol=2e-6)
+
+
+def test_real_llama3_scaling():
+    "Llama 3.1's own numbers, far beyond its first context."
+    spelled = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072,
+                         rope_parameters={"rope_type": "llama3", "rope_theta": 500_000.0, **spelled})
+    ours = 1 / np.array(scale_periods(rope_periods(128, 500_000.0), RopeScaling(type="llama3", **spelled)))
+    np.testing.assert_allclose(ours, LlamaRotaryEmbedding(config).inv_freq.numpy(), rtol=2e-6)
