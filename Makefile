@@ -23,7 +23,7 @@ help:
 demo: .venv/.stamp-data
 	$(BIN)/python tools/demo.py
 
-lab: .venv/.stamp-dev
+lab: .venv/.stamp-dev .venv/.stamp-data
 	$(BIN)/jupyter lab nbs/index.ipynb
 
 test: units
@@ -33,14 +33,14 @@ test: units
 interop: .venv/.stamp-dev .venv/.stamp-interop
 	$(BIN)/python -m pytest -q -rs tests/interop
 
-docs: .venv/.stamp-dev
+docs: .venv/.stamp-dev .venv/.stamp-data
 	$(BIN)/python tools/docs.py
 
 check: units check-rest
 
 check-rest: demo-result interop docs
 
-units: .venv/.stamp-dev
+units: .venv/.stamp-dev .venv/.stamp-data
 	$(BIN)/ruff check --quiet
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/notebooks.py execute

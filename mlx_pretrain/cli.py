@@ -45,12 +45,13 @@ def _value_at(flags: object, key: str):
 
 
 def _flags(cls: type[Section]) -> type:
-    "The fields of a section as a plain dataclass for tyro: same names, types and help, but no checks; those come once, with the file's values."
+    "A section as a plain dataclass for tyro: same names, types and help, but no checks; those come with the file's values."
     fields = []
     for name, f in cls.model_fields.items():
         inner = isinstance(f.annotation, type) and issubclass(f.annotation, Section)
         kind = _flags(f.annotation) if inner else f.annotation
-        fields.append((name, Annotated[kind, tyro.conf.arg(help=f.description)], field(default_factory=kind if inner else lambda value=f.default: value)))
+        default = field(default_factory=kind if inner else lambda value=f.default: value)
+        fields.append((name, Annotated[kind, tyro.conf.arg(help=f.description)], default))
     return make_dataclass(cls.__name__, fields, namespace={"__doc__": cls.__doc__})
 
 # %% ../nbs/21_cli.ipynb #e0c44450
@@ -95,7 +96,8 @@ def tokenizer(
     if path.exists() and any(path.iterdir()) and not cfg.overwrite:
         raise ConfigError(f'"data.tokenizer_path": {path} exists already; choose another place, or allow it with --overwrite')
     made = train_sentencepiece(read_texts(data.input_file), data.tokenizer.vocab_size, path, data.tokenizer.special_tokens)
-    print(f'{made.vocab_size:,} tokens, in "{path}". For example: {" | ".join(map(made.piece, made.encode("We the people of the United States")))}')
+    example = " | ".join(map(made.piece, made.encode("We the people of the United States")))
+    print(f'{made.vocab_size:,} tokens, in "{path}". For example: {example}')
 
 # %% ../nbs/21_cli.ipynb #228aceee
 class GenerateConfig(Section):
@@ -131,8 +133,8 @@ def generate(
     for i in range(cfg.num_samples):
         if cfg.num_samples > 1: print(f"--- {i + 1}")
         print(cfg.prompt, end="", flush=True)
-        for piece in stream_text(model, tok, cfg.prompt, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-                                 seed=cfg.seed + i): print(piece, end="", flush=True)
+        pieces = stream_text(model, tok, cfg.prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed + i)
+        for piece in pieces: print(piece, end="", flush=True)
         print()
 
 # %% ../nbs/21_cli.ipynb #1e36bc5e

@@ -14,12 +14,12 @@ from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path
 from pydantic import Field, model_validator
 
 from .config import Section
 from .core import key_for
-from .ops import Rope, attention, head_loss, linear_add, linears, norm, swiglu
+from .ops import Rope, attention, linear_add, linears, norm, swiglu
 
 # %% ../nbs/00_model.ipynb #b5c942c0
 def rope_periods(
@@ -195,7 +195,8 @@ class Attention(nn.Module):
     ) -> mx.array: # (B, T, D)
         "`residual` plus what each token gathers from those it may see."
         B, T, _ = y.shape
-        q, k, v = (z.reshape(B, T, -1, self.args.head_dim) for z in project(y, self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, head_dim)
+        q, k, v = (z.reshape(B, T, -1, self.args.head_dim)                # (B, T, heads, head_dim) each
+                   for z in project(y, self.q_proj, self.k_proj, self.v_proj))
         out = attention(q, k, v, self.rope, offset, mask, cache)          # (B, T, H, head_dim)
         return project_add(out.reshape(B, T, -1), self.o_proj, residual)  # (B, T, D)
 

@@ -36,7 +36,8 @@ def loss_metrics(
     prefix: str = "", # "val_" for held-out text
 ) -> dict[str, float]: # loss, perplexity and bits per byte
     "One loss in three units."
-    return {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700)), f"{prefix}bits_per_byte": loss / math.log(2) * tokens_per_byte}
+    bits = loss / math.log(2) * tokens_per_byte
+    return {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700)), f"{prefix}bits_per_byte": bits}
 
 # %% ../nbs/02_pretrain.ipynb #9262cd62
 class PretrainConfig(Section):
@@ -87,7 +88,8 @@ class PretrainTrainer(Trainer):
         self.windows, self.held_out = (read_windows(cfg.data, self.tokenizer, key) for key in ("input_file", "validation_file"))
         args = cfg.model.args(self.tokenizer.vocab_size, cfg.data.preprocessing.max_context_size)
         if args.max_position_embeddings < cfg.data.preprocessing.max_context_size:
-            raise ConfigError('"data.preprocessing.max_context_size" is larger than "model.attention.max_position_embeddings"; raise the latter')
+            raise ConfigError('"data.preprocessing.max_context_size" is larger than "model.attention.max_position_embeddings"; '
+                              "make one fit the other")
         epochs = None if h.iters else cfg.training.epochs
         self.draw = lambda step: batch_indices(len(self.windows), h.batch_size, step, cfg.system.seed, epochs)
         super().__init__(
@@ -128,7 +130,8 @@ def pretrain(
     trainer = PretrainTrainer(cfg)
     run = trainer.run_dir = Run(cfg.name, to_yaml(cfg), root, cfg.overwrite, cfg.logging)
     args = trainer.model.args
-    run.metadata(parameters=parameter_count(args), train_tokens=trainer.windows.n_targets, total_steps=trainer.total_steps, data=_file_hashes(cfg.data))
+    run.metadata(parameters=parameter_count(args), train_tokens=trainer.windows.n_targets, total_steps=trainer.total_steps,
+                 data=_file_hashes(cfg.data))
     trainer.tokenizer.save(run.path / "tokenizer")
     train_run(trainer, run, args=args.model_dump())
     export(trainer.model, trainer.tokenizer, run.path / "model")

@@ -133,7 +133,7 @@ def set_device(
 ) -> mx.Device: # the device that MLX uses from now on
     "Choose the device; a GPU that is not there becomes one warning and the CPU."
     gpu = mx.is_available(mx.gpu)
-    if name == "gpu" and not gpu: logging.getLogger("mlx_pretrain").warning("system.device is gpu, but MLX finds none here; training on the CPU")
+    if name == "gpu" and not gpu: logging.getLogger("mlx_pretrain").warning("the device is to be gpu, but MLX finds none; using the CPU")
     mx.set_default_device(mx.gpu if gpu and name != "cpu" else mx.cpu)
     return mx.default_device()
 
@@ -147,8 +147,9 @@ class Knobs:
         object.__setattr__(self, "_values", {k: float(v) for k, v in values.items()})
 
     def __getattr__(self, name):
-        if name.startswith("_") or name not in self._values: raise AttributeError(f"no knob {name!r}; there are {', '.join(self.__dict__['_values'])}")
-        return self._values[name]
+        values = self.__dict__.get("_values", {})
+        if name not in values: raise AttributeError(f"no knob {name!r}; there are {', '.join(values)}")
+        return values[name]
 
     def __setattr__(self, name, value):
         getattr(self, name)
@@ -192,7 +193,7 @@ def compile_update(
 class Trainer:
     """Trains a model step by step.
 
-    `knobs` may be turned at any time; `steps_done` and `tokens` count what happened; `run`, if given, is the run directory that events go to.
+    `knobs` may be turned at any time; `steps_done` and `tokens` count what happened; `run_dir` is where events go, or `None`.
     """
     def __init__(
         self,

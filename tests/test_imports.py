@@ -1,0 +1,33 @@
+"Importing a stage must be light: no plotting, no widgets, no torch, and hardly slower than MLX alone."
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"matplotlib", "ipywidgets", "transformers", "torch", "pandas", "IPython", "sentencepiece", "tokenizers", "tqdm", "tyro",
+         "fastcore", "nbdev"}
+MODULES = ["model", "data", "pretrain", "generate", "pretrained", "trainer", "run", "config", "core", "ops"]
+
+
+def loaded_and_seconds(statement):
+    "Top-level modules in memory after a statement, and the processor seconds that the process took."
+    report = "print(json.dumps([sorted({m.split('.')[0] for m in sys.modules}), time.process_time()]))"
+    code = f"import json, sys, time\n{statement}\n{report}"
+    return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_heavy_passengers(module):
+    assert not HEAVY & set(loaded_and_seconds(f"import mlx_pretrain.{module}")[0])
+
+
+def test_the_check_sees_a_heavy_passenger():
+    assert HEAVY & set(loaded_and_seconds("import mlx_pretrain.plot, matplotlib")[0])
+
+
+def test_hardly_slower_than_mlx():
+    "Processor time, the best of three: other programs do not count."
+    ours = min(loaded_and_seconds("import mlx_pretrain.pretrain")[1] for _ in range(3))
+    mlx = min(loaded_and_seconds("import mlx.core, mlx.nn, mlx.optimizers, numpy")[1] for _ in range(3))
+    assert ours - mlx < 0.5

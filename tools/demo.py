@@ -1,0 +1,58 @@
+"""`make demo`: speeches, a vocabulary, a small Llama, a curve and some text; each step is a command you can type yourself."""
+import gzip
+import json
+import lzma
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG, RUN = "configs/demo.yaml", "runs/demo"
+PROMPTS = ("My fellow Americans, ", "The state of the Union is ", "We must ")
+
+
+def command(*words):
+    "Show a command and run it; stop where it stops."
+    print(f"\n\033[1m$ {shlex.join(words)}\033[0m" if sys.stdout.isatty() else f"\n$ {shlex.join(words)}", flush=True)
+    program = {"python": [sys.executable], "mlx-pretrain": [sys.executable, "-m", "mlx_pretrain"]}[words[0]]
+    code = subprocess.run([*program, *words[1:]], check=False).returncode
+    if code: sys.exit(code)
+
+
+def summary(seconds):
+    "What came out, measured beside what everybody knows."
+    lines = [json.loads(line) for line in Path(RUN, "metrics.jsonl").read_text().splitlines()]
+    bits = next(line["val_bits_per_byte"] for line in reversed(lines) if "val_bits_per_byte" in line)
+    text = "".join(json.loads(line)["text"] for line in Path("data/sotu/val.jsonl").read_text(encoding="utf-8").splitlines()).encode()
+    packed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
+    others = ", ".join(f"{name} {8 * len(data) / len(text):.3f}" for name, data in packed.items())
+    print(f"""
+Done in {seconds // 60:.0f} min {seconds % 60:.0f} s. Bits per byte on six addresses it never saw: {bits:.3f}   ({others})
+
+Where things are
+  {RUN}/curve.png        the loss, as a picture
+  {RUN}/model/           the model; mlx-lm and transformers load it as it is
+  {RUN}/metrics.jsonl    every number; {RUN}/logs/log.txt has them for people
+  {CONFIG}     all that this run was told; change it and train again
+
+What next
+  .venv/bin/mlx-pretrain generate --run {RUN} --prompt "The people "
+  .venv/bin/python train.py --config {CONFIG} --name wider --model.dimensions.hidden_size 192
+  make lab               how it works, notebook by notebook, from 00_model on""")
+
+
+def main():
+    os.chdir(ROOT)
+    start = time.perf_counter()
+    command("python", "tools/sotu.py")
+    command("mlx-pretrain", "tokenizer", "--config", CONFIG)
+    command("python", "train.py", "--config", CONFIG)
+    for prompt in PROMPTS: command("mlx-pretrain", "generate", "--run", RUN, "--prompt", prompt, "--max_new_tokens", "80")
+    command("mlx-pretrain", "plot", RUN)
+    summary(time.perf_counter() - start)
+
+
+if __name__ == "__main__": main()
