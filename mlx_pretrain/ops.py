@@ -150,11 +150,11 @@ def attention(
     return _softmax_attention(q, k, v, mask).swapaxes(1, 2)               # (B, T, H, head_dim)
 
 # %% ../nbs/13_ops.ipynb #5b50ada1
-LOGITS = 2**21  # how many logits one chunk may have
+LOGITS = 2**19  # in one chunk: 2 MB, so that they stay in a processor's cache from the exponential to the gradient
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, LOGITS // vocabulary)
+    size = max(64, LOGITS // vocabulary)
     return [slice(i, i + size) for i in range(0, rows, size)]
 
 

@@ -105,7 +105,7 @@ def test_frequencies_match_softmax():
 def test_temperature_to_zero_is_greedy():
     logits = mx.random.normal((200, 50), key=mx.random.key(0))
     for scale in (1.0, 1e4, 1e37):
-        for t in (0, 0.0, 1e-40, 1e-12, 1e-7): assert mx.array_equal(sample(scale * logits, mx.random.key(1), t), logits.argmax(-1))
+        for t in (0, 0.0, 1e-40, 1e-12, 1e-7, 2e-6): assert mx.array_equal(sample(scale * logits, mx.random.key(1), t), logits.argmax(-1))
     agree = [mx.mean(sample(logits, mx.random.key(1), t) == logits.argmax(-1)).item() for t in (3.0, 1.0, 0.3, 0.1, 2e-6)]
     assert agree == sorted(agree) and agree[0] < 0.5 and agree[-1] == 1
 
@@ -317,6 +317,15 @@ def test_pieces_of_sentencepiece(sentencepiece, data):
     assert "".join(pieces) == sentencepiece.decode(sentencepiece.encode("The llama") + tokens)[len("The llama"):]
     text = "a 🦙 ate\n  the grüße"
     assert not any("\ufffd" in piece for piece in text_pieces(sentencepiece, [], sentencepiece.encode(text)))
+
+
+@pytest.mark.parametrize("broken", range(14))
+def test_a_character_after_broken_bytes_is_whole(broken):
+    "Wherever the held tokens are cut, it is not inside a character that may yet become whole."
+    for character in ("é", "€", "🦙"):
+        data = b"\xff" * broken + character.encode()
+        pieces = list(text_pieces(BYTE, [], data))
+        assert "".join(pieces) == BYTE.decode(data) and pieces[-1].endswith(character)
 
 
 def test_a_replacement_sign_of_its_own_is_text():

@@ -129,6 +129,7 @@ def test_traditional_rope_is_sorted_into_the_usual_layout(tmp_path):
 def test_bfloat16_masters_become_float32(model, tmp_path):
     model.set_dtype(mx.bfloat16)
     export(model, BYTE, tmp_path / "m")
+    assert {w.dtype for w in mx.load(str(tmp_path / "m/model.safetensors")).values()} == {mx.float32}
     assert {w.dtype for _, w in tree_flatten(load(tmp_path / "m").model.parameters())} == {mx.float32}
 
 

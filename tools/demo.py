@@ -47,7 +47,7 @@ What next
 def main():
     os.chdir(ROOT)
     start = time.perf_counter()
-    command("python", "tools/sotu.py")
+    command("python", "tools/speeches.py")
     command("mlx-pretrain", "tokenizer", "--config", CONFIG)
     command("python", "train.py", "--config", CONFIG)
     for prompt in PROMPTS: command("mlx-pretrain", "generate", "--run", RUN, "--prompt", prompt, "--max_new_tokens", "80")
