@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, RUN = "configs/demo.yaml", "runs/demo"
 PROMPTS = ("My fellow Americans, ", "The state of the Union is ", "We must ")
+SAMPLING = "--max_new_tokens 80 --temperature 0.6 --top_p 0.95".split()
 
 
 def command(*words):
@@ -36,7 +37,7 @@ Where things are
   {RUN}/curve.png        the loss, as a picture
   {RUN}/model/           the model; mlx-lm and transformers load it as it is
   {RUN}/metrics.jsonl    every number; {RUN}/logs/log.txt has them for people
-  {CONFIG}     all that this run was told; change it and train again
+  {CONFIG}      all that this run was told; change it and train again
 
 What next
   .venv/bin/mlx-pretrain generate --run {RUN} --prompt "The people "
@@ -50,7 +51,7 @@ def main():
     command("python", "tools/speeches.py")
     command("mlx-pretrain", "tokenizer", "--config", CONFIG)
     command("python", "train.py", "--config", CONFIG)
-    for prompt in PROMPTS: command("mlx-pretrain", "generate", "--run", RUN, "--prompt", prompt, "--max_new_tokens", "80")
+    for prompt in PROMPTS: command("mlx-pretrain", "generate", "--run", RUN, "--prompt", prompt, *SAMPLING)
     command("mlx-pretrain", "plot", RUN)
     summary(time.perf_counter() - start)
 
