@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, RUN = "configs/demo.yaml", "runs/demo"
-PROMPTS = ("My fellow Americans, ", "The state of the Union is ", "We must ")
+PROMPTS = ("My fellow Americans,", "The state of the Union is", "We must")
 SAMPLING = "--max_new_tokens 80 --temperature 0.6 --top_p 0.95".split()
 
 
@@ -37,10 +37,10 @@ Where things are
   {RUN}/curve.png        the loss, as a picture
   {RUN}/model/           the model; mlx-lm and transformers load it as it is
   {RUN}/metrics.jsonl    every number; {RUN}/logs/log.txt has them for people
-  {CONFIG}      all that this run was told; change it and train again
+  {CONFIG}          all that this run was told; change it and train again
 
 What next
-  .venv/bin/mlx-pretrain generate --run {RUN} --prompt "The people "
+  .venv/bin/mlx-pretrain generate --run {RUN} --prompt "The people"
   .venv/bin/python train.py --config {CONFIG} --name wider --model.dimensions.hidden_size 192
   make lab               how it works, notebook by notebook, from 00_model on""")
 

@@ -57,7 +57,7 @@ def test_the_loss_fell_from_the_logarithm_of_the_vocabulary(lines):
 
 def test_it_writes(held_out):
     model, tokenizer, _ = load(RUN)
-    texts = generate_text(model, tokenizer, ["My fellow Americans, ", "We must "], max_new_tokens=60, temperature=0.8)
+    texts = generate_text(model, tokenizer, ["My fellow Americans,", "We must"], max_new_tokens=60, temperature=0.8)
     known = set(" ".join(held_out).split())
     words = " ".join(texts).split()[1:-1]
     assert len(words) > 40 and sum(word in known for word in words) / len(words) > 0.6
