@@ -93,6 +93,7 @@ def tokenizer(
     if data.input_file is None: raise ConfigError('"data.input_file" is missing; name the JSON Lines file to learn the vocabulary from')
     if data.tokenizer_path is None: raise ConfigError('"data.tokenizer_path" is missing; name the directory where the tokenizer shall go')
     path = Path(data.tokenizer_path)
+    if path.is_file(): raise ConfigError(f'"data.tokenizer_path": {path} is a file; name a directory')
     if path.exists() and any(path.iterdir()) and not cfg.overwrite:
         raise ConfigError(f'"data.tokenizer_path": {path} exists already; choose another place, or allow it with --overwrite')
     made = train_sentencepiece(read_texts(data.input_file), data.tokenizer.vocab_size, path, data.tokenizer.special_tokens)
@@ -180,5 +181,5 @@ def main(
         if name not in COMMANDS: raise ConfigError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
         COMMANDS[name](rest)
     except UserError as e: print(f"mlx-pretrain: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("\nStopped. What was reached is saved in the run's directory.", file=sys.stderr); return 130
+    except KeyboardInterrupt: print("\nStopped.", file=sys.stderr); return 130
     return 0

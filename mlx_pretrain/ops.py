@@ -141,7 +141,7 @@ def attention(
     rope: Rope, # how positions turn queries and keys
     offset: int | mx.array = 0, # position of the first token: an int, or (B,) int32
     mask: mx.array | None = None, # bool, (B, 1, T, S), True means "may look"; `None`: each token sees itself and what came before
-    cache=None, # a `KVCache`: keys and values of earlier tokens, to which these are appended
+    cache: object | None = None, # a `KVCache`: keys and values of earlier tokens, to which these are appended
 ) -> mx.array: # (B, T, H, head_dim)
     "Rotary, causal, grouped-query attention: softmax(q·k / sqrt(head_dim)) · v."
     q, k, v = (z.swapaxes(1, 2) for z in (q, k, v))                       # (B, heads, T, head_dim)

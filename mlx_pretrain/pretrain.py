@@ -133,7 +133,5 @@ def pretrain(
     run.metadata(parameters=parameter_count(args), train_tokens=trainer.windows.n_targets, total_steps=trainer.total_steps,
                  data=_file_hashes(cfg.data))
     trainer.tokenizer.save(run.path / "tokenizer")
-    train_run(trainer, run, args=args.model_dump())
-    export(trainer.model, trainer.tokenizer, run.path / "model")
-    run.finish("finished")
+    train_run(trainer, run, lambda: export(trainer.model, trainer.tokenizer, run.path / "model"), args=args.model_dump())
     return run.path

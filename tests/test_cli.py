@@ -43,6 +43,7 @@ MISTAKES = { # name: (what is wrong, command, what the sentence must say)
     "missing text": (lambda: broken("text.jsonl", '{"txt": "a"}\n'), TRAIN, 'text.jsonl, line 1.*"text"'),
     "no tokenizer": (None, [*TRAIN, "--data.tokenizer_path", "tok"], "tok.*mlx-pretrain tokenizer --config"),
     "tokenizer to nowhere": (None, ["tokenizer", "--config", "run.yaml"], '"data.tokenizer_path" is missing'),
+    "tokenizer over a file": (None, ["tokenizer", "--config", "run.yaml", "--data.tokenizer_path", "text.jsonl"], "text.jsonl is a file"),
     "text too small": (None, ["tokenizer", "--config", "run.yaml", "--data.tokenizer_path", "tok"], "vocab_size|vocabulary"),
     "context beyond the model's": (None, [*TRAIN, "--model.attention.max_position_embeddings", "8"], "max_context_size"),
     "heads do not fit": (None, [*TRAIN, "--model.attention.num_heads", "5"], "num_heads"),
