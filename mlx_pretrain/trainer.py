@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['logger', 'LossFn', 'SchedulerConfig', 'make_schedule', 'AdamW', 'Hyperparameters', 'Optimization', 'TrainingConfig',
            'SystemConfig', 'set_device', 'Knobs', 'compile_update', 'Trainer', 'evaluate', 'log_metrics',
-           'save_checkpoints', 'ProgressBar', 'train_run']
+           'save_checkpoints', 'ProgressBar', 'stop_between_steps', 'train_run']
 
 # %% ../nbs/18_trainer.ipynb #2e7b0ba0
 import logging
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -218,7 +221,7 @@ class Trainer:
         self.optimizer.init(model.trainable_parameters())
         self.update = compile_update(model, self.optimizer, loss, h.gradient_clip)
         self.knobs = Knobs(learning_rate_factor=1.0)
-        self._last_knobs, self.steps_done, self.tokens = self.knobs.snapshot(), 0, 0
+        self._last_knobs, self.steps_done, self.tokens, self.stop_requested = self.knobs.snapshot(), 0, 0, False
 
     def read_knobs(self) -> dict[str, float]:
         "The knobs for this step; a change since the last one becomes an event."
@@ -233,8 +236,9 @@ class Trainer:
         start, knobs = time.perf_counter(), self.read_knobs()
         rate = self.schedule(self.steps_done) * knobs["learning_rate_factor"]
         loss, count, norm = self.update(self.batch_at(self.steps_done), mx.array(rate))
+        self.steps_done += 1                                              # counted before the work, which Ctrl-C cannot undo
         mx.eval(self.model.state, self.optimizer.state, loss, count, norm)
-        self.steps_done, self.tokens = self.steps_done + 1, self.tokens + count.item()
+        self.tokens += count.item()
         yield "update"
         return {"step": self.steps_done, "loss": loss.item(), "learning_rate": rate, "grad_norm": norm.item(), "tokens": self.tokens,
                 "tokens_per_second": count.item() / (time.perf_counter() - start)}
@@ -251,9 +255,9 @@ class Trainer:
         return metrics
 
     def run(self) -> dict: # metrics of the last step
-        "Step until the end."
+        "Step until the end, or until `stop_requested` is set."
         metrics = {}
-        while self.steps_done < self.total_steps: metrics = self.step()
+        while self.steps_done < self.total_steps and not self.stop_requested: metrics = self.step()
         return metrics
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
@@ -334,6 +338,22 @@ class ProgressBar:
     def __exit__(self, *_): self.bar.close()
 
 # %% ../nbs/18_trainer.ipynb #4b803f63
+@contextmanager
+def stop_between_steps(
+    trainer: Trainer, # to be asked to stop
+):
+    "Inside, Ctrl-C sets `trainer.stop_requested`; a second one raises `KeyboardInterrupt`. Outside the main thread nothing changes."
+    if threading.current_thread() is not threading.main_thread(): yield; return
+
+    def ask(*_):
+        if trainer.stop_requested: raise KeyboardInterrupt
+        trainer.stop_requested = True
+
+    before = signal.signal(signal.SIGINT, ask)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+
+# %% ../nbs/18_trainer.ipynb #34b14a93
 def train_run(
     trainer: Trainer, # ready to go
     run: Run, # its run directory
@@ -342,17 +362,19 @@ def train_run(
 ):
     "Train to the end inside a run directory: log, save, show progress, and write down how it ended."
     steps = run.logging.steps
+    def save(): return run.save_checkpoint(trainer.steps_done, trainer.arrays(), {**trainer.state(), **state})
     trainer.callbacks += [log_metrics(run, steps.logging_interval), save_checkpoints(run, steps.checkpoint_interval, **state)]
     try:
-        with ProgressBar(trainer.total_steps, trainer.steps_done) as bar:
+        with ProgressBar(trainer.total_steps, trainer.steps_done) as bar, stop_between_steps(trainer):
             trainer.callbacks.append(bar)
             trainer.run()
+        if trainer.steps_done < trainer.total_steps:
+            logger.info(f"stopped after step {trainer.steps_done} of {trainer.total_steps}; saved in {save()}")
+            raise KeyboardInterrupt
         afterwards()
         run.finish("finished")
     except KeyboardInterrupt:
-        saved = run.save_checkpoint(trainer.steps_done, trainer.arrays(), {**trainer.state(), **state})
         run.finish("interrupted")
-        logger.info(f"stopped after step {trainer.steps_done} of {trainer.total_steps}; saved in {saved}")
         raise
     except BaseException:
         run.finish("failed")
