@@ -371,4 +371,6 @@ d = { 'settings': { 'branch': 'main',
                                       'mlx_pretrain.trainer.make_schedule': ('trainer.html#make_schedule', 'mlx_pretrain/trainer.py'),
                                       'mlx_pretrain.trainer.save_checkpoints': ('trainer.html#save_checkpoints', 'mlx_pretrain/trainer.py'),
                                       'mlx_pretrain.trainer.set_device': ('trainer.html#set_device', 'mlx_pretrain/trainer.py'),
+                                      'mlx_pretrain.trainer.stop_between_steps': ( 'trainer.html#stop_between_steps',
+                                                                                   'mlx_pretrain/trainer.py'),
                                       'mlx_pretrain.trainer.train_run': ('trainer.html#train_run', 'mlx_pretrain/trainer.py')}}}

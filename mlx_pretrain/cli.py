@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
+from pydantic import Field
 
 from .config import ConfigError, Section, UserError, load_config
 from .data import read_texts, train_sentencepiece
@@ -115,11 +116,11 @@ class GenerateConfig(Section):
     "Only the k likeliest tokens; 0 for all."
     top_p: float = 1.0
     "Only the likeliest tokens that together have this probability."
-    num_samples: int = 1
+    num_samples: int = Field(1, ge=1)
     "How many texts to write."
     seed: int = 0
     "Another number, another text."
-    device: str = "auto"
+    device: Literal["auto", "gpu", "cpu"] = "auto"
     "auto, gpu or cpu."
 
 
@@ -133,8 +134,8 @@ def generate(
     model, tok, _ = load(path if path.exists() or not (Path("runs") / path).exists() else Path("runs") / path)
     for i in range(cfg.num_samples):
         if cfg.num_samples > 1: print(f"--- {i + 1}")
-        print(cfg.prompt, end="", flush=True)
         pieces = stream_text(model, tok, cfg.prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed + i)
+        print(cfg.prompt, end="", flush=True)                             # only now: what cannot be written on is refused above
         for piece in pieces: print(piece, end="", flush=True)
         print()
 
@@ -182,4 +183,5 @@ def main(
         COMMANDS[name](rest)
     except UserError as e: print(f"mlx-pretrain: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("\nStopped.", file=sys.stderr); return 130
+    except BrokenPipeError: sys.stdout = None; return 141                 # whoever read our output has seen enough
     return 0

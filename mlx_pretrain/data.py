@@ -393,7 +393,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_finite, par
 def _parse_line(raw: bytes) -> dict[str, Any]:
     "The object on one line. Raises `DataError` that says what is wrong with it."
     try:
-        row = _DECODER.decode(raw.decode())
+        row = _DECODER.decode(raw.decode().rstrip("\r\n"))
         if re.search(rb"\\u[dD][89a-fA-F]", raw): json.dumps(row, ensure_ascii=False).encode() # fails on half a pair
     except json.JSONDecodeError as e:
         raise DataError(f"not valid JSON ({e.msg}, column {e.colno}); each line must hold one whole object") from None

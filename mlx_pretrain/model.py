@@ -423,7 +423,7 @@ class Dimensions(Section):
 class AttentionConfig(Section):
     "Heads and context."
     num_heads: int | None = Field(None, ge=1)
-    "Query heads; by default `hidden_size` / 64, at least 1."
+    "Query heads; by default as near to `hidden_size` / 64 as divides it, at least 1."
     num_kv_heads: int | None = Field(None, ge=1)
     "Key and value heads; by default as many as `num_heads`."
     head_dim: int | None = Field(None, ge=2, multiple_of=2)
@@ -485,7 +485,7 @@ class ModelConfig(Section):
     ) -> LlamaArgs: # all sizes
         "Fill in what was left out."
         d, a = self.dimensions, self.attention
-        heads = a.num_heads or max(1, d.hidden_size // 64)
+        heads = a.num_heads or next((h for h in range(d.hidden_size // 64, 1, -1) if d.hidden_size % (2 * h) == 0), 1)
         if not a.head_dim and d.hidden_size % (2 * heads):
             raise ValueError(f"hidden_size ({d.hidden_size}) must be an even multiple of num_heads ({heads}), or head_dim must be set")
         return LlamaArgs(
