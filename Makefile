@@ -56,7 +56,7 @@ clean:
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
 
 # One stamp for each extra. The extra for this machine (cpu, cuda, none on a Mac) comes along with every one.
-.venv/.stamp-%: settings.ini setup.py | .venv/bin/python
+.venv/.stamp-%: settings.ini setup.py .venv/bin/python
 	@device='$(strip $(DEVICE))'; extras="$${device:+$$device,}$*"; \
 	echo "Installing mlx-pretrain[$$extras] into .venv; the first time this takes a few minutes."; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$$extras]"

@@ -23,6 +23,7 @@ from .generate import stream_text
 from .plot import plot_runs, save_figure
 from .pretrain import PretrainConfig, pretrain
 from .pretrained import load
+from .run import is_run
 from .trainer import set_device
 
 # %% ../nbs/21_cli.ipynb #5aa16e75
@@ -34,7 +35,7 @@ def _given_keys(
     args: list[str], # command-line words
 ) -> list[str]: # dotted keys that have a flag among them
     "The keys that somebody typed; `--no-overwrite` is about `overwrite`."
-    flags = [a[2:].split("=")[0].replace("-", "_") for a in args if a.startswith("--")]
+    flags = [a[2:].split("=")[0].replace("-", "_") for a in args if a.startswith("--") and a != "--"]
     parts = [flag.rpartition(".") for flag in flags]
     return [f"{section}{dot}{key.removeprefix('no_')}" for section, dot, key in parts]
 
@@ -95,7 +96,10 @@ def tokenizer(
     if data.tokenizer_path is None: raise ConfigError('"data.tokenizer_path" is missing; name the directory where the tokenizer shall go')
     path = Path(data.tokenizer_path)
     if path.is_file(): raise ConfigError(f'"data.tokenizer_path": {path} is a file; name a directory')
-    if path.exists() and any(path.iterdir()) and not cfg.overwrite:
+    there = {p.name for p in path.iterdir()} if path.exists() else set()
+    if there and (there != {"tokenizer.model", "tokenizer_config.json"} or is_run(path.parent)):
+        raise ConfigError(f'"data.tokenizer_path": {path} holds more than a trained vocabulary, or belongs to a run; choose another place')
+    if there and not cfg.overwrite:
         raise ConfigError(f'"data.tokenizer_path": {path} exists already; choose another place, or allow it with --overwrite')
     made = train_sentencepiece(read_texts(data.input_file), data.tokenizer.vocab_size, path, data.tokenizer.special_tokens)
     example = " | ".join(map(made.piece, made.encode("We the people of the United States")))

@@ -18,7 +18,7 @@ from .data import Batch, DataConfig, Tokenizer, Windows, batch_indices, make_tok
 from .model import Llama, ModelConfig, parameter_count
 from .ops import head_loss
 from .pretrained import export
-from .run import LoggingConfig, Run
+from .run import LoggingConfig, Run, check_name, check_place
 from .trainer import SystemConfig, Trainer, TrainingConfig, evaluate, set_device, train_run
 
 # %% ../nbs/02_pretrain.ipynb #545b6513
@@ -127,11 +127,11 @@ def pretrain(
     Raises `UserError` for whatever is wrong in configuration, data or place; nothing is written before these are checked.
     """
     set_device(cfg.system.device)
-    trainer = PretrainTrainer(cfg)
+    check_place(Path(root) / check_name(cfg.name), cfg.overwrite)         # before the data are read, which may take long
+    trainer, hashes = PretrainTrainer(cfg), _file_hashes(cfg.data)
     run = trainer.run_dir = Run(cfg.name, to_yaml(cfg), root, cfg.overwrite, cfg.logging)
     args = trainer.model.args
-    run.metadata(parameters=parameter_count(args), train_tokens=trainer.windows.n_targets, total_steps=trainer.total_steps,
-                 data=_file_hashes(cfg.data))
+    run.metadata(parameters=parameter_count(args), train_tokens=trainer.windows.n_targets, total_steps=trainer.total_steps, data=hashes)
     trainer.tokenizer.save(run.path / "tokenizer")
     train_run(trainer, run, lambda: export(trainer.model, trainer.tokenizer, run.path / "model"), args=args.model_dump())
     return run.path

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunError', 'check_name', 'StepsConfig', 'MetricsConfig', 'LoggingConfig', 'Journal', 'read_metrics',
-           'write_checkpoint', 'checkpoints', 'load_checkpoint', 'is_run', 'Run']
+           'write_checkpoint', 'checkpoints', 'load_checkpoint', 'is_run', 'check_place', 'Run']
 
 # %% ../nbs/15_run.ipynb #53cdda9c
 import hashlib
@@ -162,7 +162,10 @@ def _swap_in(new: Path, final: Path, replace: bool = True):
     "Put the folder `new` at `final`; what stood there goes, if `replace`, else it stays and the move fails."
     old = final.with_name(f".{final.name}.old-{os.getpid()}")
     if replace and final.exists(): os.rename(final, old)
-    os.rename(new, final)
+    try: os.rename(new, final)
+    except OSError:
+        if old.exists(): os.rename(old, final)                            # back to where it was
+        raise
     _fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -330,8 +333,11 @@ def is_run(
     return isinstance(versions, dict) and "mlx_pretrain" in versions
 
 
-def _check_place(final: Path, overwrite: bool):
-    "Let a new run start only where nothing, or a run that may be replaced, stands."
+def check_place(
+    final: Path, # where a new run is to stand
+    overwrite: bool, # may a run there be replaced?
+):
+    "Let a new run start only where nothing, or a run that may be replaced, stands. Raises `RunError` if something else does."
     if not os.path.lexists(final): return
     if not overwrite: raise RunError(f"{final} exists already: choose another `name`, or set `overwrite: true` to replace the run there.")
     if final.is_symlink() or not is_run(final):
@@ -374,7 +380,7 @@ def _lay_out(final: Path, config: str, overwrite: bool, logging: LoggingConfig) 
     new = final.with_name(f".{final.name}.new-{os.getpid()}")
     with _writing(new):
         _tidy(final)
-        _check_place(final, overwrite)
+        check_place(final, overwrite)
         (new / logging.log_dir).mkdir(parents=True)
         (new / "config.yaml").write_text(config, encoding="utf-8")
     _write_whole(new / "metadata.json", _to_json(_birth(final.name, logging), indent=1))
@@ -399,7 +405,7 @@ class Run(Journal):
         if not self.final.exists(): self._take_place()
 
     def _take_place(self):
-        _check_place(self.final, self.overwrite)
+        check_place(self.final, self.overwrite)
         with _writing(self.final): _swap_in(self.path, self.final, self.overwrite)
         self.path = self.final
 

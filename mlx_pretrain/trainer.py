@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'LossFn', 'SchedulerConfig', 'make_schedule', 'AdamW', 'Hyperparameters', 'Optimization', 'TrainingConfig',
-           'SystemConfig', 'set_device', 'Knobs', 'compile_update', 'Trainer', 'evaluate', 'log_metrics',
-           'save_checkpoints', 'ProgressBar', 'stop_between_steps', 'train_run']
+           'SystemConfig', 'set_device', 'Knobs', 'clip_gradient', 'compile_update', 'Trainer', 'evaluate',
+           'log_metrics', 'save_checkpoints', 'ProgressBar', 'stop_between_steps', 'train_run']
 
 # %% ../nbs/18_trainer.ipynb #2e7b0ba0
 import logging
@@ -22,10 +22,10 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from pydantic import Field, model_validator
 
-from .config import Section
+from .config import ConfigError, Section
 from .run import Journal, Run
 
 # %% ../nbs/18_trainer.ipynb #6b7c3e3c
@@ -49,12 +49,18 @@ def make_schedule(
     peak: float, # largest learning rate
     total_steps: int, # steps of the whole run
 ) -> Callable[[int], float]: # step (from 0) → learning rate
-    "The learning rate of every step."
+    """The learning rate of every step.
+
+    Raises `ConfigError` if the warm-up is as long as the run.
+    """
     warmup = 0 if cfg.type == "cosine" else cfg.warmup_steps if cfg.warmup_steps is not None else round(cfg.warmup_ratio * total_steps)
+
+    if 0 < total_steps <= warmup:
+        raise ConfigError(f'"training.scheduler": {warmup} steps of warm-up leave nothing of {total_steps} steps; take fewer')
 
     def rate(step: int) -> float:
         if step < warmup: return peak * (step + 1) / warmup
-        progress = min(1.0, (step + 1 - warmup) / max(1, total_steps - warmup))
+        progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
         return peak * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
     return rate
@@ -169,6 +175,16 @@ class Knobs:
     def __repr__(self): return f"Knobs({', '.join(f'{k}={v:g}' for k, v in self._values.items())})"
 
 # %% ../nbs/18_trainer.ipynb #e58b8e19
+def clip_gradient(
+    grads: dict, # a tree of gradients
+    longest: float, # its greatest length
+) -> tuple[dict, mx.array]: # (the tree, scaled down if it is longer, and its length before, float32)
+    "Clip by the norm over all parameters together, summed row by row."
+    norm = mx.sqrt(sum(mx.square(g.astype(mx.float32)).sum(axis=-1).sum() for _, g in tree_flatten(grads)))
+    scale = mx.minimum(longest / (norm + 1e-6), 1.0)
+    return tree_map(lambda g: (g * scale).astype(g.dtype), grads), norm
+
+# %% ../nbs/18_trainer.ipynb #cb9ed748
 LossFn = Callable[[nn.Module, NamedTuple], tuple[mx.array, mx.array]]
 
 
@@ -188,7 +204,7 @@ def compile_update(
     @partial(mx.compile, inputs=state, outputs=state)
     def update(batch, learning_rate):
         (value, count), grads = value_and_grad(model, batch)
-        grads, norm = optim.clip_grad_norm(grads, gradient_clip)
+        grads, norm = clip_gradient(grads, gradient_clip)
         optimizer.learning_rate = learning_rate
         optimizer.update(model, grads)
         return value, count, norm
@@ -342,16 +358,20 @@ class ProgressBar:
 def stop_between_steps(
     trainer: Trainer, # to be asked to stop
 ):
-    "Inside, Ctrl-C sets `trainer.stop_requested`; a second one raises `KeyboardInterrupt`. Outside the main thread nothing changes."
-    if threading.current_thread() is not threading.main_thread(): yield; return
+    "Inside, Ctrl-C sets `trainer.stop_requested`, a second one raises `KeyboardInterrupt`; not in other threads, nor where it is ignored."
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN): yield; return
 
     def ask(*_):
         if trainer.stop_requested: raise KeyboardInterrupt
         trainer.stop_requested = True
+        logger.info("stopping after this step; Ctrl-C again stops at once, without saving")
 
-    before = signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGINT, ask)
     try: yield
-    finally: signal.signal(signal.SIGINT, before)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        trainer.stop_requested = False
 
 # %% ../nbs/18_trainer.ipynb #34b14a93
 def train_run(
@@ -365,11 +385,12 @@ def train_run(
     def save(): return run.save_checkpoint(trainer.steps_done, trainer.arrays(), {**trainer.state(), **state})
     trainer.callbacks += [log_metrics(run, steps.logging_interval), save_checkpoints(run, steps.checkpoint_interval, **state)]
     try:
-        with ProgressBar(trainer.total_steps, trainer.steps_done) as bar, stop_between_steps(trainer):
+        with stop_between_steps(trainer), ProgressBar(trainer.total_steps, trainer.steps_done) as bar:
             trainer.callbacks.append(bar)
             trainer.run()
         if trainer.steps_done < trainer.total_steps:
-            logger.info(f"stopped after step {trainer.steps_done} of {trainer.total_steps}; saved in {save()}")
+            where = f"saved in {save()}" if run.path == run.final else f"the earlier run in {run.final} stays as it was"
+            logger.info(f"stopped after step {trainer.steps_done} of {trainer.total_steps}; {where}")
             raise KeyboardInterrupt
         afterwards()
         run.finish("finished")

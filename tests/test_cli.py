@@ -1,4 +1,5 @@
 "The commands as a user types them: what they do, and what they say when something is wrong."
+import contextlib
 import json
 import os
 import re
@@ -79,6 +80,23 @@ def test_the_script_is_the_command(here):
         assert done.returncode == 0, done.stderr
     weights = {Path("runs", name, "model", "model.safetensors").read_bytes() for name in ways}
     assert len(weights) == 1
+
+
+def test_overwrite_never_touches_a_runs_tokenizer(here, capfd):
+    "A tokenizer inside a run, and a model's directory, stay as they are, whatever `overwrite` says."
+    assert main(["train", "--config", "run.yaml"]) == 0
+    for path in ("runs/run/tokenizer", "runs/run/model"):
+        before = {p.name: p.read_bytes() for p in Path(path).iterdir()}
+        args = ["--data.tokenizer_path", path, "--data.tokenizer.vocab_size", "290", "--overwrite"]
+        assert main(["tokenizer", "--config", "run.yaml", *args]) == 2
+        assert {p.name: p.read_bytes() for p in Path(path).iterdir()} == before
+    made = ["tokenizer", "--config", "run.yaml", "--data.tokenizer_path", "tok", "--data.tokenizer.vocab_size", "290"]
+    assert [main(made), main(made), main([*made, "--overwrite"])] == [0, 2, 0]
+
+
+def test_two_dashes_among_the_flags_are_no_traceback(here, capfd):
+    with contextlib.suppress(SystemExit): main(["train", "--config", "run.yaml", "--"])
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_traceback_is_ours_only(here):

@@ -19,7 +19,9 @@ def command(*words):
     "Show a command and run it; stop where it stops."
     print(f"\n\033[1m$ {shlex.join(words)}\033[0m" if sys.stdout.isatty() else f"\n$ {shlex.join(words)}", flush=True)
     program = {"python": [sys.executable], "mlx-pretrain": [sys.executable, "-m", "mlx_pretrain"]}[words[0]]
-    code = subprocess.run([*program, *words[1:]], check=False).returncode
+    child = subprocess.Popen([*program, *words[1:]])
+    try: code = child.wait()
+    except KeyboardInterrupt: code = child.wait() or 130  # it got the Ctrl-C too, and may need a moment to save
     if code: sys.exit(code)
 
 
