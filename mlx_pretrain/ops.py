@@ -11,29 +11,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-# %% ../nbs/13_ops.ipynb #19d84f6f
-@mx.custom_function
-@mx.compile
-def _exp_by_bits(x: mx.array) -> mx.array:
-    """`exp(x)` in float32 from additions, multiplications and shifts; x is cut to [-87, 88].
-
-    Source: the polynomial is that of S. Moshier's Cephes library, expf.
-    """
-    x = mx.clip(x.astype(mx.float32), -87.0, 88.0)
-    n = mx.round(x * 1.44269504)
-    f = (x - n * 0.693359375) + n * 2.12194440e-4                         # x − n·ln 2, in two parts for accuracy
-    p = 1.9875691500e-4
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1): p = p * f + c
-    return (p * (f * f) + f + 1) * ((n.astype(mx.int32) + 127) << 23).view(mx.float32)
-
-
-@_exp_by_bits.vjp
-def _exp_by_bits_vjp(x, cotangent, output): return (cotangent * output).astype(x.dtype)
-
-
-def _slow_exp() -> bool: return sys.platform == "linux" and mx.default_device() == mx.cpu
-def _exp(x: mx.array) -> mx.array: return _exp_by_bits(x) if _slow_exp() else mx.exp(x.astype(mx.float32))
-
 # %% ../nbs/13_ops.ipynb #6940664e
 def norm(
     x: mx.array, # (…, D)
@@ -62,6 +39,29 @@ def linear_add(
 ) -> mx.array: # (…, D_out)
     "`residual + x @ w.T`."
     return residual + x @ w.T
+
+# %% ../nbs/13_ops.ipynb #19d84f6f
+@mx.custom_function
+@mx.compile
+def _exp_by_bits(x: mx.array) -> mx.array:
+    """`exp(x)` in float32 from additions, multiplications and shifts; x is cut to [-87, 88].
+
+    Source: the polynomial is that of S. Moshier's Cephes library, expf.
+    """
+    x = mx.clip(x.astype(mx.float32), -87.0, 88.0)
+    n = mx.round(x * 1.44269504)
+    f = (x - n * 0.693359375) + n * 2.12194440e-4                         # x − n·ln 2, in two parts for accuracy
+    p = 1.9875691500e-4
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1): p = p * f + c
+    return (p * (f * f) + f + 1) * ((n.astype(mx.int32) + 127) << 23).view(mx.float32)
+
+
+@_exp_by_bits.vjp
+def _exp_by_bits_vjp(x, cotangent, output): return (cotangent * output).astype(x.dtype)
+
+
+def _slow_exp() -> bool: return sys.platform == "linux" and mx.default_device() == mx.cpu
+def _exp(x: mx.array) -> mx.array: return _exp_by_bits(x) if _slow_exp() else mx.exp(x.astype(mx.float32))
 
 # %% ../nbs/13_ops.ipynb #de66d77a
 def _sigmoid(x: mx.array) -> mx.array: return 1 / (1 + _exp(-x))

@@ -8,6 +8,7 @@ __all__ = ['next_token_loss', 'loss_metrics', 'PretrainConfig', 'read_windows', 
 # %% ../nbs/02_pretrain.ipynb #e4bc2e03
 import hashlib
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import mlx.core as mx
@@ -82,7 +83,7 @@ class PretrainTrainer(Trainer):
         self,
         cfg: PretrainConfig, # the whole run
         run: Run | None = None, # run directory for events
-        callbacks=(), # observers of each step
+        callbacks: Iterable[Callable] = (), # observers of each step
     ):
         h, self.cfg, self.tokenizer = cfg.training.hyperparameters, cfg, make_tokenizer(cfg.data)
         self.windows, self.held_out = (read_windows(cfg.data, self.tokenizer, key) for key in ("input_file", "validation_file"))

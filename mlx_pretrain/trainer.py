@@ -180,7 +180,7 @@ def clip_gradient(
     longest: float, # its greatest length
 ) -> tuple[dict, mx.array]: # (the tree, scaled down if it is longer, and its length before, float32)
     "Clip by the norm over all parameters together, summed row by row."
-    norm = mx.sqrt(sum(mx.square(g.astype(mx.float32)).sum(axis=-1).sum() for _, g in tree_flatten(grads)))
+    norm = mx.sqrt(sum(mx.square(mx.atleast_1d(g).astype(mx.float32)).sum(axis=-1).sum() for _, g in tree_flatten(grads)))
     scale = mx.minimum(longest / (norm + 1e-6), 1.0)
     return tree_map(lambda g: (g * scale).astype(g.dtype), grads), norm
 
@@ -254,10 +254,10 @@ class Trainer:
         loss, count, norm = self.update(self.batch_at(self.steps_done), mx.array(rate))
         self.steps_done += 1                                              # counted before the work, which Ctrl-C cannot undo
         mx.eval(self.model.state, self.optimizer.state, loss, count, norm)
-        self.tokens += count.item()
+        self.tokens, speed = self.tokens + count.item(), count.item() / (time.perf_counter() - start)
         yield "update"
         return {"step": self.steps_done, "loss": loss.item(), "learning_rate": rate, "grad_norm": norm.item(), "tokens": self.tokens,
-                "tokens_per_second": count.item() / (time.perf_counter() - start)}
+                "tokens_per_second": speed}
 
     def step(self) -> dict: # metrics of this step
         "Take one step, to its end."
