@@ -292,6 +292,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
         self.norm = RMSNorm(args.hidden_size, args.rms_norm_eps)
+        self.checkpointing = False # in training, remember each block's input only
 
     def __call__(
         self,
@@ -304,7 +305,9 @@ class Decoder(nn.Module):
         offset = start if pad is None else start - pad                    # int, or (B,)
         mask = None if pad is None else padding_mask(pad, start, ids.shape[1])
         x = self.embed_tokens.weight[ids]                                 # (B, T, D)
-        for i, layer in enumerate(self.layers): x = layer(x, offset, mask, cache[i] if cache else None)
+        for i, layer in enumerate(self.layers):
+            block = nn.utils.checkpoint(layer) if self.checkpointing and self.training else layer
+            x = block(x, offset, mask, cache[i] if cache else None)       # (B, T, D)
         return self.norm(x)[0]
 
 # %% ../nbs/00_model.ipynb #6d438ea3

@@ -174,7 +174,7 @@ def _chunk_loss(h, w, t, m):
 @mx.custom_function
 def _fused_loss(h, w, t, m):
     "As `_chunk_loss`, for any number of rows."
-    total, dhs, dw = mx.array(0.0), [], mx.zeros_like(w)
+    total, dhs, dw = mx.array(0.0), [], mx.zeros(w.shape)                 # float32, also where w is narrower: many chunks are added
     for c in _chunks(h.shape[0], w.shape[0]):
         rows = mx.depends([h[c]], [total, dw, *dhs[-1:]])[0]              # (rows, D), read only when the chunk before is done
         loss, dh, dwi = _chunk_loss(rows, w, t[c], m[c])
@@ -185,9 +185,9 @@ def _fused_loss(h, w, t, m):
 
 @_fused_loss.vjp
 def _fused_loss_vjp(primals, cotangents, outputs):
-    _, _, t, m = primals
+    h, w, t, m = primals
     _, dh, dw = outputs
-    return cotangents[0].astype(dh.dtype) * dh, cotangents[0].astype(dw.dtype) * dw, mx.zeros_like(t), mx.zeros_like(m)
+    return (cotangents[0] * dh).astype(h.dtype), (cotangents[0] * dw).astype(w.dtype), mx.zeros_like(t), mx.zeros_like(m)
 
 # %% ../nbs/13_ops.ipynb #e9534485
 def _forward_loss(h, w, t, m):
