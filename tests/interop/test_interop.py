@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from mlx_pretrain.data import ByteTokenizer, train_sentencepiece
 from mlx_pretrain.generate import generate
 from mlx_pretrain.model import Llama, LlamaArgs, RopeScaling, rope_periods, scale_periods
+from mlx_pretrain.optim import SGD, Adam, AdamW, Muon
 from mlx_pretrain.pretrained import PretrainedError, export, load
 
 transformers.logging.set_verbosity_error()
@@ -261,3 +262,64 @@ def test_real_llama3_scaling():
                          rope_parameters={"rope_type": "llama3", "rope_theta": 500_000.0, **spelled})
     ours = 1 / np.array(scale_periods(rope_periods(128, 500_000.0), RopeScaling(type="llama3", **spelled)))
     np.testing.assert_allclose(ours, LlamaRotaryEmbedding(config).inv_freq.numpy(), rtol=2e-6)
+
+
+# ---- optimizers
+
+def optimizer_example(shape, steps=20):
+    "A parameter and its gradients."
+    rng = np.random.default_rng(0)
+    return rng.normal(size=shape).astype(np.float32), rng.normal(size=(steps, *shape)).astype(np.float32)
+
+
+def walk_ours(opt, w, grads):
+    p = {"w": mx.array(w)}
+    for g in grads: p = opt.apply_gradients({"w": mx.array(g)}, p)
+    return np.array(p["w"])
+
+
+def walk_torch(opt, w, grads, **arguments):
+    p = torch.nn.Parameter(torch.tensor(w))
+    opt = opt([p], lr=0.01, **arguments)
+    for g in grads:
+        p.grad = torch.tensor(g)
+        opt.step()
+    return p.detach().numpy()
+
+
+TWINS = {
+    "adamw": (lambda: AdamW(0.01, (0.9, 0.95), 1e-8, 0.1), torch.optim.AdamW, {"betas": (0.9, 0.95)}),
+    "adamw, long memory": (lambda: AdamW(0.01, (0.9, 0.999), 1e-5, 0.1), torch.optim.AdamW, {"betas": (0.9, 0.999), "eps": 1e-5}),
+    "adam": (lambda: Adam(0.01, (0.9, 0.95), 1e-8, 0.1), torch.optim.Adam, {"betas": (0.9, 0.95)}),
+    "sgd": (lambda: SGD(0.01, 0.9, 0.1), torch.optim.SGD, {"momentum": 0.9}),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (7,)])
+def test_optimizers_step_alike(name, shape):
+    "Twenty steps; torch decays vectors too, so there its decay is 0."
+    ours, theirs, arguments = TWINS[name]
+    w, grads = optimizer_example(shape)
+    walked = walk_ours(ours(), w, grads)
+    decay = 0.1 if len(shape) > 1 else 0.0
+    np.testing.assert_allclose(walked, walk_torch(theirs, w, grads, weight_decay=decay, **arguments), atol=2e-6)
+    assert np.abs(walked - walk_torch(theirs, w, grads, weight_decay=0.1 - decay, **arguments)).max() > 1e-3     # with the other decay
+
+
+MUON = dict(momentum=0.95, adjust_lr_fn="match_rms_adamw")
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5), (64, 160)])
+def test_muon_steps_alike(shape, monkeypatch):
+    """Torch orthogonalises in bfloat16, with about three digits; ours are as close as that allows, and to float32's rounding where it
+    is made to use float32."""
+    w, grads = optimizer_example(shape, steps=5)
+    ours, still = walk_ours(Muon(0.01, 0.95, 0.1), w, grads), w * (1 - 0.01 * 0.1) ** 5
+    coarse = walk_torch(torch.optim.Muon, w, grads, weight_decay=0.1, **MUON)
+    assert np.linalg.norm(ours - coarse) < 0.03 * np.linalg.norm(ours - still)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.clone())
+    np.testing.assert_allclose(ours, walk_torch(torch.optim.Muon, w, grads, weight_decay=0.1, **MUON), atol=1e-5)
+    for wrong in ({"weight_decay": 0.0}, {"nesterov": False}, {"momentum": 0.9}, {"adjust_lr_fn": "original"}):
+        other = walk_torch(torch.optim.Muon, w, grads, **{"weight_decay": 0.1, **MUON, **wrong})
+        assert np.abs(ours - other).max() > 3e-4                          # thirty times the tolerance
