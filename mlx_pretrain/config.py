@@ -10,11 +10,12 @@ __all__ = ['MAX_BYTES', 'MAX_DEPTH', 'MAX_VALUES', 'UserError', 'ConfigError', '
 import difflib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,10 +28,33 @@ class ConfigError(UserError):
     "A configuration that cannot be used; its text has one line for each mistake."
 
 # %% ../nbs/10_config.ipynb #cab18aa8
+def _one_line(text: str, longest: int = 1000) -> str:
+    "The text on one line of readable length, with an escape for each character that does not show."
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:longest + 1])
+    return text if len(text) <= longest else text[:longest - 1] + "…"
+
 def _show(value: Any) -> str:
-    "A value as a reader of the file would write it, on one line, cut to a readable length."
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:79] + "…"
+    "A value as a reader of the file would write it."
+    return _one_line(json.dumps(value, ensure_ascii=False, default=str), 80)
+
+# %% ../nbs/10_config.ipynb #a30c0632
+class _Mistake(NamedTuple):
+    "One thing that is wrong."
+    line: int | None # from 1, or `_COMMAND_LINE`, or `None` if it stands nowhere
+    sentence: str # what, and the remedy
+    path: tuple | None = None # the key whose value needs no other complaint
+
+_COMMAND_LINE = 0
+
+def _wrong(path: str | Path, problem: str) -> ConfigError: return ConfigError(_one_line(f"{path} {problem}"))
+
+def _complain(path: str | Path, mistakes: list[_Mistake]) -> ConfigError:
+    "One line for each mistake: the file's in its order, then the command line's; at most 20."
+    def place(line): return path if line is None else "command line" if line == _COMMAND_LINE else f"{path}, line {line}"
+    ordered = sorted(mistakes, key=lambda mistake: mistake.line or math.inf)
+    said = list(dict.fromkeys(_one_line(f"{place(line)}: {sentence}") for line, sentence, _ in ordered))
+    more = [_one_line(f"{path}: {len(said) - 20} more mistakes")] if len(said) > 20 else []
+    return ConfigError("\n".join(said[:20] + more))
 
 # %% ../nbs/10_config.ipynb #57316f44
 class Section(BaseModel):
@@ -71,81 +95,122 @@ class _Loader(yaml.SafeLoader):
 
 for _kind, (_pattern, _first) in _PLAIN.items(): _Loader.add_implicit_resolver(_TAG + _kind, re.compile(f"(?:{_pattern})$"), _first)
 
-def _refuse(node, problem): raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+class _Refusal(yaml.MarkedYAMLError): "What PyYAML would read and we do not."
+
+def _refuse(node, problem): raise _Refusal(problem=problem, problem_mark=node.start_mark)
 
 # %% ../nbs/10_config.ipynb #4e92709d
 def _text(text: str) -> str:
-    text.encode() # raises for half of a surrogate pair, which no file can hold
-    return text
+    "Join the two halves in which JSON writes a rare character; a half alone raises."
+    return text.encode("utf-16", "surrogatepass").decode("utf-16")
 
-_READ = {"str": _text, "null": lambda text: None, "bool": lambda text: {"true": True, "false": False}[text.lower()], "int": int,
-         "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))}
+def _int(text: str) -> int:
+    "A number that every library behind us can take."
+    if abs(value := int(text)) >= 2**63: raise ValueError
+    return value
+
+_READ = { # kind: (how to read it, what else to write)
+    "str": (_text, "text without half a character"),
+    "null": (lambda text: None, ""),
+    "bool": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    "int": (_int, "a number below 2**63"),
+    "float": (lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")), "a number"),
+}
 
 def _read_scalar(node: yaml.ScalarNode) -> str | bool | int | float | None:
-    "The value of one word."
-    kind = node.tag.removeprefix(_TAG)
-    if kind not in _READ: _refuse(node, f'the tag {_show(kind)} has no meaning here; take it away')
-    try: return _READ[kind](node.value)
-    except (ValueError, KeyError): _refuse(node, f"{_show(node.value)} cannot be read as {kind}; put text in quotes")
+    "The value of one word. Raises `ValueError` with what is wrong."
+    if (kind := node.tag.removeprefix(_TAG)) not in _READ: raise ValueError(_no_tag(node))
+    read, wanted = _READ[kind]
+    try: return read(node.value)
+    except (ValueError, KeyError): raise ValueError(f"should be {wanted}, not {_one_line(node.value, 80)}") from None
 
-# %% ../nbs/10_config.ipynb #86cf4898
-def _read_node(node: yaml.Node, path: tuple, lines: dict[tuple, int]) -> Any:
-    "Build the value of `node`, which stands at `path`, and note in `lines` where it and all its parts stand."
-    lines[path] = node.start_mark.line + 1
+def _no_tag(node: yaml.Node) -> str: return f"has the tag {node.tag.replace(_TAG, '!!')}, which has no meaning here; take it away"
+
+# %% ../nbs/10_config.ipynb #ddb05363
+def _read_node(node: yaml.Node, path: tuple, lines: dict[tuple, int], mistakes: list[_Mistake]) -> Any:
+    "Build the value of `node`, which stands at `path`; note in `lines` where it and all its parts stand."
+    lines[path] = line = node.start_mark.line + 1
     if len(lines) > MAX_VALUES or len(path) > MAX_DEPTH:
         _refuse(node, f"more than {MAX_VALUES:,} values with all aliases written out; shorten it")
-    if isinstance(node, yaml.ScalarNode): return _read_scalar(node)
+    if isinstance(node, yaml.ScalarNode):
+        try: return _read_scalar(node)
+        except ValueError as e: mistakes.append(_Mistake(line, f"{_dotted(path)} {e}", path))
+        return node.value
     is_list = isinstance(node, yaml.SequenceNode)
-    if node.tag != _TAG + ("seq" if is_list else "map"): _refuse(node, f'the tag {_show(node.tag)} has no meaning here; take it away')
-    if is_list: return [_read_node(item, (*path, i), lines) for i, item in enumerate(node.value)]
-    return _read_mapping(node, path, lines)
+    if node.tag != _TAG + ("seq" if is_list else "map"): mistakes.append(_Mistake(line, f"{_dotted(path)} {_no_tag(node)}", path))
+    if is_list: return [_read_node(item, (*path, i), lines, mistakes) for i, item in enumerate(node.value)]
+    return _read_mapping(node, path, lines, mistakes)
 
-def _read_mapping(node: yaml.MappingNode, path: tuple, lines: dict[tuple, int]) -> dict[str, Any]:
+def _read_mapping(node: yaml.MappingNode, path: tuple, lines: dict[tuple, int], mistakes: list[_Mistake]) -> dict[str, Any]:
     "Build a dictionary; its keys are text whatever they look like, and each stands once."
     values = {}
     for key, item in node.value:
         if not isinstance(key, yaml.ScalarNode): _refuse(key, "a key must be a plain word; quote a text that begins with a bracket")
-        at = (*path, key.value)
-        if key.value in values: _refuse(key, f"{_show(key.value)} stands on line {lines[at]} already; keep one of them")
-        values[key.value] = _read_node(item, at, lines)
-        lines[at] = key.start_mark.line + 1
+        name, line = key.value.encode("utf-8", "replace").decode(), key.start_mark.line + 1
+        at = (*path, name)
+        if name in values: mistakes.append(_Mistake(line, f"{_dotted(at)} stands on line {lines[at]} already; keep one of them"))
+        else: values[name], lines[at] = _read_node(item, at, lines, mistakes), line
     return values
 
-# %% ../nbs/10_config.ipynb #d59dde7f
-_HINTS = {"'\\t'": "indent with spaces, not with tabs",
-          "mapping values are not allowed": "put a text that holds a colon in quotes, or check the indentation",
-          "expected <block end>": "check the indentation",
-          "found unexpected end of stream": "close the quotation mark",
-          "another document": "keep one document in the file, without ---",
-          "cannot start any token": "put the text in quotes"}
+def _dotted(path: tuple) -> str: return _show(".".join(map(str, path))) if path else "the configuration"
 
+# %% ../nbs/10_config.ipynb #d59dde7f
+_SLIPS = { # part of PyYAML's message: what to say instead
+    "'\\t' that cannot start": "a tab stands here; use spaces",
+    "cannot start any token": "a text cannot begin with this character; put it in quotes",
+    "mapping values are not allowed": "a colon is not expected here; put text with a colon in quotes, a blank after the colon of a key, "
+                                      "and the keys of a section under each other",
+    "escape": "a backslash means something else in double quotes; put the text in single quotes",
+    "duplicate anchor": "two words have the same & in front; rename one",
+    "while scanning an ": "a text cannot begin with & or *; put it in quotes",
+    "undefined alias": "a word with * in front repeats one with & in front, and there is none; put text in quotes",
+    "YAML d": "this %YAML line cannot be used; take it away",
+    "the node content": "a value is missing before this; add it, or put the whole text in quotes",
+    "block scalar": "after | or > the text begins on the next line; put a text that begins with | or > in quotes",
+    "another document": "a second document begins here; keep one document in the file, without ---",
+    "expected '<document start>'": "this line does not go on from those above; check the indentation, and that the file is YAML",
+    "expected <block end>": "this does not go on from what stands before; check the indentation and the quotation marks",
+    "could not find expected ':'": "this line is neither a key with a colon nor a text in quotes; make it one of them",
+    "quoted scalar": "the quotation mark here is not closed; close it",
+    "expected ',' or": "the bracket here is not closed, or lacks a comma; correct it",
+}
+
+# %% ../nbs/10_config.ipynb #f83a4a34
 def _syntax_error(path: str | Path, error: yaml.YAMLError, text: str) -> ConfigError:
     "Turn PyYAML's error into one sentence with the line and a remedy."
     if isinstance(error, yaml.reader.ReaderError):
+        odd = f"the control character U+{ord(text[error.position]):04X}"
         line = text.count("\n", 0, error.position) + 1
-        return ConfigError(f"{path}, line {line}: the control character U+{ord(text[error.position]):04X} cannot stand in YAML; delete it")
-    problem = ", ".join(filter(None, [error.context, error.problem]))
-    hint = next((f"; {hint}" for sign, hint in _HINTS.items() if sign in problem), "")
-    return ConfigError(f"{path}, line {error.problem_mark.line + 1}: {problem}{hint}")
+        return _complain(path, [_Mistake(line, f"{odd} cannot stand in YAML; delete it, or save the file as UTF-8")])
+    message = ", ".join(filter(None, [error.context, error.problem]))
+    sign = None if isinstance(error, _Refusal) else next((sign for sign in _SLIPS if sign in message), "")
+    begin = sign in ("could not find expected ':'", "quoted scalar", "expected ',' or")
+    line = (error.context_mark if begin else error.problem_mark).line + 1
+    sentence = error.problem if sign is None else _SLIPS.get(sign, f"{error.problem}; check this line, or put its text in quotes")
+    return _complain(path, [_Mistake(line, sentence)])
 
 # %% ../nbs/10_config.ipynb #3b4a0c62
 def _read_text(
     path: str | Path, # a file
 ) -> str: # its text
     "Read a short UTF-8 file. Raises `ConfigError` for whatever prevents it."
+    if os.path.isdir(path):
+        inside = Path(path) / "config.yaml"
+        raise _wrong(path, "is a directory; " + (f"did you mean {_show(inside)}?" if inside.is_file() else "name a YAML file in it"))
+    if os.path.exists(path) and not os.path.isfile(path): raise _wrong(path, "is a pipe or a device; write the configuration into a file")
     try:
         with open(path, "rb") as file: data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES: raise ConfigError(f"{path} is longer than {MAX_BYTES:,} bytes; is it a data file by mistake?")
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = data[:e.start].count(b"\n") + 1
-        raise ConfigError(f"{path}, line {line}: byte 0x{data[e.start]:02x} is not UTF-8; save the file as UTF-8") from None
-    except IsADirectoryError:
-        inside = Path(path) / "config.yaml"
-        remedy = f'did you mean "{inside}"?' if inside.is_file() else "name a YAML file in it"
-        raise ConfigError(f"{path} is a directory; {remedy}") from None
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}; check the path") from None
+        raise _wrong(path, f"cannot be read: {getattr(e, 'strerror', None) or e}; check the path and its permissions") from None
+    if len(data) > MAX_BYTES: raise _wrong(path, f"is longer than {MAX_BYTES:,} bytes; is it a data file by mistake?")
+    try: text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        problem = f"byte 0x{data[e.start]:02x} is not UTF-8; save the file as UTF-8 text"
+        raise _complain(path, [_Mistake(data[:e.start].count(b"\n") + 1, problem)]) from None
+    said = "the invisible line break U+{0:04X} stands here; delete it, or write \\u{0:04x} in double quotes"
+    odd = [(n, char) for n, line in enumerate(text.split("\n"), 1) for char in "\x85\u2028\u2029" if char in line]
+    if odd: raise _complain(path, [_Mistake(n, said.format(ord(char))) for n, char in odd])
+    return text
 
 # %% ../nbs/10_config.ipynb #09c01df6
 def read_yaml(
@@ -155,17 +220,24 @@ def read_yaml(
 
     Raises `ConfigError` if the file cannot be read, is not YAML, is empty or too large, holds a key twice, or has no mapping at the top.
     """
-    text, lines = _read_text(path), {}
+    values, lines, mistakes = _read(path)
+    if mistakes: raise _complain(path, mistakes)
+    return values, lines
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[tuple, int], list[_Mistake]]:
+    "Values, lines, and what is wrong with single values. Raises `ConfigError` if the file as a whole is no use."
+    text, lines, mistakes = _read_text(path), {}, []
     try:
         node = yaml.compose(text, _Loader)
-        values = None if node is None else _read_node(node, (), lines)
+        values = None if node is None else _read_node(node, (), lines, mistakes)
     except yaml.YAMLError as e: raise _syntax_error(path, e, text) from None
     except (ValueError, OverflowError) as e: # PyYAML lets some escapes through to Python's own errors
-        raise ConfigError(f"{path} is not YAML: {e}; put text with backslashes in single quotes") from None
-    if values is None: raise ConfigError(f'{path} is empty; write at least one key, such as "name: my-run"')
+        raise _wrong(path, f"is not YAML: {e}; put text with backslashes in single quotes") from None
+    if values is None: raise _wrong(path, 'is empty; write at least one key, such as "name: my-run"')
     if not isinstance(values, dict):
-        raise ConfigError(f'{path} must hold keys with values at the top, such as "name: my-run", not only {_show(values)}')
-    return values, {at: line for at, line in lines.items() if at}
+        need = 'must hold keys at the top, with a colon, a blank and a value, such as "name: my-run"'
+        raise _wrong(path, f"{need}, not {_show(values)}")
+    return values, {at: line for at, line in lines.items() if at}, mistakes
 
 # %% ../nbs/10_config.ipynb #3bf9886f
 def _keys(cls: type[Section], at: tuple = ()) -> Iterator[tuple]:
@@ -181,30 +253,44 @@ def _did_you_mean(cls: type[Section], path: tuple) -> str:
     "What to say about an unknown key: the key that was probably meant, else the keys that its section has."
     keys = list(_keys(cls))
     siblings = [key for key in keys if key[:-1] == path[:-1]]
-    def close(keys):
-        words = difflib.get_close_matches(path[-1], sorted({key[-1] for key in keys}), 1)
+    word = path[-1].lower().replace("-", "_")
+    def close(keys, likeness):
+        words = difflib.get_close_matches(word, sorted({key[-1] for key in keys}), 1, likeness)
         return [key for key in keys if key[-1] in words]
-    meant = [key for key in keys if key[-1] == path[-1]] or close(siblings) or close(keys)
+    if (dotted := (*path[:-1], *path[-1].split("."))) in keys and dotted != path:
+        return f"write {': {'.join(path[-1].split('.'))}: …{'}' * path[-1].count('.')}"
+    meant = [key for key in keys if key[-1] == word] or close(siblings, 0.6) or close(keys, 0.75)
+    if word == "<<": return "sections cannot be merged; write the keys out"
     if meant: return "did you mean " + " or ".join(f'"{".".join(key)}"' for key in meant[:3]) + "?"
     return "the keys here are " + ", ".join(key[-1] for key in siblings)
 
 # %% ../nbs/10_config.ipynb #b123d45a
-_COMMAND_LINE = 0
 _WANTED = {"string_type": "text", "bool_type": "true or false", "int_type": "a whole number", "float_type": "a number",
            "model_type": "a section, with keys of its own", "dict_type": "a section, with keys of its own",
            "list_type": "a list, such as [a, b]", "tuple_type": "a list, such as [a, b]"}
 
+def _remedy(kind: str, value: Any) -> str:
+    "What to do about a value of the wrong kind, where it can be guessed."
+    text = value if isinstance(value, str) else ""
+    if kind == "string_type" and isinstance(value, int | float): return "; put it in quotes"
+    if kind == "int_type" and isinstance(value, float) and abs(value) < 1e15 and value == int(value): return f"; write {value:.0f}"
+    if kind in ("int_type", "float_type") and re.fullmatch(_PLAIN["float"][0], text): return "; take the quotes away"
+    if kind in ("int_type", "float_type", "bool_type") and text == "None": return "; write null for the default"
+    if kind == "model_type" and re.match(r"\w+:\S", text): return "; put a blank after the colon"
+    if kind == "model_type" and isinstance(value, list) and any(isinstance(v, dict) for v in value): return "; take the dashes away"
+    return ""
+
 def _describe(cls: type[Section], error: dict, path: tuple) -> str:
     "One of pydantic's errors in a sentence; `path` is the key that it is about."
     kind, message, value = error["type"], error["msg"].removeprefix("Value error, "), error["input"]
-    key = _show(".".join(map(str, path))) if path else "the configuration"
-    if kind == "extra_forbidden": return f"{key} is not a key; {_did_you_mean(cls, path)}"
-    if kind == "missing": return f"{key} is missing; add it"
-    if kind == "json_invalid": return "the name of a file or a value from the command line is not UTF-8 text; rename it"
+    if kind == "extra_forbidden": return f"{_dotted(path)} is not a key; {_did_you_mean(cls, path)}"
+    if kind == "missing" and isinstance(path[-1], int): return f"{_dotted(path[:-1])} has too few values; add what is missing"
+    if kind == "missing": return f"{_dotted(path)} is missing; add it"
+    if kind == "too_long": return f"{_dotted(path)} has {error['ctx']['actual_length']} values; leave {error['ctx']['max_length']}"
+    if kind == "literal_error": message = message.replace("'", '"')
     wanted = _WANTED.get(kind) or message.removeprefix("Input should be ")
-    if wanted == message: return f"{key}: {message}"
-    quotes = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
-    return f"{key} should be {wanted}, not {_show(value)}{quotes}"
+    if wanted == message: return f"{_dotted(path)}: {message}"
+    return f"{_dotted(path)} should be {wanted}, not {_show(value)}{_remedy(kind, value)}"
 
 # %% ../nbs/10_config.ipynb #c8414988
 def _follow(values: Any, path: tuple) -> tuple:
@@ -217,20 +303,17 @@ def _follow(values: Any, path: tuple) -> tuple:
 def _explain(
     cls: type[Section], # the class that the values should have fitted
     error: ValidationError, # what pydantic says
-    file: str | Path, # name of the YAML file
     values: dict[str, Any], # what was checked
     lines: dict[tuple, int], # line of each key path, `_COMMAND_LINE` for overrides
-) -> ConfigError: # one line for each mistake, in the order of the file, at most 20
-    "Gather pydantic's errors into one `ConfigError`."
-    said = {} # sentence → line
+    known: set[tuple | None], # paths about which enough is said
+) -> Iterator[_Mistake]: # at most one for each path
+    "Say each of pydantic's errors in a sentence with its line."
     for e in error.errors():
         line = next((lines[e["loc"][:n]] for n in range(len(e["loc"]), 0, -1) if e["loc"][:n] in lines), None)
-        place = str(file) if line is None else "command line" if line == _COMMAND_LINE else f"{file}, line {line}"
         path = e["loc"] if e["type"] == "missing" else _follow(values, e["loc"])
-        said[f"{place}: {_describe(cls, e, path)}"] = line or MAX_BYTES
-    sentences = sorted(said, key=said.get)
-    more = [f"{file}: {len(sentences) - 20} more mistakes"] if len(sentences) > 20 else []
-    return ConfigError("\n".join(sentences[:20] + more))
+        if e["type"] == "value_error" and _COMMAND_LINE in (n for at, n in lines.items() if at[:len(path)] == path): line = _COMMAND_LINE
+        if path not in known: yield _Mistake(line, _describe(cls, e, path), path)
+        known.add(path)
 
 # %% ../nbs/10_config.ipynb #bbafebd1
 def _drop_nulls(cls: Any, values: Any) -> Any:
@@ -240,16 +323,21 @@ def _drop_nulls(cls: Any, values: Any) -> Any:
     return {key: _drop_nulls(kinds.get(key), value) for key, value in values.items() if value is not None or key not in kinds}
 
 # %% ../nbs/10_config.ipynb #ff971b2a
-def _override(values: dict[str, Any], lines: dict[tuple, int], key: str, value: Any) -> None:
-    "Set the dotted `key` in `values`, and note in `lines` that it comes from the command line."
+def _override(values: dict[str, Any], lines: dict[tuple, int], key: str, value: Any) -> _Mistake | None:
+    "Set the dotted `key` in `values`, and note in `lines` that it comes from the command line; or say why that cannot be."
     path = tuple(key.split("."))
+    try:
+        if type(value) is int and abs(value) >= 2**63: raise ValueError
+        json.dumps(value, ensure_ascii=False, default=os.fspath).encode()
+    except UnicodeEncodeError: return _Mistake(_COMMAND_LINE, f"{_dotted(path)} is not UTF-8 text; type it anew", path)
+    except ValueError: return _Mistake(_COMMAND_LINE, f"{_dotted(path)} should be {_READ['int'][1]}", path)
     for n, parent in enumerate(path[:-1], 1):
         lines.setdefault(path[:n], _COMMAND_LINE)
         if values.get(parent) is None: values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):
-            parent = _show(".".join(path[:n]))
-            raise ConfigError(f"command line: {_show(key)} cannot be set, because {parent} is {_show(values)} and not a section")
+            problem = f"{_show(key)} cannot be set, because {_dotted(path[:n])} is {_show(values)} and not a section; correct that first"
+            return _Mistake(_COMMAND_LINE, problem, path[:n])
     for old in [at for at in lines if at[:len(path)] == path]: del lines[old]
     values[path[-1]], lines[path] = value, _COMMAND_LINE
 
@@ -266,8 +354,8 @@ def _find(
     folders = [folder for folder in (Path(path).parent, Path("configs")) if os.path.isdir(folder)]
     near = [str(p) for folder in folders for p in sorted(folder.glob("*.y*ml"))]
     close = difflib.get_close_matches(str(path), near, 1) or [p for p in near if difflib.get_close_matches(Path(path).stem, [Path(p).stem])]
-    remedy = f'did you mean "{close[0]}"?' if close else "check the path"
-    raise ConfigError(f"there is no configuration {path}, neither from here nor in configs/; {remedy}")
+    remedy = f"did you mean {_show(close[0])}?" if close else "check the path"
+    raise ConfigError(_one_line(f"there is no configuration {path or _show('')}, neither from here nor in configs/; {remedy}"))
 
 # %% ../nbs/10_config.ipynb #b540353a
 _S = TypeVar("_S", bound=Section)
@@ -282,12 +370,14 @@ def load_config(
     Raises `ConfigError` with one line for each mistake: place, key, and a remedy.
     """
     path = _find(path)
-    values, lines = read_yaml(path)
-    for key, value in (overrides or {}).items(): _override(values, lines, key, value)
+    values, lines, mistakes = _read(path)
+    mistakes += filter(None, [_override(values, lines, key, value) for key, value in (overrides or {}).items()])
     values = _drop_nulls(cls, values)
     if "name" in cls.model_fields: values.setdefault("name", path.stem)
-    try: return cls.model_validate_json(json.dumps(values, default=os.fspath))
-    except ValidationError as e: raise _explain(cls, e, path, values, lines) from None
+    try: cfg = cls.model_validate_json(json.dumps(values, ensure_ascii=False, default=os.fspath).encode("utf-8", "replace"))
+    except ValidationError as e: mistakes += _explain(cls, e, values, lines, {mistake.path for mistake in mistakes})
+    if mistakes: raise _complain(path, mistakes)
+    return cfg
 
 # %% ../nbs/10_config.ipynb #3fb768b4
 class _Dumper(yaml.SafeDumper):

@@ -1,12 +1,20 @@
 """Test settings: markers, and the rule that nothing is skipped in CI."""
 import os
 import sys
+import tempfile
 
 import pytest
 
+CACHE = pytest.StashKey()
+
 
 def pytest_configure(config):
+    config.stash[CACHE] = tempfile.TemporaryDirectory(prefix="mlx-pretrain-")
+    os.environ["MLX_PRETRAIN_CACHE"] = config.stash[CACHE].name  # tests keep no tokens in the home directory
     config.addinivalue_line("markers", "linux: what is tested exists on Linux only; elsewhere the test is not collected")
+
+
+def pytest_unconfigure(config): config.stash[CACHE].cleanup()
 
 
 def pytest_collection_modifyitems(config, items):

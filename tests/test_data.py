@@ -1,8 +1,17 @@
 """Properties of mlx_pretrain.data: nothing is lost, doubled or reordered, and planted bugs are caught."""
+import fcntl
+import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from tempfile import mkdtemp
 
 import numpy as np
@@ -13,8 +22,15 @@ from hypothesis import strategies as st
 from mlx_pretrain import data
 from mlx_pretrain.config import ConfigError, load_config
 from mlx_pretrain.data import (
-    ByteTokenizer, DataConfig, DataError, HFTokenizer, SentencePieceTokenizer, SpecialTokens, Windows, batch_indices, load_tokenizer,
-    make_tokenizer, pack, read_jsonl, read_texts, steps_in, train_sentencepiece)
+    ByteTokenizer, DataConfig, DataError, HFTokenizer, SentencePieceTokenizer, SpecialTokens, Windows, batch_indices, cache_dir,
+    cached_windows, fill_format, load_object, load_tokenizer, make_tokenizer, pack, read_jsonl, read_texts, split_format, steps_in,
+    train_sentencepiece)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    "Nothing lands in the home directory."
+    monkeypatch.setenv("MLX_PRETRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def forall(examples=150, **strategies):
@@ -211,7 +227,7 @@ def test_grouping_changes_nothing(monkeypatch):
     documents = [f"document {i} " * (i % 4) for i in range(30)]
     whole = pack(documents, tokenizer("sentencepiece"), 16, 4)
     groups = data._groups
-    monkeypatch.setattr(data, "_groups", lambda texts: groups(texts, size=20))
+    monkeypatch.setattr(data, "_groups", lambda texts, **length: groups(texts, size=20, **length))
     assert np.array_equal(pack(documents, tokenizer("sentencepiece"), 16, 4).tokens, whole.tokens)
 
 
@@ -420,6 +436,135 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     assert len(sentence) < 300 + len(str(file))
 
 
+# Mistakes ----------------------------------------------------------------------------------------------------------------------------
+
+REMEDY = ("write", "save", "keep", "remove", "give", "check", "copy", "make", "mend", "set", "add", "unpack", "let", "return", "name", "did you",
+          "start", "delete", "a row is", "each line must", "each row needs", "change")
+
+
+def check_sentence(sentence, *parts):
+    "One sentence: no line break, no second sentence, a remedy after the last semicolon, and what the case asks for."
+    assert "\n" not in sentence and ". " not in sentence.replace("(….", "") and not sentence.endswith("."), sentence
+    assert "Traceback" not in sentence and len(sentence) < 600, sentence
+    assert sentence.rpartition("; ")[2].startswith(REMEDY), sentence
+    for part in parts: assert part in sentence, (part, sentence)
+
+
+def test_the_check_of_sentences_can_fail():
+    for bad in ("no remedy", "two. Sentences; mend it", "two\nlines; mend it", "a remedy; perhaps", "ends with a full stop; mend it."):
+        with pytest.raises(AssertionError): check_sentence(bad)
+    with pytest.raises(AssertionError): check_sentence("fine; mend it", "line 3")
+
+
+ROWS = { # what stands on line 3 → what is said
+    "not JSON": (b"text: a", "not valid JSON"), "cut off": (b'{"text": "a', "each line must hold one whole object"),
+    "two objects": (b'{"text": "a"}{"text": "b"}', "Extra data"), "trailing comma": (b'{"text": "a",}', "not valid JSON"),
+    "NaN": (b'{"text": "a", "x": NaN}', "NaN is not a number that JSON knows"), "Infinity": (b'{"x": Infinity}', "Infinity is not a number"),
+    "too large": (b'{"x": 1e999}', "1e999 is not a number"), "long number": (b'{"x": -1' + b"0" * 5000 + b"}", "thousands of digits"),
+    "long float": (b'{"x": 1' + b"0" * 5000 + b".5}", "is not a number that JSON knows"),
+    "key twice": (b'{"text": "a", "text": "b"}', 'the key "text" stands there twice'), "deep": (b'{"x":' * 100_000, "too deeply nested"),
+    "half a pair": (b'{"text": "\\ud83d"}', "half a character"), "half a pair in a key": (b'{"\\udc00": "a"}', "half a character"),
+    "encoded half": (b'{"text": "\xed\xa0\xbd"}', "byte 0xed is not UTF-8"), "Latin-1": (b'{"text": "\xe9"}', "byte 0xe9 is not UTF-8"),
+    "zero bytes": (b"\0" * 40, "holds zero bytes"), "a zero byte": (b'{"text": "a\0"}', "holds zero bytes"),
+    "control character": (b'{"text": "a\x1b"}', "Invalid control character"), "lone CR": (b'{"text": "a\rb"}', "Invalid control character"),
+    "list": (b'["a"]', "found a list"), "number": (b"7", "found a number"), "text": (b'"a"', "found a text"), "null": (b"null", "found null"),
+    "boolean": (b"false", "found true or false"), "no field": (b'{"txt": "a"}', 'there is no field "text", the row has "txt"'),
+    "empty object": (b"{}", "no field at all"), "null text": (b'{"text": null}', "found null"), "list of texts": (b'{"text": ["a"]}', "found a list"),
+    "number as text": (b'{"text": 1.5}', "found a number"), "row too large": (b'{"text": "' + b"a" * 32_000_000 + b'"}', "longer than 32 MB"),
+    "line break in a key": (b'{"a\\nb": 1}', 'the row has "a\\nb"'), "key twice, with a line break": (b'{"\\n": 1, "\\n": 2}', 'key "\\n" stands'),
+    "long key": (b'{"' + b"k" * 10_000 + b'": 1}', "there is no field"), "byte order mark inside": (b'\xef\xbb\xbf{"text": "a"}', "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("reader", [
+    lambda file: list(read_texts(file)), lambda file: cached_windows(file, ByteTokenizer(), 8),
+    lambda file: cached_windows(file, tokenizer("sentencepiece"), 8, preprocess=lambda row: row)], ids=["read_texts", "cached", "preprocess"])
+@pytest.mark.parametrize(("line", "says"), ROWS.values(), ids=ROWS)
+def test_a_bad_row_is_one_sentence_with_file_and_line(tmp_path, line, says, reader):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
+    with pytest.raises(DataError) as error: reader(file)
+    check_sentence(str(error.value), f"{file}, line 3: ", says)
+    assert list(cache_dir().glob("*")) == list(cache_dir().glob(".*")) == []              # nothing half-made stays behind
+
+
+@contextmanager
+def nobody():
+    "A user who may not read what is not public; root may read all."
+    if os.geteuid(): yield; return
+    os.seteuid(65534)
+    try: yield
+    finally: os.seteuid(0)
+
+
+def private(path):
+    path.write_text('{"text": "a"}')
+    path.chmod(0)
+    return path
+
+
+def fifo(path):
+    os.mkfifo(path)
+    return path
+
+
+def written(path, content):
+    path.write_bytes(content)
+    return path
+
+
+FILES = { # makes the file → what is said
+    "empty": (lambda f: written(f, b""), "holds no rows"), "blank lines": (lambda f: written(f, b"\n \r\n\t\n"), "holds no rows"),
+    "byte order mark only": (lambda f: written(f, b"\xef\xbb\xbf\n"), "holds no rows"), "no text": (lambda f: written(f, b'{"text": ""}\n' * 3), "no text"),
+    "directory": (lambda f: f.mkdir() or f, "is a directory"), "missing": (lambda f: f, "cannot be read (No such file or directory)"),
+    "fifo": (fifo, "is a pipe or a device"), "device": (lambda f: Path("/dev/zero"), "is a pipe or a device"),
+    "unreadable": (private, "cannot be read (Permission denied)"), "below a file": (lambda f: written(f, b"") / "x", "(Not a directory)"),
+    "zero in the name": (lambda f: f"{f}\0", "cannot be read"), "long name": (lambda f: f / ("x" * 300), "(File name too long)"),
+    "gzip": (lambda f: written(f, b"\x1f\x8b\x08\0\0"), "is a gzip file"), "zstandard": (lambda f: written(f, b"(\xb5/\xfd\0"), "is a zstandard file"),
+    "Parquet": (lambda f: written(f, b"PAR1\x15"), "is a Parquet file"), "UTF-16": (lambda f: written(f, '{"text": "a"}'.encode("utf-16")), "is not UTF-8"),
+    "pretty-printed": (lambda f: written(f, json.dumps({"text": "a"}, indent=1).encode()), "line 1: not valid JSON"),
+    "one list": (lambda f: written(f, b'[{"text": "a"}]'), "line 1: expected an object"),
+    "loop": (lambda f: f.symlink_to(f) or f, "cannot be read (Too many levels"),
+}
+
+
+@pytest.mark.parametrize(("make", "says"), FILES.values(), ids=FILES)
+def test_a_bad_file_is_one_sentence(tmp_path, make, says):
+    file = make(tmp_path / "rows.jsonl")
+    def read(): cached_windows(file, ByteTokenizer(), 8, cache=tmp_path / "cache")
+    with pytest.raises(DataError) as error:
+        with nobody() if says.endswith("denied)") else contextmanager(lambda: (yield))(): read()
+    check_sentence(str(error.value), str(file), says)
+    if says == "no text": return
+    with pytest.raises(DataError, match="rows.jsonl|/dev/zero"):
+        with nobody() if says.endswith("denied)") else contextmanager(lambda: (yield))(): list(read_texts(file))
+
+
+@pytest.mark.linux
+def test_a_disk_that_gives_up_in_the_middle():
+    with pytest.raises(DataError) as error: list(read_jsonl("/proc/self/mem"))            # a regular file that answers with an I/O error
+    check_sentence(str(error.value), "/proc/self/mem, line 1: cannot be read (Input/output error)")
+    with pytest.raises(DataError) as error: cached_windows("/proc/self/mem", ByteTokenizer(), 8)
+    check_sentence(str(error.value), "/proc/self/mem cannot be read (Input/output error)")
+
+
+BYTES = st.lists(st.one_of(st.binary(max_size=6), st.sampled_from([
+    b'{"text": "', b'"}', b'{"text": "a"}', b"\n", b"\r\n", b"\\ud83d", b"\\ude42", b"\\u0000", b"\xff", b"\xef\xbb\xbf", b"\0", b"NaN", b"1e999", b"[" * 2000,
+    b"{", b"}", b'"', b":", b",", b"\xe2\x80\xa8", b"\xc3\xa9", b"9" * 5000, b"-", b".", b"null", b"\x1f\x8b", b'{"text": ""}'])), max_size=12).map(b"".join)
+
+
+@forall(400, content=BYTES)
+def test_any_bytes_are_rows_or_one_sentence(content):
+    file = written(Path(mkdtemp()) / "any.jsonl", content)
+    try: texts = list(read_texts(file))
+    except DataError as e:
+        check_sentence(str(e).replace(". ", ""), str(file))
+        with pytest.raises(DataError): cached_windows(file, ByteTokenizer(), 8)
+        return
+    assert b"".join(t.encode() for t in texts) or texts
+    if any(texts): assert cached_windows(file, ByteTokenizer(), 8).n_bytes == sum(len(t.encode()) for t in texts)
+
+
 def test_line_separators_inside_a_string_are_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('{"text": "a\u2028b\u2029c\x85d"}\n{"text": "e"}'.encode())
     assert list(read_texts(tmp_path / "a.jsonl")) == ["a\u2028b\u2029c\x85d", "e"]
@@ -444,7 +589,7 @@ def test_no_text_to_pack():
     for nothing in ([], [""], ["", ""]):
         with pytest.raises(DataError, match="no text"): pack(nothing, ByteTokenizer(), 8)
     for context, overlap in ((8, 8), (8, -1), (0, 0)):
-        with pytest.raises(ValueError, match="overlap"): pack(["a"], ByteTokenizer(), context, overlap)
+        with pytest.raises(DataError, match="overlap must be"): pack(["a"], ByteTokenizer(), context, overlap)
 
 
 # Settings ----------------------------------------------------------------------------------------------------------------------------

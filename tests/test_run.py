@@ -1,13 +1,19 @@
-"""Run directories: names, overwriting, damage, and being killed."""
+"""Run directories: names, overwriting, locks, damage, going on, and being killed."""
+import errno
+import fcntl
+import inspect
 import json
+import logging
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx_pretrain  # noqa: F401, I001 - before MLX, as everywhere
@@ -18,16 +24,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_pretrain import run as R
+from mlx_pretrain.config import ConfigError, load_config
 from mlx_pretrain.run import (
     LoggingConfig,
     MetricsConfig,
+    ResumeConfig,
     Run,
     RunError,
+    Saved,
+    changed_keys,
     check_name,
+    check_place,
     checkpoints,
+    find_checkpoint,
     is_run,
+    latest_checkpoint,
+    list_runs,
     load_checkpoint,
     read_metrics,
+    runs_table,
     write_checkpoint,
 )
 
@@ -62,6 +78,7 @@ def test_bad_name_is_one_sentence_and_makes_nothing(name, tmp_path):
 @pytest.mark.parametrize("name", ["Llama (2M)", "Llama-2M-SFT", "a", "x" * 200, "模型", "[a] *?", "a..b", "-x", "a.new-12"])
 def test_good_name_makes_a_run(name, tmp_path):
     run = Run(name, "name: x\n", root=tmp_path)
+    run.close()
     assert run.path == tmp_path / name and is_run(run.path)
     assert os.listdir(tmp_path) == [name]
     assert (run.path / "config.yaml").read_text() == "name: x\n"
@@ -77,10 +94,27 @@ def test_a_name_that_passes_stays_directly_inside_its_root(name):
     assert not name.startswith(".") and len(os.fsencode(name)) <= 200
 
 
-@pytest.mark.parametrize("folder", ["../x", "/tmp", "", ".", "a/b", "model", "tokenizer", "metrics.jsonl"])
-def test_folders_of_the_config_are_plain_names(folder):
+@pytest.mark.parametrize("folder, problem", [
+    ("../x", "contains a slash"), ("/tmp", "contains a slash"), ("a/b", "contains a slash"), ("a\\b", "contains a slash"), ("", "is empty"),
+    (".", "begins with a dot"), (".step", "begins with a dot"), (" a", "white space"), ("a\n", "white space"), ("x" * 300, "300 bytes"),
+    *((name, "another part of the run") for name in ("model", "Model", "adapters", "tokenizer", "metrics.jsonl", "config.yaml",
+                                                     "Config.YAML", "metadata.json", "curve.png")),
+])
+def test_folders_of_the_config_are_plain_names_of_their_own(folder, problem, tmp_path):
     for key in ("log_dir", "checkpoint_dir"):
-        with pytest.raises(ValueError): LoggingConfig(**{key: folder})
+        (tmp_path / "c.yaml").write_text(json.dumps({key: folder}))
+        with pytest.raises(ConfigError, match=problem) as caught: load_config(LoggingConfig, tmp_path / "c.yaml")
+        assert key in str(caught.value) and str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("values, problem", [
+    ({"keep_last": 0}, "keep_last"), ({"keep_last": -1}, "keep_last"), ({"keep_last": 2.5}, "keep_last"),
+    ({"log_dir": "a", "checkpoint_dir": "a"}, "both 'a'"), ({"log_dir": "Checkpoints"}, "both 'Checkpoints'"),
+])
+def test_mistakes_in_the_logging_section_are_one_sentence(values, problem, tmp_path):
+    (tmp_path / "c.yaml").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=problem) as caught: load_config(LoggingConfig, tmp_path / "c.yaml")
+    assert str(caught.value).count("\n") == 0
 
 
 # ---- overwriting
@@ -115,7 +149,8 @@ def test_overwrite_refuses_what_is_not_a_run(make, tmp_path):
     make(place)
     def contents(): return sorted(str(p) for p in tmp_path.rglob("*"))
     before = contents()
-    with pytest.raises(RunError, match="is not a run directory"): Run("x", "", root=tmp_path, overwrite=True)
+    for overwrite in (True, False):
+        with pytest.raises(RunError, match="exists already and is not a run directory"): Run("x", "", root=tmp_path, overwrite=overwrite)
     assert contents() == before
 
 
@@ -131,7 +166,7 @@ def test_old_run_stays_until_the_first_checkpoint_of_the_new_one(tmp_path):
     assert new.path == path and saved == path / "checkpoints" / "step_000005"
     assert (path / "config.yaml").read_text() == "new"
     assert checkpoints(path) == [saved] and read_metrics(path) == [{"step": 1, "loss": 2.0}]
-    assert os.listdir(tmp_path) == ["x"]
+    assert sorted(os.listdir(tmp_path)) == [".x.lock", "x"]
     new.log({"step": 2, "loss": 1.5})
     assert len(read_metrics(path)) == 2
 
@@ -156,6 +191,20 @@ def test_a_place_that_is_taken_meanwhile_is_respected(tmp_path):
     with pytest.raises(RunError, match="is not a run directory"): new.save_checkpoint(1, ARRAYS, {})
     assert os.listdir(path) == ["photo.jpg"]
     same(load_checkpoint(checkpoints(new.path)[-1])[0], ARRAYS)
+
+
+def test_a_place_that_is_taken_at_the_last_moment_is_respected_too(tmp_path, monkeypatch):
+    check = R.check_place
+    old = old_run(tmp_path, "y")
+    waiting = Run("y", "new", root=tmp_path, overwrite=True)
+    def photos(final, overwrite):
+        check(final, overwrite)
+        shutil.rmtree(old)
+        old.mkdir()
+        (old / "photo.jpg").write_text("precious")
+    monkeypatch.setattr(R, "check_place", photos)
+    with pytest.raises(RunError, match="y could not be written"): waiting.finish("finished")
+    assert os.listdir(old) == ["photo.jpg"]
 
 
 def test_a_swap_that_was_cut_in_two_is_undone(tmp_path):
@@ -394,27 +443,775 @@ def test_the_killer_would_notice_a_writer_in_place(tmp_path):
     assert len(bad_checkpoints(tmp_path)) == 1
 
 
-SWAPPER = """
-import sys, time
-import mlx_pretrain
+# ---- one writer at a time
+
+def start(script: str, *args) -> subprocess.Popen:
+    "Start a script and wait for its first line."
+    child = subprocess.Popen([sys.executable, "-c", "import mlx_pretrain\n" + script, *map(str, args)],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def kill(child: subprocess.Popen) -> str:
+    "Kill it with the signal that nobody can catch; what it had printed."
+    child.kill()
+    return child.communicate(timeout=60)[0]
+
+
+WRITER_OF_X = """
+import sys
 from mlx_pretrain.run import Run
-run = Run("x", "new", root=sys.argv[1], overwrite=True)
+run = Run("x", "theirs", root=sys.argv[1], overwrite=True)
 run.log({"step": 1, "loss": 1.0})
 print("ready", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
-def test_killed_before_its_first_checkpoint_costs_the_old_run_nothing(tmp_path):
-    path = old_run(tmp_path)
-    child = subprocess.Popen([sys.executable, "-c", SWAPPER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "ready\n"
-    Run("x", "me", root=tmp_path, overwrite=True)                # the other one is alive: its folder is left alone
+def test_a_second_process_is_refused_by_everything_that_could_write_and_the_lock_dies_with_its_holder(tmp_path):
+    saved = Saved(path := checkpoints(old_run(tmp_path))[-1], *load_checkpoint(path))
+    child = start(WRITER_OF_X, tmp_path)
+    for what in (
+        lambda: Run("x", "me", root=tmp_path), lambda: Run("x", "me", root=tmp_path, overwrite=True),
+        lambda: Run.resume(saved, "x", "me", root=tmp_path), lambda: check_place(tmp_path / "x", True),
+        lambda: check_place(tmp_path / "x", False), lambda: find_checkpoint(ResumeConfig(checkpoint="latest"), tmp_path / "x"),
+        lambda: find_checkpoint(ResumeConfig(checkpoint=str(saved.path)), tmp_path / "x"),
+    ):
+        with pytest.raises(RunError, match=f"process {child.pid} is writing .*x; stop it, or choose another `name`"): what()
     assert (tmp_path / f".x.new-{child.pid}" / "metrics.jsonl").exists()
-    child.kill()
-    child.wait()
-    child.stdout.close()
-    assert (path / "config.yaml").read_text() == "old"
-    same(load_checkpoint(checkpoints(path)[-1])[0], ARRAYS)
+    Run("y", "me", root=tmp_path).close()                        # another name is free
+    find_checkpoint(ResumeConfig(checkpoint=str(saved.path)), tmp_path / "y")
+    kill(child)
+    assert (tmp_path / "x" / "config.yaml").read_text() == "old"
+    same(latest_checkpoint(tmp_path / "x").arrays, ARRAYS)
     Run("x", "me", root=tmp_path, overwrite=True).finish("finished")
-    assert (path / "config.yaml").read_text() == "me" and os.listdir(tmp_path) == ["x"]
+    assert (tmp_path / "x" / "config.yaml").read_text() == "me" and sorted(os.listdir(tmp_path)) == ["x", "y"]
+
+
+RACER = """
+import fcntl, os, sys, time
+from mlx_pretrain import run as R
+if sys.argv[2] == "no lock": fcntl.flock = lambda *_: None
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    run = R.Run("x", str(os.getpid()), root=sys.argv[1], overwrite=True)
+    for i in range(1, 30): run.log({"step": i, "pid": os.getpid()}); time.sleep(0.002)
+    run.save_checkpoint(1, {}, {"pid": os.getpid()})
+    print("won", flush=True)
+    sys.stdin.read()
+except R.RunError as e: print(str(e), flush=True)
+"""
+
+
+def race(root: Path, how: str) -> list[str]:
+    "Three processes want to overwrite one run at the same moment; what each of them says."
+    children = [start(RACER, root, how) for _ in range(3)]
+    for child in children: child.stdin.write("go\n"); child.stdin.flush()
+    said = [child.stdout.readline() for child in children]
+    for child in children: kill(child)
+    return said
+
+
+def one_wins(said: list[str]) -> bool: return said.count("won\n") == 1 and sum("is writing" in text for text in said) == 2
+
+
+def test_of_writers_that_overwrite_at_the_same_moment_one_wins(tmp_path):
+    path = old_run(tmp_path)
+    assert one_wins(race(tmp_path, "lock"))
+    winner = (path / "config.yaml").read_text()
+    assert {str(row["pid"]) for row in read_metrics(path)} == {winner} and str(latest_checkpoint(path).state["pid"]) == winner
+
+
+def test_the_race_would_notice_a_lock_that_does_not_hold(tmp_path):
+    old_run(tmp_path)
+    assert not one_wins(race(tmp_path, "no lock"))
+
+
+CHILDREN = """
+import os, subprocess, sys, time
+from mlx_pretrain.run import Run
+run = Run("x", "theirs", root=sys.argv[1])
+if sys.argv[2] == "fork":
+    child = os.fork()
+    if child == 0: time.sleep(60); os._exit(0)
+else: child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False, stdout=subprocess.DEVNULL).pid
+time.sleep(0.2)
+print("ready", child, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_children_do_not_keep_the_lock_of_a_dead_parent(how, tmp_path):
+    parent = subprocess.Popen([sys.executable, "-c", "import mlx_pretrain\n" + CHILDREN, str(tmp_path), how],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline().split()[1])
+    try:
+        with pytest.raises(RunError, match=f"process {parent.pid} is writing"): check_place(tmp_path / "x", True)
+        parent.kill()
+        parent.wait()
+        os.kill(child, 0)                                        # it lives
+        Run("x", "me", root=tmp_path).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        parent.stdin.close()
+        parent.stdout.close()
+
+
+def test_a_forked_child_that_ends_does_not_take_the_lock_with_it(tmp_path):
+    child = start("""
+import os, sys
+from mlx_pretrain.run import Run
+run = Run("x", "theirs", root=sys.argv[1])
+if os.fork() == 0: run.close(); os._exit(0)
+os.wait()
+print("ready", flush=True)
+sys.stdin.read()
+""", tmp_path)
+    with pytest.raises(RunError, match=f"process {child.pid} is writing"): Run("x", "me", root=tmp_path)
+    kill(child)
+
+
+def test_in_one_process_the_newer_run_takes_over_and_the_older_one_writes_nothing_more(tmp_path):
+    older = Run("x", "older", root=tmp_path)
+    older.log({"step": 1})
+    newer = Run("x", "newer", root=tmp_path)
+    for write in (lambda: older.log({"step": 2}), lambda: older.event("knob", 2), lambda: older.note("x"), lambda: older.metadata(a=1),
+                  lambda: older.save_checkpoint(2, ARRAYS, {}), lambda: older.finish("failed")):
+        with pytest.raises(RunError, match="A newer run has taken"): write()
+    older.close()
+    assert (tmp_path / ".x.lock").read_text() == str(os.getpid())
+    newer.save_checkpoint(1, ARRAYS, {})
+    with pytest.raises(RunError, match="exists already"): Run("x", "newest", root=tmp_path)
+    newer.log({"step": 3})                                       # a start that is refused takes nothing away
+    assert read_metrics(tmp_path / "x") == [{"step": 3}] and (tmp_path / "x" / "config.yaml").read_text() == "newer"
+    newer.finish("finished")
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_lock_file_that_is_deleted_before_it_is_locked_is_not_taken_for_the_lock(tmp_path, monkeypatch):
+    flock, seen = fcntl.flock, []
+    def delete_first(handle, how):
+        if not seen: (tmp_path / ".x.lock").unlink()
+        seen.append(how)
+        flock(handle, how)
+    monkeypatch.setattr(fcntl, "flock", delete_first)
+    lock = R._Lock(tmp_path / "x")
+    assert len(seen) == 2 and os.path.samestat(os.fstat(lock.handle), os.stat(tmp_path / ".x.lock"))
+    lock.release()
+
+
+def test_giving_back_leaves_a_lock_file_that_is_somebody_elses(tmp_path):
+    lock = R._Lock(tmp_path / "x")
+    (tmp_path / ".x.lock").unlink()                              # a cleaning script
+    child = start(WRITER_OF_X, tmp_path)
+    lock.release()
+    with pytest.raises(RunError, match=f"process {child.pid}"): R._Lock(tmp_path / "x")
+    kill(child)
+
+
+def test_looking_does_not_disturb_who_takes_the_lock(tmp_path):
+    "Somebody who looks holds a shared lock for a moment."
+    (tmp_path / ".x.lock").touch()
+    child = start("""
+import fcntl, os, sys, time
+handle = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(handle, fcntl.LOCK_SH)
+print("ready", flush=True)
+time.sleep(0.03)
+""", tmp_path / ".x.lock")
+    R._Lock(tmp_path / "x").release()
+    kill(child)
+
+
+def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_): raise OSError(errno.ENOTSUP, "Operation not supported")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    old_run(tmp_path)
+    assert [r.getMessage().partition(" (")[0] for r in caplog.records] == [f"{tmp_path / '.x.lock'} cannot be locked"]
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_full_sync_that_the_disk_does_not_know_is_a_plain_one(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False) # a Mac's; Linux refuses it
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(handle), fsync(handle)))
+    R._write_whole(tmp_path / "a", "text")
+    assert sys.platform == "darwin" or len(synced) == 2
+
+
+# ---- starts that left nothing behind
+
+@pytest.mark.parametrize("outcome", ["failed", "interrupted", "finished", None])
+def test_a_run_that_saved_nothing_does_not_block_its_name(outcome, tmp_path):
+    run = Run("x", "old", root=tmp_path)
+    run.log({"step": 1})
+    run.close() if outcome is None else run.finish(outcome)
+    (tmp_path / "x" / "checkpoints").mkdir()
+    (tmp_path / "x" / "checkpoints" / ".step_000500.new-12").mkdir()     # killed in its first checkpoint
+    check_place(tmp_path / "x", False)
+    Run("x", "new", root=tmp_path).finish("failed")
+    assert (tmp_path / "x" / "config.yaml").read_text() == "new" and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("worth", ["checkpoints/step_000001", "checkpoints/.step_000001.old-7", "checkpoints/step_000001.damaged", "model",
+                                   "adapters", ".model.old-7"])
+def test_what_has_taken_time_to_train_does(worth, tmp_path):
+    Run("x", "old", root=tmp_path).finish("failed")
+    (tmp_path / "x" / worth).mkdir(parents=True)
+    with pytest.raises(RunError, match="exists already"): Run("x", "new", root=tmp_path)
+    assert (tmp_path / "x" / "config.yaml").read_text() == "old"
+
+
+# ---- damaged checkpoints: the newest that is whole
+
+def truncate(path): os.truncate(path / "model.safetensors", 100)
+def empty(path): os.truncate(path / "model.safetensors", 0)
+def lose_state(path): (path / "state.json").unlink()
+def lose_arrays(path): (path / "optimizer.safetensors").unlink()
+def lose_manifest(path): (path / "manifest.json").unlink()
+def cut_manifest(path): os.truncate(path / "manifest.json", (path / "manifest.json").stat().st_size // 2)
+def empty_folder(path): shutil.rmtree(path); path.mkdir()
+def file_instead(path): shutil.rmtree(path); path.touch()
+def directory_instead(path): lose_state(path); (path / "state.json").mkdir()
+
+
+def flip_bit(path):
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[-7] ^= 4
+    (path / "model.safetensors").write_bytes(data)
+
+
+def shorten_manifest(path):
+    "Well formed and right, but without the model."
+    hashes = json.loads((path / "manifest.json").read_text())
+    del hashes["model.safetensors"]
+    (path / "manifest.json").write_text(R._manifest(hashes))
+
+
+DAMAGES = [truncate, empty, flip_bit, lose_state, lose_arrays, lose_manifest, cut_manifest, shorten_manifest, empty_folder, file_instead,
+           directory_instead]
+
+
+def saved_run(root: Path, steps=(100, 200, 300)) -> Path:
+    "A run with a checkpoint every hundred steps, whose weight is the step."
+    run = Run("x", "seed: 0\n", root=root, logging=LoggingConfig(keep_last=len(steps)))
+    for step in steps:
+        run.log({"step": step, "loss": 1 / step})
+        run.save_checkpoint(step, {"model": {"w": mx.full((64,), step)}, "optimizer": {"m": mx.zeros(64)}}, {"seed": 0})
+    run.close()
+    return run.path
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_last_good_checkpoint_is_used_and_the_bad_one_reported(damage, tmp_path, caplog):
+    path = saved_run(tmp_path)
+    damage(path / "checkpoints" / "step_000300")
+    saved = latest_checkpoint(path)
+    assert saved.path.name == "step_000200" and saved.state == {"seed": 0, "step": 200}
+    assert mx.array_equal(saved.arrays["model"]["w"], mx.full((64,), 200))
+    [record] = caplog.records
+    assert record.levelname == "WARNING" and record.name == "mlx_pretrain"
+    assert re.fullmatch(r"\S*/step_000300/\S+ (is|could not) .*; trying the checkpoint before it", record.getMessage())
+    caplog.clear()
+    damage(path / "checkpoints" / "step_000200")
+    assert latest_checkpoint(path).state["step"] == 100 and len(caplog.records) == 2
+    damage(path / "checkpoints" / "step_000100")
+    for ask in (lambda: latest_checkpoint(path), lambda: find_checkpoint(ResumeConfig(checkpoint="latest"), path)):
+        with pytest.raises(RunError, match="has checkpoints, but none is whole"): ask()
+    with pytest.raises(RunError, match="use an earlier|no checkpoint"): load_checkpoint(path / "checkpoints" / "step_000300")
+
+
+def test_whole_checkpoints_are_not_reported(tmp_path, caplog):
+    path = saved_run(tmp_path)
+    (path / "checkpoints" / "step_000300" / "._model.safetensors").write_text("what macOS leaves on foreign disks")
+    assert latest_checkpoint(path).state["step"] == 300 and caplog.records == []
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+# ---- what a user may ask for
+
+def hugging_face(path): path.mkdir(); (path / "config.json").write_text("{}"); (path / "model.safetensors").touch()
+
+
+@pytest.mark.parametrize("text, make, problem", [
+    ("nowhere", None, "nowhere does not exist"), ("runs/nowhere", None, "does not exist"), ("Latest", None, "Latest does not exist"),
+    ("hub/model", None, "does not exist"), ("notes.txt", lambda p: p.touch(), "is a file"),
+    ("hf", hugging_face, "holds a model, but not where its training stood"),
+    ("empty", lambda p: p.mkdir(), "neither a checkpoint nor a run"),
+    ("r/x/checkpoints", lambda p: saved_run(p.parent.parent), "could mean any of them"),
+    ("r/x/checkpoints/step_000300/manifest.json", lambda p: saved_run(p.parents[3]), "is a file"),
+    ("r/fresh", lambda p: Run("fresh", "", root=p.parent).close(), "has saved no checkpoint"),
+])
+def test_a_path_that_cannot_be_resumed_is_one_sentence_with_a_remedy(text, make, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if make: make(tmp_path / text)
+    with pytest.raises(RunError, match=problem) as caught: find_checkpoint(ResumeConfig(checkpoint=text), "runs/me")
+    assert re.search(r"give a folder like runs/NAME/checkpoints/step_000500, a run directory, or `latest`\.$", str(caught.value))
+
+
+@pytest.mark.parametrize("damage", [d for d in DAMAGES if d is not file_instead])
+def test_a_damaged_checkpoint_that_was_named_is_refused(damage, tmp_path):
+    path = saved_run(tmp_path) / "checkpoints" / "step_000300"
+    damage(path)
+    with pytest.raises(RunError, match="step_000300.*use an earlier checkpoint"):
+        find_checkpoint(ResumeConfig(checkpoint=str(path)), tmp_path / "me")
+
+
+def test_what_can_be_resumed(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "mlx_pretrain")
+    path = saved_run(tmp_path / "runs")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_checkpoint(ResumeConfig(), path) is None and caplog.records == []
+    for text, step in (("latest", 300), (str(path), 300), (f"{path}/", 300), ("~/runs/x", 300), (f"{path}/checkpoints/step_000100", 100)):
+        assert find_checkpoint(ResumeConfig(checkpoint=text), path).state["step"] == step
+    (path / "checkpoints" / "step_000200").rename(tmp_path / "backup")
+    assert find_checkpoint(ResumeConfig(checkpoint=str(tmp_path / "backup")), path).state["step"] == 200
+    assert caplog.records == []
+    for name in ("tomorrow", "fresh"):
+        if name == "fresh": Run("fresh", "", root=tmp_path / "runs").finish("failed")
+        assert find_checkpoint(ResumeConfig(checkpoint="latest"), tmp_path / "runs" / name) is None
+        assert "starting from the beginning" in caplog.records[-1].getMessage() and caplog.records[-1].levelname == "INFO"
+    assert len(caplog.records) == 2
+
+
+# ---- going on
+
+def going_on(root: Path) -> Run:
+    "A run with checkpoints at 100 and 200 that was killed at step 250."
+    run = Run("x", "iters: 400\nname: x\n", root=root)
+    for step in range(10, 260, 10):
+        run.log({"step": step, "loss": 1 / step})
+        if step in (20, 200, 230): run.event("knob", step - 1, name="lr", value=step)
+        if step == 200: run.event("knob", 200, name="lr", value=7.0)
+        if step % 100 == 0: run.save_checkpoint(step, {"model": {"w": mx.full((8,), step)}}, {"seed": 0})
+    run.metadata(parameters=8, ended="never", total_steps=400)
+    run.close()
+    with open(run.path / "metrics.jsonl", "a") as f: f.write('{"step": 260, "lo')
+    return run
+
+
+def test_a_run_goes_on_in_place_as_it_was_at_the_checkpoint(tmp_path, caplog):
+    path, born = going_on(tmp_path).path, json.loads((tmp_path / "x" / "metadata.json").read_text())["created"]
+    before = read_metrics(path)
+    run = Run.resume(latest_checkpoint(path), "x", "iters: 500\nname: y\n", root=tmp_path)
+    expected = [row for row in before if row["step"] <= 200 and row != {"event": "knob", "step": 200, "name": "lr", "value": 7.0}]
+    assert len(expected) == 22                                   # 20 lines of metrics; the events with 19 and 199
+    assert read_metrics(path) == [*expected, {"event": "resume", "step": 200}]
+    assert (path / "config.yaml").read_text() == "iters: 500\nname: y\n"
+    known = json.loads((path / "metadata.json").read_text())
+    assert known["outcome"] == "running" and known["created"] == born and known["parameters"] == 8 and "ended" not in known
+    assert [r.getMessage() for r in caplog.records] == ["resuming with another configuration: iters: 400 → 500"]
+    assert "step_000200" in (log := (path / "logs" / "log.txt").read_text()) and "iters: 400 → 500" in log
+    assert list_runs(tmp_path)[0]["outcome"] == "running" and "resumed_from" not in known
+    run.log({"step": 210})
+    run.save_checkpoint(300, {"model": {}}, {})
+    run.finish("finished")
+    assert [p.name for p in checkpoints(path)] == ["step_000100", "step_000200", "step_000300"] and os.listdir(tmp_path) == ["x"]
+
+
+def test_the_same_configuration_is_no_news_and_the_old_outcome_is_none(tmp_path, caplog):
+    path = going_on(tmp_path).path
+    run = Run.resume(latest_checkpoint(path), "x", "iters: 400\nname: x\n", root=tmp_path)
+    run.finish("interrupted")
+    Run.resume(latest_checkpoint(path), "x", "iters: 400\nname: y\n", root=tmp_path).close()
+    known = json.loads((path / "metadata.json").read_text())
+    assert known["outcome"] == "running" and "ended" not in known and caplog.records == []
+
+
+def test_it_may_be_resumed_through_another_spelling_of_its_path(tmp_path, monkeypatch):
+    going_on(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    for root in ("runs", "./runs/../runs", "link", tmp_path / "runs"):
+        saved = find_checkpoint(ResumeConfig(checkpoint="latest"), Path(root) / "x")
+        Run.resume(saved, "x", "iters: 400\n", root="runs").close()
+    assert os.listdir("runs") == ["x"] and read_metrics("runs/x")[-1] == {"event": "resume", "step": 200}
+
+
+def test_later_checkpoints_are_never_lost(tmp_path):
+    path = saved_run(tmp_path)
+    def contents(): return {str(p): p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+    before = contents()
+    saved = find_checkpoint(ResumeConfig(checkpoint=str(path / "checkpoints" / "step_000100")), path)
+    flip_bit(path / "checkpoints" / "step_000300")
+    with pytest.raises(RunError, match="later checkpoints than step 100, up to step_000200; resume from `latest`, or give another `name`"):
+        Run.resume(saved, "x", "", root=tmp_path)
+    flip_bit(path / "checkpoints" / "step_000300")               # back
+    assert contents() == before
+    branch = Run.resume(saved, "y", "", root=tmp_path)
+    branch.save_checkpoint(110, ARRAYS, {})
+    branch.close()
+    assert {k: v for k, v in contents().items() if k.startswith(str(path))} == before
+    assert json.loads((tmp_path / "y" / "metadata.json").read_text())["resumed_from"] == str(saved.path)
+    assert read_metrics(tmp_path / "y") == [{"event": "resume", "step": 100}]
+    with pytest.raises(RunError, match="exists already"): Run.resume(saved, "y", "", root=tmp_path)
+    waiting = Run.resume(saved, "y", "", root=tmp_path, overwrite=True)
+    assert waiting.path != waiting.final and len(checkpoints(tmp_path / "y")) == 1
+    waiting.close()
+
+
+def test_later_damaged_checkpoints_are_set_aside_under_a_new_name_each_time(tmp_path):
+    path = saved_run(tmp_path)
+    for _ in range(2):
+        flip_bit(path / "checkpoints" / "step_000300")
+        run = Run.resume(latest_checkpoint(path), "x", "", root=tmp_path)
+        run.save_checkpoint(300, ARRAYS, {})
+        run.close()
+    assert sorted(os.listdir(path / "checkpoints")) == ["step_000100", "step_000200", "step_000300", "step_000300.damaged",
+                                                        "step_000300.damaged+"]
+    same(latest_checkpoint(path).arrays, ARRAYS)
+
+
+def test_leftovers_are_tidied_and_a_checkpoint_that_had_stepped_aside_comes_back(tmp_path):
+    path = saved_run(tmp_path)
+    folder = path / "checkpoints"
+    shutil.copytree(folder / "step_000100", folder / ".step_000100.old-77")      # its swap was finished
+    (folder / "step_000300").rename(folder / ".step_000300.old-77")              # its swap was cut in two
+    shutil.copytree(folder / "step_000200", folder / ".step_000300.new-77")
+    (folder / "step_000200").rename(folder / ".step_000200.gone-77")             # was being deleted
+    for name in (".metrics.jsonl.new-77", ".config.yaml.new-77", ".keep"): (path / name).touch()
+    for name in (".x.new-77", ".x.old-77", ".y.new-77"): (tmp_path / name).mkdir()
+    saved = latest_checkpoint(path)
+    assert saved.path.name == ".step_000300.old-77" and saved.state["step"] == 300
+    assert find_checkpoint(ResumeConfig(checkpoint=str(saved.path)), path).state["step"] == 300
+    Run.resume(saved, "x", "", root=tmp_path).close()
+    assert sorted(os.listdir(folder)) == ["step_000100", "step_000300"]
+    assert latest_checkpoint(path).state["step"] == 300
+    assert sorted(p.name for p in path.glob(".*")) == [".keep"] and sorted(os.listdir(tmp_path)) == [".y.new-77", "x"]
+
+
+def test_another_checkpoint_folder_is_refused_and_damage_elsewhere_does_not_stop_it(tmp_path, caplog):
+    path = saved_run(tmp_path)
+    saved = latest_checkpoint(path)
+    with pytest.raises(RunError, match="keeps its checkpoints in 'checkpoints': set `logging.checkpoint_dir` to that"):
+        Run.resume(saved, "x", "", root=tmp_path, logging=LoggingConfig(checkpoint_dir="c"))
+    (path / "metrics.jsonl").write_bytes(b'{"step": 100}\n\0\0\0\n[1]\n{"step": null}\n{"step": 300}\n\xff\n{"step": 400}\n')
+    (path / "metadata.json").write_text('{"versions')
+    (path / "config.yaml").write_text("a: b: c")
+    shutil.rmtree(path / "logs")
+    Run.resume(saved, "x", "seed: 0\n", root=tmp_path, logging=LoggingConfig(log_dir="l")).finish("finished")
+    assert read_metrics(path) == [{"step": 100}, {"step": None}, {"step": 300}, {"event": "resume", "step": 300}]
+    assert [r.getMessage() for r in caplog.records] == [f"{path / 'metrics.jsonl'}: left out 3 damaged lines, the first is line 2"]
+    assert is_run(path) and list_runs(tmp_path)[0]["outcome"] == "finished" and (path / "l" / "log.txt").exists()
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=20), st.integers(0, 30))
+@settings(deadline=None, max_examples=60)
+def test_metrics_are_cut_by_one_rule_and_cutting_again_changes_nothing(tmp_path_factory, rows, step):
+    file = tmp_path_factory.mktemp("cut") / "metrics.jsonl"
+    rows = [{"event": "e", "step": s} if event else {"step": s, "loss": s / 3} for s, event in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        R._cut_metrics(file, step)
+        assert [json.loads(line) for line in file.read_text().splitlines()] == [
+            row for row in rows if row["step"] < step or (row["step"] == step and "event" not in row)]
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b"])
+def test_a_resumed_run_needs_a_good_name_too(name, tmp_path):
+    saved = latest_checkpoint(saved_run(tmp_path))
+    with pytest.raises(RunError, match="choose another `name`"): Run.resume(saved, name, "", root=tmp_path / "runs")
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("old, new, expected", [
+    ({}, {}, []),
+    ({"a": {"b": {"c": 1}}}, {"a": {"b": {"c": 2}}}, ["a.b.c: 1 → 2"]),
+    ({"a": 1}, {"a": 1.0}, ["a: 1 → 1.0"]),
+    ({"a": [0.9, 0.95]}, {"a": [0.9, 0.99]}, ["a: [0.9, 0.95] → [0.9, 0.99]"]),
+    ({"a": None}, {"a": "é"}, ['a: null → "é"']),
+    ({"a": {"b": 1}}, {"a": {"c": 1}}, ["a.b: 1 → not there", "a.c: not there → 1"]),
+    ({"system": {"seed": 1, "device": "cpu"}}, {"system": {"seed": 2, "device": "gpu"}}, ["system.seed: 1 → 2"]),
+    ({"name": "a", "overwrite": True, "resume": {"checkpoint": None}, "logging": {"steps": {"logging_interval": 1}}},
+     {"name": "b", "overwrite": False, "resume": {"checkpoint": "latest"}, "logging": {"steps": {"logging_interval": 2}}}, []),
+    ({"names": 1, "model": {"name": 1}}, {"names": 2, "model": {"name": 2}}, ["names: 1 → 2", "model.name: 1 → 2"]),
+])
+def test_changed_keys(old, new, expected): assert changed_keys(old, new) == expected
+
+
+# ---- which checkpoints stay
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3, 20])
+@pytest.mark.parametrize("best", [None, 0, 30, 100])
+def test_the_newest_and_the_best_stay(keep_last, best, tmp_path):
+    run = Run("x", "", root=tmp_path, logging=LoggingConfig(keep_last=keep_last, checkpoint_dir="c"))
+    for step in range(10, 110, 10): assert run.save_checkpoint(step, {}, {}, best=best if best and best <= step else None).is_dir()
+    stay = {*range(10, 110, 10)[-keep_last:]} | ({best} if best == 100 or (best == 30 and keep_last > 2) else set())
+    if best == 30: stay |= {30}
+    assert [int(p.name[5:]) for p in checkpoints(run.path)] == sorted(stay)
+    assert sorted(os.listdir(run.path / "c")) == sorted(p.name for p in checkpoints(run.path))
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch, caplog):
+    path = saved_run(tmp_path, (100, 200))
+    run = Run.resume(latest_checkpoint(path), "x", "seed: 0\n", root=tmp_path, logging=LoggingConfig(keep_last=1))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or os.rmdir(path))
+    run.save_checkpoint(300, {}, {})
+    assert latest_checkpoint(path).state["step"] == 300
+    assert [bool(re.search(r"step_000[12]00 could not be deleted", r.getMessage())) for r in caplog.records] == [True, True]
+
+
+# ---- the list
+
+def test_list_runs(tmp_path):
+    run = Run("a", "", root=tmp_path)
+    run.metadata(parameters=2_100_000, total_steps=1000, created="2026-01-02T00:00:00+00:00")
+    for step, val in ((100, 3.0), (200, 2.0), (300, 2.5)):
+        run.log({"step": step, "loss": 4.0 / step, "val_loss": val, "val_bits_per_byte": val / 2})
+    run.log({"step": 310, "loss": math.nan})
+    run.event("knob", 320, name="loss", val_loss=1.0)
+    run.save_checkpoint(300, {"model": {"w": mx.zeros(1000)}}, {})
+    b = Run("模型", "", root=tmp_path)
+    b.metadata(created="2026-01-01T00:00:00+00:00")
+    b.finish("failed")
+    found = list_runs(tmp_path)
+    assert [r["name"] for r in found] == ["模型", "a"]
+    a = found[1]
+    assert {k: v for k, v in a.items() if k != "size"} == {
+        "name": "a", "path": tmp_path / "a", "outcome": "running", "step": 320, "total_steps": 1000, "loss": None, "val_loss": 2.5,
+        "best_val_loss": 2.0, "val_bits_per_byte": 1.25, "parameters": 2_100_000, "created": "2026-01-02T00:00:00+00:00"}
+    assert a["size"] == sum(p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file()) > 4000
+    run.close()
+    assert [r["outcome"] for r in list_runs(tmp_path)] == ["failed", "killed"]
+    lines = runs_table(found).split("\n")
+    assert len(lines) == 3 and re.search(r"2\.1M +\d\.\d+kB", lines[2]) and "320/1k" in lines[2] and lines[2].count("–") == 1
+    assert lines[1].index("failed") + 2 == lines[2].index("running") == lines[0].index("outcome")    # two wide characters
+
+
+def test_a_run_that_another_process_writes_is_running(tmp_path):
+    child = start(WRITER_OF_X, tmp_path)
+    assert [r["outcome"] for r in list_runs(tmp_path)] == ["running"]
+    kill(child)
+    assert [r["outcome"] for r in list_runs(tmp_path)] == ["killed"]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda p: (p / "metrics.jsonl").write_bytes(b"\0\0\n[]\n{\n\xff\n" + b"[" * 10**5 + b"\n"),
+    lambda p: (p / "metrics.jsonl").mkdir(),
+    lambda p: (p / "metrics.jsonl").write_text('{"step": "x", "loss": [1], "val_loss": "low", "val_bits_per_byte": {}}\n'),
+    lambda p: (p / "metadata.json").write_text('{"versions": {"mlx_pretrain": 1}, "outcome": 7, "created": 7, "parameters": "many"}'),
+    lambda p: (p / "metadata.json").write_text('{"versions": {"mlx_pretrain": 1}, "total_steps": {}, "checkpoint_dir": 3}'),
+    lambda p: (p / "metadata.json").write_text('{"versions": {"mlx_pretrain": 1}, "outcome": "running", "checkpoint_dir": "/etc"}'),
+    lambda p: (p / "dangling").symlink_to("nowhere"),
+    lambda p: shutil.rmtree(p / "logs"),
+])
+def test_a_damaged_run_does_not_hide_the_others(damage, tmp_path):
+    for name in ("a", "b"): Run(name, "", root=tmp_path).finish("finished")
+    damage(tmp_path / "a")
+    found = list_runs(tmp_path)
+    assert sorted(r["name"] for r in found) == ["a", "b"] and runs_table(found).count("\n") == 2
+    assert checkpoints(tmp_path / "a") == []
+
+
+def test_what_is_no_run_is_not_listed(tmp_path):
+    assert list_runs(tmp_path / "nowhere") == [] and runs_table([]).count("\n") == 0
+    (tmp_path / "file").touch()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "metadata.json").write_text('{"versions"')
+    old_run(tmp_path)
+    Run("x", "", root=tmp_path, overwrite=True).finish("interrupted")    # still waits in its hidden folder
+    assert [r["name"] for r in list_runs(tmp_path)] == ["x"]
+
+
+# ---- the power goes, at every single step that changes the disk
+
+class PowerCut(BaseException): "Nothing that happens after it reaches the disk."
+
+
+@contextmanager
+def power_cut(after: int):
+    "Let so many changes of the disk happen, and none after that; a file that is being written then keeps half of its bytes."
+    count = 0
+    def cut(change, half=None):
+        def changed(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count > after:
+                if half and count == after + 1: half(change, *args, **kwargs)
+                raise PowerCut
+            return change(*args, **kwargs)
+        return changed
+    def half_text(write, path, text, **kwargs): write(path, text[:len(text) // 2], **kwargs)
+    def half_arrays(save, path, arrays, **kwargs): save(path, arrays, **kwargs); os.truncate(path, os.stat(path).st_size // 2)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "replace", "unlink", "rmdir", "mkdir"): patch.setattr(os, name, cut(getattr(os, name)))
+        patch.setattr(Path, "write_text", cut(Path.write_text, half_text))
+        patch.setattr(mx, "save_safetensors", cut(mx.save_safetensors, half_arrays))
+        patch.setattr(R, "_append", cut(R._append))
+        patch.setattr(R, "_fsync", lambda path: None)
+        try: yield
+        except PowerCut: pass
+
+
+def weights_of(step: int, again: int = 0): return {"model": {"w": mx.full((64,), step)}, "optimizer": {"m": mx.full((64,), again)}}
+
+
+def save_next(root):
+    Run.resume(latest_checkpoint(root / "x"), "x", "", root=root, logging=LoggingConfig(keep_last=2)).save_checkpoint(
+        400, weights_of(400), {}, best=200)
+
+
+def save_again(root):
+    run = Run.resume(latest_checkpoint(root / "x"), "x", "", root=root)
+    run.save_checkpoint(300, weights_of(300, again=1), {})
+
+
+def only_resume(root):
+    (root / "x" / "metrics.jsonl").write_text('{"step": 300}\n{"step": 310}\n')
+    Run.resume(latest_checkpoint(root / "x"), "x", "", root=root)
+
+
+def overwrite(root): Run("x", "new", root=root, overwrite=True).save_checkpoint(500, weights_of(500), {})
+
+
+def dead(root: Path):
+    "What the end of the process does: the kernel lets its locks go."
+    for lock in list(R._HELD.values()): os.close(lock.handle)
+    R._HELD.clear()
+
+
+def survive(act, root: Path) -> int:
+    "Cut the power in `act` after 0, 1, 2, … changes; how many there are. After each, the run must be whole and go on."
+    for after in range(1000):
+        shutil.rmtree(root, ignore_errors=True)
+        path = saved_run(root)
+        done = False
+        with power_cut(after):
+            act(root)
+            done = True
+        dead(root)
+        saved = find_checkpoint(ResumeConfig(checkpoint="latest"), path)
+        if saved is None:                                        # in the middle of a swap of runs: the next start puts the old one back
+            with pytest.raises(RunError, match="exists already"): Run("x", "", root=root)
+            saved = latest_checkpoint(path)
+        step = saved.state["step"]
+        assert step >= 300 and mx.array_equal(saved.arrays["model"]["w"], mx.full((64,), step))
+        assert bad_checkpoints(root / "x") == []
+        with power_cut(after % 9): Run.resume(saved, "x", "", root=root)     # and once more, while it goes on
+        dead(root)
+        run = Run.resume(latest_checkpoint(path), "x", "", root=root)
+        run.save_checkpoint(step + 1, weights_of(step + 1), {})
+        run.finish("finished")
+        assert latest_checkpoint(path).state["step"] == step + 1 and os.listdir(root) == ["x"]
+        assert not list(path.rglob(".*")) and all(re.fullmatch(r"step_\d{6}", p.name) for p in (path / "checkpoints").iterdir())
+        read_metrics(path)
+        if done: return after
+    raise AssertionError("never done")
+
+
+@pytest.mark.parametrize("act, least", [(save_next, 20), (save_again, 15), (only_resume, 8), (overwrite, 15)])
+def test_the_power_may_go_at_any_moment(act, least, tmp_path, caplog):
+    assert survive(act, tmp_path / "runs") >= least
+    assert not [r for r in caplog.records if "trying the checkpoint before" in r.getMessage()]
+
+
+def in_place(folder, step, arrays, state):
+    "The same files, written where they are to stay."
+    final = Path(folder) / f"step_{step:06d}"
+    final.mkdir(parents=True, exist_ok=True)
+    for group, tensors in arrays.items(): mx.save_safetensors(str(final / f"{group}.safetensors"), tensors)
+    (final / "state.json").write_text(json.dumps({**state, "step": step}))
+    (final / "manifest.json").write_text(R._manifest({p.name: R._sha256(p) for p in final.iterdir() if p.name != "manifest.json"}))
+    return final
+
+
+def prune_in_place(run_dir, keep_last, best):
+    "Deletes under the good name."
+    for path in checkpoints(run_dir)[:-keep_last]: shutil.rmtree(path)
+
+
+def prune_first(write):
+    "Makes room before it writes; with one checkpoint to keep, that is the last one."
+    def pruning(folder, *args):
+        for path in sorted(Path(folder).glob("step_*")): shutil.rmtree(path)
+        return write(folder, *args)
+    return pruning
+
+
+def swap_without_stepping_aside(new, final, replace=True):
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(new, final)
+
+
+@pytest.mark.parametrize("name, bug, act, why", [
+    ("write_checkpoint", in_place, save_next, "step_000400/.* is (missing|damaged)"),
+    ("_prune", prune_in_place, save_next, "step_000100/.* is missing"),
+    ("write_checkpoint", prune_first(write_checkpoint), save_next, "none is whole"),
+    ("_swap_in", swap_without_stepping_aside, save_again, "200 >= 300"),
+    ("_swap_in", swap_without_stepping_aside, overwrite, "step_000.00/.* is missing"),
+    ("_tidy", lambda folder, names: None, save_again, r"\.step_000300\.new-"),
+], ids=["written in place", "deleted in place", "deleted before the new one is there", "same step deleted first", "old run deleted first",
+        "not tidied"])
+def test_the_power_cut_would_notice(name, bug, act, why, tmp_path, monkeypatch):
+    monkeypatch.setattr(R, name, bug)
+    with pytest.raises((AssertionError, RunError, OSError)) as caught: survive(act, tmp_path / "runs")
+    dead(tmp_path)
+    assert re.search(why, str(caught.value)), caught.value
+
+
+# ---- killed while it trains, again and again
+
+TRAINING = """
+import json, sys
+from pathlib import Path
+import mlx.core as mx
+from mlx_pretrain import run as R
+how, root = sys.argv[1], Path(sys.argv[2])
+if how == "in place": R.write_checkpoint = in_place
+print("ready", flush=True)
+logging = R.LoggingConfig(keep_last=2)
+saved = R.find_checkpoint(R.ResumeConfig(checkpoint="latest"), root / "x")
+run = R.Run.resume(saved, "x", "", root, logging=logging) if saved else R.Run("x", "", root, logging=logging)
+step = saved.state["step"] if saved else 0
+while True:
+    step += 1
+    run.log({"step": step})
+    for again in (0, 1):                                         # each step twice: the second one replaces the first
+        arrays = {"model": {"w": mx.full((50_000,), step)}, "optimizer": {"m": mx.full((50_000,), again)}}
+        run.save_checkpoint(step, arrays, {"again": again}, best=step // 10 * 10 or None)
+        print(step, flush=True)
+"""
+
+
+def kill_a_training(how: str, root: Path, rng: random.Random) -> int:
+    "Start a training in `root`, kill it after a moment; the last step that it had said to be saved."
+    child = start(inspect.getsource(in_place) + TRAINING, how, root)
+    if first := rng.random() < 0.6: first = child.stdout.readline()
+    time.sleep(rng.uniform(0, 0.08))
+    assert child.poll() is None
+    lines = (first or "") + kill(child)
+    return max(map(int, lines.split("\n")[:-1]), default=0)
+
+
+def check_training(root: Path, promised: int) -> int:
+    "Nothing that was promised is lost, nothing that is there is torn; the newest step."
+    saved = latest_checkpoint(root / "x")
+    step = saved.state["step"] if saved else 0
+    assert step >= promised, f"step {promised} was saved, and now the last is {step}"
+    if saved: assert mx.array_equal(saved.arrays["model"]["w"], mx.full((50_000,), step))
+    assert bad_checkpoints(root / "x") == []
+    steps = [int(p.name.split("_")[1][:6]) for p in checkpoints(root / "x")]
+    assert step < 12 or (step // 10 * 10 in steps or (step - 1) // 10 * 10 in steps)
+    assert len(steps) <= 5
+    return step
+
+
+def test_thirty_kills_lose_nothing_that_was_saved(tmp_path, caplog):
+    rng, step = random.Random(0), 0
+    for _ in range(30): step = check_training(tmp_path, max(step, kill_a_training("atomic", tmp_path, rng)))
+    assert step > 30
+    saved = latest_checkpoint(tmp_path / "x")
+    Run.resume(saved, "x", "", root=tmp_path).finish("finished")
+    assert [row["step"] for row in read_metrics(tmp_path / "x") if "event" not in row] == list(range(1, step + 1))
+    assert os.listdir(tmp_path) == ["x"] and not list((tmp_path / "x").rglob(".*"))
+    assert caplog.records == []
+
+
+def test_the_kills_would_notice_a_training_that_saves_in_place(tmp_path):
+    rng, step = random.Random(0), 0
+    with pytest.raises((AssertionError, RunError)):
+        for _ in range(30): step = check_training(tmp_path, max(step, kill_a_training("in place", tmp_path, rng)))

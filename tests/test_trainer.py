@@ -1,4 +1,5 @@
-"Ctrl-C at any moment: the checkpoint's step, its optimizer and its weights must be of one age."
+"Ctrl-C at any moment, steps that are not finite, and parts that add up to a whole."
+import json
 import signal
 from typing import NamedTuple
 
@@ -8,11 +9,16 @@ import pytest
 import mlx_pretrain  # noqa: F401, I001 (before MLX)
 
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
 
+from mlx_pretrain.cli import main
 from mlx_pretrain.core import key_for
-from mlx_pretrain.model import Linear, project
-from mlx_pretrain.run import Run, checkpoints, load_checkpoint
-from mlx_pretrain.trainer import Trainer, stop_between_steps, train_run
+from mlx_pretrain.model import Linear, Llama, ModelConfig, project
+from mlx_pretrain.ops import head_loss
+from mlx_pretrain.optim import Optimization, make_optimizer
+from mlx_pretrain.pretrained import load
+from mlx_pretrain.run import Run, checkpoints, load_checkpoint, read_metrics
+from mlx_pretrain.trainer import MAX_SKIPPED, Trainer, TrainingError, Update, stop_between_steps, train_run
 
 
 class Points(NamedTuple):
@@ -48,7 +54,7 @@ def test_an_interrupted_run_saves_one_age(delay, tmp_path):
     with pytest.raises(KeyboardInterrupt): train_run(trainer, run, lambda: pytest.fail("it was not finished"))
     arrays, state = load_checkpoint(checkpoints(run.path)[-1])
     assert 0 < state["step"] == arrays["optimizer"]["step"].item() < 10_000
-    assert state["tokens"] == 512 * state["step"]
+    assert state["progress"]["tokens"] == 512 * state["step"]
     assert mx.array_equal(arrays["model"]["weight"], weights_after(state["step"]))
 
 
@@ -70,7 +76,7 @@ def test_an_interrupted_overwrite_leaves_the_old_run(tmp_path):
 def test_a_stopped_trainer_goes_on(tmp_path):
     trainer = Trainer(Linear(256, 1), squares, points_at, 20)
     trainer.callbacks.append(lambda trainer, metrics: metrics["step"] == 5 and signal.raise_signal(signal.SIGINT))
-    with stop_between_steps(trainer): trainer.run()
+    trainer.run()
     assert trainer.steps_done == 5
     assert trainer.run()["step"] == 20
 
@@ -87,3 +93,93 @@ def test_the_handler_is_put_back(tmp_path):
     run = Run("line", "seed: 0\n", root=tmp_path)
     train_run(Trainer(Linear(256, 1), squares, points_at, 3, run=run), run, lambda: None)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+# Parts of a step
+
+
+class Ids(NamedTuple):
+    ids: mx.array
+    loss_mask: mx.array
+
+
+def next_id(model, batch):
+    return head_loss(model.hidden(batch.ids[:, :-1]), model.head_weight, batch.ids[:, 1:], batch.loss_mask)
+
+
+@pytest.mark.parametrize("parts", [[(0, 1), (1, 2), (2, 8)], [(0, 5), (5, 8)], [(i, i + 1) for i in range(8)]])
+def test_unequal_parts_make_the_whole_step(parts):
+    "Rows with one to eight tokens that count, cut in unequal parts; the mean of the parts' means is the bug that must show."
+    model = Llama(ModelConfig.model_validate_json('{"dimensions": {"hidden_size": 16, "num_layers": 1}}').args(32))
+    ids = mx.random.randint(0, 32, (8, 9), key=mx.random.key(0))
+    batch = Ids(ids, mx.arange(8)[None] <= mx.arange(8)[:, None])
+    update = Update(model, make_optimizer(Optimization(), 0.0, 0.0), next_id, 1.0)
+    pieces = [Ids(*(z[a:b] for z in batch)) for a, b in parts]
+    (total, count), whole = update.gradient(batch)
+    sums = [update.gradient(piece) for piece in pieces]
+    assert sum(n.item() for (_, n), _ in sums) == count.item() == 36
+    means = tree_map(lambda *gs: sum(g / n for g, ((_, n), _) in zip(gs, sums)) / len(sums), *(g for _, g in sums))
+    for (name, want), *others in zip(*(tree_flatten(g) for g in (whole, *(g for _, g in sums), means))):
+        *got, wrong = (g for _, g in others)
+        scale = mx.abs(want).max()
+        assert mx.abs(sum(got) - want).max() < 1e-5 * scale, name
+        if name.endswith("weight") and want.ndim > 1: assert mx.abs(wrong - want / count).max() > 0.05 * scale / count, name
+    together, apart = update([batch], 0.0), update(pieces, 0.0)
+    assert abs(together[0].item() - apart[0].item()) < 1e-5 and abs(together[2].item() / apart[2].item() - 1) < 1e-4
+
+
+# Steps that are not finite
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon", "sgd"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_a_step_that_is_not_finite_changes_no_bit(optimizer, poison):
+    model = Linear(4, 4)
+    opt = make_optimizer(Optimization(optimizer=optimizer), 0.1, 0.1)
+    update = Update(model, opt, squares, 1.0)
+    x = mx.random.normal((512, 4), key=mx.random.key(0))
+    for _ in range(3): update([Points(x, x.sum(axis=1))], 0.1)
+    before = tree_flatten([model.parameters(), opt.state])
+    assert len(before) > 3
+    *_, good = update([Points(x * mx.where(mx.arange(512) == 7, poison, 1.0)[:, None], x.sum(axis=1))], 0.1)
+    assert not good.item()
+    for (name, old), (_, new) in zip(before, tree_flatten([model.parameters(), opt.state])): assert mx.array_equal(old, new), name
+    *_, good = update([Points(x, x.sum(axis=1))], 0.1)
+    assert good.item() and not mx.array_equal(model.weight, before[0][1])
+
+
+def test_lost_for_good_ends_with_the_last_good_checkpoint(tmp_path):
+    def batch_at(step): return points_at(step) if step < 23 else Points(points_at(step).x * float("nan"), points_at(step).y)
+    run = Run("line", "seed: 0\n", root=tmp_path)
+    trainer = Trainer(Linear(256, 1), squares, batch_at, 10_000, run=run)
+    trainer.callbacks.append(lambda trainer, metrics: metrics["step"] == 20 and run.save_checkpoint(20, trainer.arrays(), trainer.state()))
+    with pytest.raises(TrainingError, match=rf"{MAX_SKIPPED} steps in a row, up to step 33, .* last good checkpoint is .*step_000020$"):
+        train_run(trainer, run, lambda: pytest.fail("it was not finished"))
+    assert mx.array_equal(trainer.model.weight, weights_after(23))
+    assert [row["step"] for row in read_metrics(run.path) if row.get("event") == "not_finite"] == [*range(24, 34)]
+    assert json.loads((run.path / "metadata.json").read_text())["outcome"] == "failed"
+
+
+def test_one_bad_batch_is_skipped_and_counted(tmp_path):
+    def batch_at(step): return points_at(step) if step != 23 else Points(points_at(step).x * float("nan"), points_at(step).y)
+    run = Run("line", "seed: 0\n", root=tmp_path)
+    trainer = Trainer(Linear(256, 1), squares, batch_at, 100, run=run)
+    train_run(trainer, run, lambda: None)
+    assert trainer.skipped == 1 and trainer.optimizer.step.item() == 99
+    assert json.loads((run.path / "metadata.json").read_text())["took"]["skipped"] == 1
+
+
+def test_a_learning_rate_far_too_high(tmp_path, monkeypatch, capfd):
+    "The command says so in a sentence, and nothing that is not finite is exported."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of a short text."}) + "\n" for i in range(20)))
+    (tmp_path / "wild.yaml").write_text("""
+data: {input_file: text.jsonl, preprocessing: {max_context_size: 16}}
+model: {dimensions: {hidden_size: 16, num_layers: 1}}
+training: {hyperparameters: {batch_size: 4, iters: 300, learning_rate: 1.0e+20}}
+logging: {steps: {checkpoint_interval: 1}}
+""")
+    code, err = main(["train", "--config", "wild.yaml"]), capfd.readouterr().err
+    assert code == 2 and "Traceback" not in err and "learning_rate" in err and "last good checkpoint" in err
+    assert not (tmp_path / "runs" / "wild" / "model").exists()
+    assert all(mx.isfinite(w).all().item() for _, w in tree_flatten(load(checkpoints("runs/wild")[-1]).model.parameters()))

@@ -2,6 +2,11 @@
 import gzip
 import json
 import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +18,7 @@ from mlx_pretrain.data import read_texts
 from mlx_pretrain.generate import generate_text
 from mlx_pretrain.pretrain import PretrainConfig
 from mlx_pretrain.pretrained import load
-from mlx_pretrain.run import checkpoints, read_metrics
+from mlx_pretrain.run import RunError, checkpoints, read_metrics
 
 RUN = Path("runs/demo")
 
@@ -70,3 +75,30 @@ def test_all_files_are_there():
     assert json.loads((RUN / "metadata.json").read_text())["outcome"] == "finished"
     iters = load_config(PretrainConfig, RUN / "config.yaml").training.hyperparameters.iters
     assert checkpoints(RUN)[-1].name == f"step_{iters:06d}"
+
+
+def test_interrupted_and_gone_on_with(last):
+    "From one of the demo's checkpoints, stopped by Ctrl-C on the way and gone on with: the demo's own bits per byte, and its weights."
+    again = Path("runs/demo-again")
+    shutil.rmtree(again, ignore_errors=True)
+    train = [sys.executable, "train.py", "--config", "configs/demo.yaml", "--name", again.name, "--resume.checkpoint"]
+    cut = subprocess.Popen([*train, RUN / "checkpoints" / "step_001050"])
+    try:
+        while cut.poll() is None and reached(again) < 1100: time.sleep(0.1)
+        cut.send_signal(signal.SIGINT)
+        assert cut.wait(60) == 130
+    finally: cut.kill()
+    stopped = int(checkpoints(again)[-1].name.removeprefix("step_"))
+    assert 1100 <= stopped < 1400
+    subprocess.run([*train, "latest"], check=True)
+    rows = read_metrics(again)
+    assert [row["step"] for row in rows if row.get("event") == "resume"] == [1050, stopped]
+    assert rows[-1]["val_bits_per_byte"] == last["val_bits_per_byte"]
+    assert (again / "model" / "model.safetensors").read_bytes() == (RUN / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(again)
+
+
+def reached(run):
+    "The last step that a run has logged."
+    try: return max((row["step"] for row in read_metrics(run)), default=0)
+    except RunError: return 0

@@ -1,0 +1,154 @@
+"A run that is stopped, killed or broken, and gone on with, ends exactly as the one that nobody touched."
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mlx_pretrain  # noqa: F401, I001 (before MLX)
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer
+from mlx_pretrain.run import RunError, Saved, checkpoints, latest_checkpoint, load_checkpoint, read_metrics
+
+OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
+CUTS = (7, 12, 23)  # inside the first epoch, at its end, inside the second
+WORKERS = Path(__file__).parent / "workers"
+
+
+def equal(a, b):
+    "Whether two sets of arrays have the same names and the same bits."
+    pairs = [*zip(sorted(tree_flatten(a)), sorted(tree_flatten(b)), strict=True)]
+    return bool(pairs) and all(name == other and mx.array_equal(x, y).item() for (name, x), (other, y) in pairs)
+
+
+def lines_of(run_dir):
+    "Metrics without the speed; events without the resuming."
+    lines = [line for line in read_metrics(run_dir) if line.get("event") != "resume"]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def config(folder, name, optimizer="adamw", total=30, **more):
+    "24 windows of 16 bytes, two a step and two steps accumulated now and then: an epoch ends after 12 steps."
+    data = folder / "data.jsonl"
+    if not data.exists(): data.write_text("".join(json.dumps({"text": f"{i} bottles of beer on the wall"[:29]}) + "\n" for i in range(10, 22)))
+    return PretrainConfig.model_validate_json(json.dumps({
+        "name": name,
+        "data": {"input_file": str(data), "validation_file": str(data), "preprocessing": {"max_context_size": 16}},
+        "model": {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1}, "attention": {"num_heads": 2}},
+        "training": {"hyperparameters": {"batch_size": 2, "learning_rate": 1e-2, "iters": total}, "optimization": {"optimizer": optimizer}},
+        "logging": {"keep_last": 99, "steps": {"logging_interval": 5, "validation_interval": 10, "checkpoint_interval": 1}},
+        **more}))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_from_every_step_of_twenty_in_process(optimizer, tmp_path):
+    cfg = config(tmp_path, "whole", optimizer, total=20)
+    whole, states = PretrainTrainer(cfg), []
+    for _ in range(20):
+        whole.step()
+        arrays = {group: {name: mx.array(np.array(a)) for name, a in tensors.items()} for group, tensors in whole.arrays().items()}
+        states.append((arrays, json.loads(json.dumps(whole.state()))))
+    for step, (arrays, state) in enumerate(states, 1):
+        trainer = PretrainTrainer(cfg)
+        trainer.load(Saved(Path("checkpoint"), arrays, state))
+        mx.random.seed(step); np.random.seed(step)  # noqa: NPY002 (somebody else's random numbers are none of ours)
+        trainer.run()
+        assert trainer.state() == whole.state() and equal(trainer.arrays(), whole.arrays()), step
+
+
+def test_a_forgotten_optimizer_shows(tmp_path):
+    cfg = config(tmp_path, "whole", total=20)
+    whole, trainer = PretrainTrainer(cfg), PretrainTrainer(cfg)
+    for _ in range(10): whole.step()
+    trainer.load(Saved(Path("checkpoint"), whole.arrays(), whole.state()), reset_optimizer=True)
+    whole.run(); trainer.run()
+    assert not equal(trainer.arrays()["model"], whole.arrays()["model"])
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    "One uninterrupted run for each optimizer, with a checkpoint after every step, made by a process of its own."
+    folder = tmp_path_factory.mktemp("resume")
+    for optimizer in OPTIMIZERS:
+        for suffix in ("", *(f"-{cut}" for cut in CUTS)):
+            resume = {"checkpoint": str(folder / "runs" / optimizer / "checkpoints" / f"step_{int(suffix[1:]):06d}")} if suffix else {}
+            cfg = config(folder, f"{optimizer}{suffix}", optimizer, resume=resume)
+            (folder / f"{cfg.name}.json").write_text(cfg.model_dump_json())
+    in_process(folder, *OPTIMIZERS)
+    return folder
+
+
+def in_process(folder, *names):
+    subprocess.run([sys.executable, WORKERS / "pretrain.py", folder, *names], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_from_three_cuts_in_other_processes(cut, whole_runs):
+    in_process(whole_runs, *(f"{optimizer}-{cut}" for optimizer in OPTIMIZERS))
+    for optimizer in OPTIMIZERS:
+        whole, resumed = (whole_runs / "runs" / name for name in (optimizer, f"{optimizer}-{cut}"))
+        (arrays, state), (again, state_again) = (load_checkpoint(checkpoints(run)[-1]) for run in (whole, resumed))
+        assert state["step"] == 30 and state_again == state and equal(again, arrays), optimizer
+        assert lines_of(resumed) == [line for line in lines_of(whole) if line["step"] > cut], optimizer
+        assert equal(mx.load(str(resumed / "model" / "model.safetensors")), mx.load(str(whole / "model" / "model.safetensors")))
+
+
+# Kill -9. The worker trains a small model as fast as it can and saves after every few steps, so most of its time goes into saving.
+
+
+def live(folder, *words, seconds=None):
+    "Let the worker train until its end, or for some seconds after it has begun. Was it killed?"
+    worker = subprocess.Popen([sys.executable, WORKERS / "line.py", folder, *words], stdout=subprocess.PIPE, text=True)
+    with worker:
+        begun = worker.stdout.readline()
+        if seconds is not None:
+            assert begun == "begun\n"
+            time.sleep(seconds)
+            worker.kill()
+    assert worker.returncode in (0, -signal.SIGKILL)
+    return worker.returncode != 0
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    "The uninterrupted run, with all its checkpoints."
+    folder = tmp_path_factory.mktemp("truth")
+    assert not live(folder, "keep")
+    return folder / "line"
+
+
+def test_sixty_kills_lose_nothing(truth, tmp_path):
+    moments, kills, seen = random.Random(0), 0, set()
+    while kills < 60:
+        if not live(tmp_path, seconds=moments.uniform(0, 0.25)): pytest.fail(f"it reached its end after {kills} kills: make it longer")
+        kills += 1
+        saved = latest_checkpoint(tmp_path / "line")
+        if saved is None: continue
+        arrays, state = load_checkpoint(truth / "checkpoints" / saved.path.name)
+        assert equal(saved.arrays, arrays) and saved.state == state
+        seen.add(state["step"])
+    assert len(seen) > 30 and not live(tmp_path)
+    (arrays, state), (again, state_again) = (load_checkpoint(checkpoints(run)[-1]) for run in (truth, tmp_path / "line"))
+    assert state_again == state and equal(again, arrays)
+    assert lines_of(tmp_path / "line") == lines_of(truth)
+    assert not [path for path in tmp_path.rglob(".*")], "the dead left something behind"
+
+
+def test_saving_in_place_loses_checkpoints(tmp_path):
+    "The control: the same worker without the rename. Some kill must find the only checkpoint half written."
+    moments = random.Random(0)
+    for _ in range(20):
+        shutil.rmtree(tmp_path / "line", ignore_errors=True)
+        live(tmp_path, "in-place", seconds=moments.uniform(0.05, 0.25))
+        try: latest_checkpoint(tmp_path / "line")
+        except RunError: return
+    pytest.fail("twenty kills, and a saver that must fail did not")
