@@ -89,7 +89,7 @@ class SpecialTokens(Section):
 _SPECIAL = SpecialTokens()
 
 # %% ../nbs/01_data.ipynb #d00eae79
-_MAX_TRAINING = 60_000_000 # bytes of the lines that a vocabulary is learned from, as Python keeps them; the trainer needs a few times as many
+_MAX_TRAINING = 60_000_000 # bytes of the lines that a vocabulary is learned from; the trainer needs a few times as much
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
@@ -407,8 +407,7 @@ class HFTokenizer(Tokenizer):
         with _foreign(f"{self._path} cannot be read"):
             self._tok = tok = tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
             tok.encode_special_tokens = True
-            tok.no_truncation()
-            tok.no_padding()
+            tok.no_truncation(); tok.no_padding()
             self.vocab_size = max(tok.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id, self.eos_id, self.pad_id = _special_ids(path, tok.token_to_id, self.vocab_size)
         self._files["tokenizer_config.json"] = _complete_config(self, tok.id_to_token, {"tokenizer_class": "PreTrainedTokenizerFast"})
@@ -487,6 +486,8 @@ def _finite(text: str) -> float:
     raise DataError(f"{text[:60]} is not a number that JSON knows; write null or a finite number")
 
 
+_MAX_ROW = 32_000_000 # bytes of one line
+_MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"(\xb5/\xfd": "zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PAR1": "Parquet"}
 _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
 
 
@@ -550,10 +551,6 @@ def read_jsonl(
     for line, raw in _read_lines(path): yield _row(path, line, raw)
 
 # %% ../nbs/01_data.ipynb #e9765064
-_MAX_ROW = 32_000_000 # bytes of one line
-_MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"(\xb5/\xfd": "zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PAR1": "Parquet"}
-
-
 def _open_rows(path: str | Path) -> BinaryIO:
     "Open a data file. Raises `DataError` if it is none; a pipe would wait for ever, and could be read only once."
     try:
@@ -607,8 +604,10 @@ def _run_module(name: str, file: str, source: bytes) -> ModuleType:
 # %% ../nbs/01_data.ipynb #82819d03
 def _find_module(place: str) -> tuple[str, str]:
     "Name and file of a module. Raises `ModuleNotFoundError`, or whatever the packages around it raise."
-    if place.endswith(".py"): return Path(place).stem, place
-    if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
+    is_file = place.endswith(".py")
+    folder = str((Path(place).parent if is_file else Path()).absolute())   # what stands beside it can be imported
+    if folder not in sys.path: sys.path.append(folder)
+    if is_file: return Path(place).stem, place
     importlib.invalidate_caches()
     found = util.find_spec(place)
     if found is None or found.origin is None: raise ModuleNotFoundError(name=place)
@@ -720,7 +719,7 @@ def _check_ids(tokens: np.ndarray, vocab_size: int, folder: str | None = None) -
     bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
     if not bad.size: return
     if folder: raise DataError(f"the token cache {folder} is damaged (id {bad[0]} of {vocab_size}); delete this folder, and start again")
-    raise DataError(f"the tokenizer made id {bad[0]}, but has only {vocab_size} tokens; its files do not belong together, copy them again")
+    raise DataError(f"the tokenizer made id {bad[0]}, but has only {vocab_size} tokens, its files do not belong together; copy them again")
 
 
 def _forget_pages(tokens: np.ndarray) -> None:
@@ -822,12 +821,6 @@ def cache_dir(
     except RuntimeError as e: raise DataError(f"the token cache {place} has no place ({e}); set MLX_PRETRAIN_CACHE to a folder") from None
 
 
-def _stamp(path: str | Path) -> tuple:
-    "What changes when somebody writes to a file."
-    try: return (s := os.stat(path)).st_ino, s.st_size, s.st_mtime_ns
-    except (OSError, ValueError): return ()
-
-
 def _hash_file(path: str | Path) -> str:
     "SHA-256 of a data file."
     with _open_rows(path) as file:
@@ -853,7 +846,13 @@ def _open_cache(folder: Path, vocab_size: int) -> _Cached | None:
         tokens = np.memmap(folder / "tokens.bin", _token_type(vocab_size), "r")
         whole = all(type(meta[key]) is int for key in ("tokens", "bytes", "documents", "dropped")) and len(tokens) == meta["tokens"]
         return (tokens, meta) if whole else None
-    except (OSError, ValueError, KeyError, TypeError): return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError): return None
+
+
+def _stamp(path: str | Path) -> tuple:
+    "What changes when somebody writes to a file."
+    try: return (s := os.stat(path)).st_ino, s.st_size, s.st_mtime_ns
+    except (OSError, ValueError): return ()
 
 
 def _sync(path: Path) -> None:
@@ -1004,7 +1003,7 @@ def split_format(
         if name is None: continue
         if spec or conversion or not name.strip() == name != "" or re.search(r"[.\[\]{}]", name):
             field = f"{{{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}}}"
-            raise ConfigError(f"{field[:60]} is more than the name of a field, {help}")
+            raise ConfigError(f"{_quote(field)} is more than the name of a field, {help}")
         pieces.append((text, name))
         text = ""
     return [*pieces, (text, None)] if text else pieces

@@ -415,21 +415,21 @@ class ScalarHead(nn.Module):
 # %% ../nbs/00_model.ipynb #eef1f681
 class Dimensions(Section):
     "How wide and how deep."
-    hidden_size: int = Field(256, ge=1)
+    hidden_size: int = Field(256, ge=1, le=2**17)
     "Width of the residual stream."
-    intermediate_size: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(None, ge=1, le=2**20)
     "Width of the feed-forward; by default 8/3 of `hidden_size`, rounded up to a multiple of 32."
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(4, ge=1, le=1000)
     "How many blocks."
 
 
 class AttentionConfig(Section):
     "Heads and context."
-    num_heads: int | None = Field(None, ge=1)
+    num_heads: int | None = Field(None, ge=1, le=2**17)
     "Query heads; by default as near to `hidden_size` / 64 as divides it, at least 1."
     num_kv_heads: int | None = Field(None, ge=1)
     "Key and value heads; by default as many as `num_heads`."
-    head_dim: int | None = Field(None, ge=2, multiple_of=2)
+    head_dim: int | None = Field(None, ge=2, le=2**17, multiple_of=2)
     "Width of one head; by default `hidden_size` / `num_heads`."
     max_position_embeddings: int | None = Field(None, ge=1)
     "Longest context, in tokens; by default 2048, or `max_context_size` if that is longer."
@@ -437,13 +437,13 @@ class AttentionConfig(Section):
 
 class Normalization(Section):
     "RMSNorm."
-    rms_norm_eps: float = Field(1e-5, gt=0)
+    rms_norm_eps: float = Field(1e-5, ge=1e-12, le=1)
     "Added to the mean square before the root."
 
 
 class RopeConfig(Section):
     "Rotary positions."
-    theta: float = Field(10_000.0, gt=0)
+    theta: float = Field(10_000.0, ge=1, le=1e12)
     "Base of the periods."
     traditional: bool = False
     "Pairs are neighbours instead of halves."

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from pydantic import field_validator
 
 from .config import ConfigError, Section, to_yaml
 from .data import Batch, DataConfig, Tokenizer, Windows, batch_indices, cached_windows, make_tokenizer, steps_in
@@ -59,6 +60,12 @@ class PretrainConfig(Section):
     resume: ResumeConfig = ResumeConfig()
     "Go on from a checkpoint."
 
+    @field_validator("name")
+    @classmethod
+    def _can_be_a_folder(cls, name: str) -> str:
+        try: return check_name(name)
+        except RunError as e: raise ValueError(str(e)) from None
+
 # %% ../nbs/02_pretrain.ipynb #272c0f49
 def read_windows(
     cfg: DataConfig, # context and overlap
@@ -72,6 +79,7 @@ def read_windows(
     path = getattr(cfg, key)
     if path is None and key == "input_file": raise ConfigError('"data.input_file" is missing; name the JSON Lines file to train on')
     if path is None: return None
+    if not Path(path).exists(): raise ConfigError(f'"data.{key}": {path} does not exist; check the path')
     return cached_windows(path, tokenizer, cfg.preprocessing.max_context_size, cfg.preprocessing.chunk_overlap, cfg.preprocess)
 
 # %% ../nbs/02_pretrain.ipynb #f05ff502
@@ -90,7 +98,7 @@ class PretrainTrainer(Trainer):
         if args.max_position_embeddings < context:
             raise ConfigError(f'"data.preprocessing.max_context_size" ({context}) is larger than "model.attention.max_position_embeddings" '
                               f"({args.max_position_embeddings}); make one fit the other")
-        self.windows, self.held_out = (read_windows(cfg.data, self.tokenizer, key) for key in ("input_file", "validation_file"))
+        self.held_out, self.windows = (read_windows(cfg.data, self.tokenizer, key) for key in ("validation_file", "input_file"))
         model, self.loss = Llama(args, cfg.system.seed), compute_in(cfg.system.precision, next_token_loss)
         model.model.checkpointing = cfg.system.gradient_checkpointing
         super().__init__(
@@ -139,9 +147,11 @@ def _go_on(trainer: PretrainTrainer, saved: Saved):
     now, then = _identity(trainer), saved.state
     if then.get("tokenizer") != now["tokenizer"]:
         raise RunError(f'{saved.path} was trained with another tokenizer; set "data.tokenizer_path" to the copy in its run directory')
-    changed = [f"{key} was {then.get('args', {}).get(key)} and is {value}" for key, value in now["args"].items() if then.get("args", {}).get(key) != value]
-    if changed: raise RunError(f'{saved.path} does not fit the section "model": {", ".join(changed)}; make it as it was, or start a new run under another name')
-    if then.get("data") != now["data"]: logger.warning(f"{trainer.cfg.data.input_file} is not the file that {saved.path} was trained on; going on with it")
+    sizes = then.get("args", {})
+    if changed := [f"{key} was {sizes.get(key)} and is {value}" for key, value in now["args"].items() if sizes.get(key) != value]:
+        raise RunError(f'{saved.path} does not fit the section "model": {", ".join(changed)}; make it as it was, or start a new run')
+    if then.get("data") != now["data"]:
+        logger.warning(f"{trainer.cfg.data.input_file} is not what {saved.path} was trained on; going on with it")
     trainer.load(saved, trainer.cfg.resume.reset_optimizer)
 
 # %% ../nbs/02_pretrain.ipynb #f218d94f
@@ -150,7 +160,7 @@ def _ahead(trainer: PretrainTrainer) -> str:
     n, windows, h = parameter_count(trainer.model.args), trainer.windows, trainer.cfg.training.hyperparameters
     epochs = trainer.total_steps * h.batch_size * h.gradient_accumulation_steps / len(windows)
     return (f"{n:,} parameters; {windows.n_targets:,} tokens in {len(windows):,} windows of {windows.context}; "
-            f"{trainer.total_steps - trainer.steps_done:,} steps of {trainer.total_steps:,}, which are {epochs:.2g} epochs\n{forecast(trainer)}")
+            f"{trainer.total_steps - trainer.steps_done:,} of {trainer.total_steps:,} steps, {epochs:.2g} epochs\n{forecast(trainer)}")
 
 
 def pretrain(

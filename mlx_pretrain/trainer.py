@@ -29,16 +29,16 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 from pydantic import Field
 
-from .config import ConfigError, Section, UserError
+from .config import Section, UserError
 from .optim import Optimization, SchedulerConfig, check_optimizer, make_optimizer, make_schedule
 from .run import Journal, Run, RunError, Saved, checkpoints
 
 # %% ../nbs/18_trainer.ipynb #6b7c3e3c
 class Hyperparameters(Section):
     "The numbers people turn first."
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, le=1_000_000)
     "Windows or rows that go through the model at once."
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=1_000_000)
     "Batches that make one step: as if `batch_size` were that many times larger, in the memory of one."
     learning_rate: float = Field(1e-3, gt=0)
     "The largest learning rate."
@@ -135,7 +135,7 @@ def _put(tree: dict | list, arrays: dict[str, mx.array]):
 
 # %% ../nbs/18_trainer.ipynb #6c24381e
 class Update:
-    "One optimizer step on a model, compiled. A step whose loss or gradient is not finite changes nothing."
+    "One optimizer step on a model, compiled. A step whose loss, gradient or new weights are not finite changes nothing."
     def __init__(
         self,
         model: nn.Module, # trained in place
@@ -161,6 +161,7 @@ class Update:
             before = dict(tree_flatten(state))
             optimizer.learning_rate = rate
             optimizer.update(model, grads)
+            good &= mx.isfinite(sum(w.sum() for _, w in tree_flatten(model.trainable_parameters())))
             _put(state, {k: mx.where(good, v, before[k]) for k, v in tree_flatten(state) if v is not before[k]})
             return total / mx.maximum(count, 1), count, norm, good
 
@@ -218,18 +219,16 @@ class TrainingError(UserError):
     "A training that cannot go on; the text says since when, the likely cause, and what to change."
 
 
-def _likely_cause(loss: float, losses: tuple | None, factor: float) -> str:
-    "Why losses or gradients stopped being finite, from this loss, (first, lowest, last) of the finite ones, and the knob."
+def _likely_cause(loss: float, norm: float, losses: tuple | None, factor: float) -> str:
+    "Why steps are not finite: from this loss and gradient, (first, lowest, last) of the finite losses, and the knob."
     if not losses: return "it never was, so look at the first weights and the data rather than at the learning rate"
     first, lowest, last = losses
+    lower = 'lower "training.hyperparameters.learning_rate" or lengthen the warm-up'
     if factor > 1: return f"the knob learning_rate_factor stands at {factor:g}; turn it down"
-    if last > lowest + 1 or last > first:
-        return (f"the loss had climbed from {lowest:.3g} to {last:.3g} before, as it does when steps are too long: lower "
-                '"training.hyperparameters.learning_rate" or lengthen the warm-up')
-    if math.isfinite(loss):
-        return ('the loss was finite and only its gradient was not: lower "training.hyperparameters.learning_rate", or, if it computes in '
-                'bfloat16, set "system.precision: float32"')
-    return "it came at once, without the loss climbing first: look at the data of these steps, then try a lower learning rate"
+    if math.isfinite(loss) and math.isfinite(norm): return f"the new weights would have been too large for a float: {lower}"
+    if last > lowest + 1 or last > first: return f"the loss had climbed from {lowest:.3g} to {last:.3g} before: {lower}"
+    if math.isfinite(loss): return f'the loss was finite, its gradient was not: {lower}, or, with bfloat16, set "system.precision: float32"'
+    return f"it came at once, without the loss climbing first: look at the data of these steps, then {lower}"
 
 # %% ../nbs/18_trainer.ipynb #2112e1d0
 MAX_SKIPPED = 10 # steps in a row that may fail to be finite
@@ -239,8 +238,8 @@ MAX_SKIPPED = 10 # steps in a row that may fail to be finite
 class Progress:
     """What happened so far.
 
-    `steps_done`; `tokens` that counted in the loss; `skipped` steps, and how many of them `in_a_row` just now; `best` validation, as (step, val_loss);
-    `losses`: first, lowest and last; `last_knobs`: how the knobs stood in the last step.
+    `steps_done`; `tokens` that counted in the loss; `skipped` steps, and how many of them `in_a_row` just now; `best` validation, as
+    (step, val_loss); `losses`: first, lowest and last; `last_knobs`: how the knobs stood in the last step.
     """
     steps_done: int = 0
     tokens: int = 0
@@ -254,6 +253,7 @@ class Progress:
         self,
         good: bool, # was the step finite?
         loss: float, # of this step
+        norm: float, # length of its gradient
     ):
         "Count a step. Raises `TrainingError` after `MAX_SKIPPED` in a row that were not finite."
         if good:
@@ -262,8 +262,8 @@ class Progress:
             return
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row < MAX_SKIPPED: return
-        cause = _likely_cause(loss, self.losses, self.last_knobs.get("learning_rate_factor", 1.0))
-        raise TrainingError(f"{MAX_SKIPPED} steps in a row, up to step {self.steps_done}, had no finite loss or gradient; {cause}")
+        cause = _likely_cause(loss, norm, self.losses, self.last_knobs.get("learning_rate_factor", 1.0))
+        raise TrainingError(f"{MAX_SKIPPED} steps in a row, up to step {self.steps_done}, were not finite; {cause}")
 
     def validated(
         self,
@@ -339,9 +339,10 @@ class Trainer(Progress):
         loss, count, norm, good = (v.item() for v in values)
         self.tokens, speed = self.tokens + count, count / (time.perf_counter() - start)
         if not good: self.report(loss, norm)
-        self.judge(good, loss)
+        self.judge(good, loss, norm)
         yield "update"
-        return {"step": self.steps_done, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": self.tokens, "tokens_per_second": speed}
+        return {"step": self.steps_done, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": self.tokens,
+                "tokens_per_second": speed}
 
     def step(self) -> dict: # metrics of this step
         "Take one step, to its end. Raises `TrainingError` if too many in a row were not finite."
@@ -364,8 +365,8 @@ class Trainer(Progress):
 
     def report(self, loss: float, norm: float):
         "Tell about a step that was skipped."
-        if self.run_dir: self.run_dir.event("not_finite", self.steps_done, loss=loss, grad_norm=norm)
-        if self.in_a_row == 0: logger.warning(f"step {self.steps_done} is skipped: its loss is {loss:g}, the length of its gradient {norm:g}")
+        if self.run_dir: self.run_dir.event("not_finite", self.steps_done - 1, loss=loss, grad_norm=norm)
+        if self.in_a_row == 0: logger.warning(f"step {self.steps_done} is skipped: loss {loss:g}, length of the gradient {norm:g}")
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
         "What a checkpoint must hold: weights and the optimizer's memory, by name."
@@ -373,7 +374,8 @@ class Trainer(Progress):
 
     def state(self) -> dict:
         "The rest of a checkpoint: where we are, and how the knobs stand."
-        return {"step": self.steps_done, "progress": {f.name: getattr(self, f.name) for f in fields(Progress)}, "knobs": self.knobs.snapshot()}
+        progress = {f.name: getattr(self, f.name) for f in fields(Progress)}
+        return {"step": self.steps_done, "progress": progress, "knobs": self.knobs.snapshot()}
 
     def load(
         self,
@@ -384,15 +386,15 @@ class Trainer(Progress):
 
         Raises `RunError` if it belongs to another model or optimizer, or lies beyond the end.
         """
-        if saved.state["step"] > self.total_steps:
-            raise RunError(f'{saved.path} is at step {saved.state["step"]}, and this run ends at {self.total_steps}: raise "training.hyperparameters.iters"')
-        here = self.arrays()
-        _check_fit(here["model"], saved.arrays.get("model", {}), saved.path / "model.safetensors", "the model or the tokenizer is another one")
+        if (step := saved.state["step"]) > self.total_steps:
+            raise RunError(f'{saved.path} is at step {step}, but this run ends at {self.total_steps}: raise '
+                           '"training.hyperparameters.iters" or "training.epochs"')
+        groups = {"model": "the model or the tokenizer is another one"}
         if not reset_optimizer:
-            _check_fit(here["optimizer"], saved.arrays.get("optimizer", {}), saved.path / "optimizer.safetensors",
-                       'keep "training.optimization.optimizer" as it was, or set "resume.reset_optimizer: true"')
-            _put(self.optimizer.state, saved.arrays["optimizer"])
-        _put(self.model, saved.arrays["model"])
+            groups["optimizer"] = 'keep "training.optimization.optimizer" as it was, or set "resume.reset_optimizer: true"'
+        for name, remedy in groups.items():
+            _check_fit(self.arrays()[name], saved.arrays.get(name, {}), saved.path / f"{name}.safetensors", remedy)
+        for name in groups: _put(self.model if name == "model" else self.optimizer.state, saved.arrays[name])
         for name, value in saved.state["progress"].items(): setattr(self, name, tuple(value) if isinstance(value, list) else value)
         for name, value in saved.state["knobs"].items(): setattr(self.knobs, name, value)
 
@@ -481,13 +483,14 @@ def span(
 ) -> str: # for people
     "Seconds, minutes or hours, with two of them at most."
     s = round(seconds)
-    return f"{seconds:.1f} s" if s < 10 else f"{s} s" if s < 60 else f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
+    if s < 60: return f"{seconds:.1f} s" if s < 10 else f"{s} s"
+    return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
 
 
 class Forecast(NamedTuple):
     """What the rest of a run will take.
 
-    `seconds`: all together; `tokens_per_second`: of training; `peak_memory`: of a step, in bytes; `machine_memory`: what there is, in bytes.
+    `seconds`: all together; `tokens_per_second`: of training; `peak_memory` of a step, and `machine_memory`, in bytes.
     """
     seconds: float
     tokens_per_second: float
@@ -517,8 +520,8 @@ def forecast(
     held = sum(a.nbytes for _, a in tree_flatten(before))
     needed = held + sum(a.nbytes for a in before["model"].values())
     if needed > machine:
-        raise TrainingError(f"weights, gradients and the optimizer need {needed / 1e9:,.1f} GB, and this machine has {machine / 1e9:,.1f} GB: "
-                            "make the model smaller")
+        raise TrainingError(f"weights, gradients and the optimizer need {needed / 1e9:,.1f} GB of memory, and this machine has "
+                            f'{machine / 1e9:,.1f} GB: make "model.dimensions" smaller')
     mx.eval(before); mx.reset_peak_memory()
     times, tokens = [0.0], 0
     for step in range(trainer.steps_done, trainer.steps_done + min(probes, left)):
@@ -564,14 +567,16 @@ def train_run(
 def _stopped(trainer: Trainer, run: Run, **state):
     "Save, say where and how to go on, and end as Ctrl-C ends a program."
     where = f"the earlier run in {run.final} stays as it was, for this one has saved nothing yet"
-    if run.path == run.final: where = f"saved in {save_checkpoint(trainer, run, **state)}; the same command with --resume.checkpoint latest goes on"
+    if run.path == run.final:
+        where = f"saved in {save_checkpoint(trainer, run, **state)}; the same command with --resume.checkpoint latest goes on"
     logger.warning(f"stopped after step {trainer.steps_done} of {trainer.total_steps}; {where}")
     raise KeyboardInterrupt
 
 
 def _took(trainer: Trainer, run: Run, seconds: float, tokens: int):
     "Write down what a run took."
-    took = {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "peak_memory": mx.get_peak_memory(), "skipped": trainer.skipped}
+    took = {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "peak_memory": mx.get_peak_memory(),
+            "skipped": trainer.skipped}
     best = trainer.best and {"step": trainer.best[0], "val_loss": trainer.best[1]}
     run.metadata(took=took, best=best)
     said = f"took {span(seconds)}, {took['tokens_per_second']:,.0f} tokens/s, {took['peak_memory'] / 1e6:,.0f} MB at the peak"

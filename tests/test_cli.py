@@ -1,8 +1,7 @@
 "The commands as a user types them: what they do, and what they say when something is wrong."
-import contextlib
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,9 @@ import pytest
 
 import mlx_pretrain  # noqa: F401 (before MLX)
 from mlx_pretrain.cli import main
+from mlx_pretrain.config import load_config
+from mlx_pretrain.pretrain import PretrainConfig
+from mlx_pretrain.run import checkpoints, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 YAML = """
@@ -26,49 +28,6 @@ def here(tmp_path, monkeypatch):
     Path("text.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of a short text."}) + "\n" for i in range(20)))
     Path("run.yaml").write_text(YAML)
     return tmp_path
-
-
-def broken(name, text): Path(name).write_text(text)
-
-
-TRAIN = ["train", "--config", "run.yaml"]
-MISTAKES = { # name: (what is wrong, command, what the sentence must say)
-    "no command": (None, ["fly"], "no command 'fly'.*train"),
-    "no config": (None, ["train"], "--config FILE"),
-    "missing config": (None, ["train", "--config", "no.yaml"], "no.yaml"),
-    "unknown key": (lambda: broken("run.yaml", YAML + "loging: {}\n"), TRAIN, r'run.yaml, line 5: "loging".*logging'),
-    "value out of range": (None, [*TRAIN, "--training.hyperparameters.batch_size", "0"], "command line.*batch_size"),
-    "no input file": (lambda: broken("run.yaml", "name: x\n"), TRAIN, r'"data.input_file" is missing'),
-    "missing input file": (lambda: os.remove("text.jsonl"), TRAIN, "text.jsonl"),
-    "bad JSON": (lambda: broken("text.jsonl", '{"text": "a"}\n{"text": "b"\n'), TRAIN, "text.jsonl, line 2"),
-    "missing text": (lambda: broken("text.jsonl", '{"txt": "a"}\n'), TRAIN, 'text.jsonl, line 1.*"text"'),
-    "no tokenizer": (None, [*TRAIN, "--data.tokenizer_path", "tok"], "tok.*mlx-pretrain tokenizer --config"),
-    "tokenizer to nowhere": (None, ["tokenizer", "--config", "run.yaml"], '"data.tokenizer_path" is missing'),
-    "tokenizer over a file": (None, ["tokenizer", "--config", "run.yaml", "--data.tokenizer_path", "text.jsonl"], "text.jsonl is a file"),
-    "text too small": (None, ["tokenizer", "--config", "run.yaml", "--data.tokenizer_path", "tok"], "vocab_size|vocabulary"),
-    "context beyond the model's": (None, [*TRAIN, "--model.attention.max_position_embeddings", "8"], "max_context_size"),
-    "heads do not fit": (None, [*TRAIN, "--model.attention.num_heads", "5"], "num_heads"),
-    "a path as a name": (None, [*TRAIN, "--name", "../up"], r"\.\./up"),
-    "no such run": (None, ["generate", "--run", "nothing", "--prompt", "a"], "nothing"),
-    "negative temperature": ("trained", ["generate", "--run", "run", "--temperature", "-1"], "temperature"),
-    "prompt too long": ("trained", ["generate", "--run", "run", "--prompt", "a " * 2000], "2048|max_position"),
-    "plot nothing": (None, ["plot"], "at least one run"),
-    "plot no run": (None, ["plot", "nothing"], "nothing"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_sentence(name, here, capfd):
-    prepare, args, sentence = MISTAKES[name]
-    if prepare == "trained": assert main(["train", "--config", "run.yaml"]) == 0
-    elif prepare: prepare()
-    before = sorted(str(p) for p in here.rglob("*"))
-    capfd.readouterr()
-    assert main(args) == 2
-    err = capfd.readouterr().err
-    assert "Traceback" not in err and re.search(sentence, err), err
-    assert len([line for line in err.splitlines() if line.startswith("mlx-pretrain: ")]) == 1
-    assert sorted(str(p) for p in here.rglob("*")) == before
 
 
 def test_the_script_is_the_command(here):
@@ -95,8 +54,30 @@ def test_overwrite_never_touches_a_runs_tokenizer(here, capfd):
 
 
 def test_two_dashes_among_the_flags_are_no_traceback(here, capfd):
-    with contextlib.suppress(SystemExit): main(["train", "--config", "run.yaml", "--"])
+    assert main(["train", "--config", "run.yaml", "--"]) == 2
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_null_on_the_command_line_is_the_default(here):
+    Path("run.yaml").write_text(YAML + "system: {seed: 7}\n")
+    assert main(["train", "--config", "run.yaml", "--system.seed", "null", "--data.validation_file=null"]) == 0
+    assert load_config(PretrainConfig, "runs/run/config.yaml").system.seed == PretrainConfig().system.seed
+
+
+def test_stopped_and_gone_on_with_by_command(here, capfd):
+    "Ctrl-C says how to go on, the command goes on, and the list of runs shows both states."
+    train = [sys.executable, str(ROOT / "train.py"), "--config", "run.yaml", "--training.hyperparameters.iters", "3000"]
+    child = subprocess.Popen(train, stderr=subprocess.PIPE, text=True)
+    while not Path("runs/run/metrics.jsonl").exists(): assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "--resume.checkpoint latest" in err
+    assert main(["runs"]) == 0 and "interrupted" in capfd.readouterr().out
+    stopped = int(checkpoints("runs/run")[-1].name.removeprefix("step_"))
+    longer = ["--training.hyperparameters.iters", str(stopped + 3), "--resume.checkpoint", "latest"]
+    assert main(["train", "--config", "run.yaml", *longer]) == 0
+    assert read_metrics("runs/run")[-1]["step"] == stopped + 3
+    assert main(["runs"]) == 0 and "finished" in capfd.readouterr().out
 
 
 def test_a_traceback_is_ours_only(here):
@@ -130,9 +111,7 @@ def test_a_name_with_blanks_and_brackets(here, capfd):
 
 @pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
 def test_the_configs_are_valid(config):
-    from mlx_pretrain.config import load_config
     from mlx_pretrain.model import parameter_count
-    from mlx_pretrain.pretrain import PretrainConfig
     cfg = load_config(PretrainConfig, ROOT / "configs" / config)
     if cfg.name == "Llama (2M)":
         assert 1.8e6 < parameter_count(cfg.model.args(cfg.data.tokenizer.vocab_size)) < 2.2e6

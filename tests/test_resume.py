@@ -37,9 +37,9 @@ def lines_of(run_dir):
 
 
 def config(folder, name, optimizer="adamw", total=30, **more):
-    "24 windows of 16 bytes, two a step and two steps accumulated now and then: an epoch ends after 12 steps."
+    "24 windows of 16 bytes, two a step: an epoch ends after 12 steps."
     data = folder / "data.jsonl"
-    if not data.exists(): data.write_text("".join(json.dumps({"text": f"{i} bottles of beer on the wall"[:29]}) + "\n" for i in range(10, 22)))
+    if not data.exists(): data.write_text("".join(json.dumps({"text": f"{i} bottles of beer on the wall"}) + "\n" for i in range(10, 22)))
     return PretrainConfig.model_validate_json(json.dumps({
         "name": name,
         "data": {"input_file": str(data), "validation_file": str(data), "preprocessing": {"max_context_size": 16}},

@@ -351,6 +351,16 @@ def test_the_same_step_again_replaces_a_damaged_one(tmp_path):
     assert os.listdir(tmp_path) == ["step_000001"]
 
 
+def test_what_a_dead_process_of_our_number_left_is_not_in_the_way(tmp_path):
+    "In a container every start may have the same number."
+    saved = write_checkpoint(tmp_path, 1, ARRAYS, {})
+    for kind in ("old", "new"):
+        (tmp_path / f".step_000001.{kind}-{os.getpid()}").mkdir()
+        (tmp_path / f".step_000001.{kind}-{os.getpid()}" / "state.json").touch()
+    write_checkpoint(tmp_path, 1, ARRAYS, {"again": 1})
+    assert load_checkpoint(saved)[1]["again"] == 1 and os.listdir(tmp_path) == ["step_000001"]
+
+
 FULL_DISK = """
 import resource, signal, sys
 import mlx_pretrain
