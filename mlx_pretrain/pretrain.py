@@ -156,16 +156,18 @@ def _go_on(trainer: PretrainTrainer, saved: Saved):
 
 # %% ../nbs/02_pretrain.ipynb #f218d94f
 def _ahead(trainer: PretrainTrainer) -> str:
-    "What a run is about to do, in two lines."
-    n, windows, h = parameter_count(trainer.model.args), trainer.windows, trainer.cfg.training.hyperparameters
-    epochs = trainer.total_steps * h.batch_size * h.gradient_accumulation_steps / len(windows)
-    return (f"{n:,} parameters; {windows.n_targets:,} tokens in {len(windows):,} windows of {windows.context}; "
-            f"{trainer.total_steps - trainer.steps_done:,} of {trainer.total_steps:,} steps, {epochs:.2g} epochs\n{forecast(trainer)}")
+    "What a run is about to do, in a few lines."
+    windows, steps, left = trainer.windows, trainer.total_steps, trainer.total_steps - trainer.steps_done
+    epochs = sum(len(batch.inputs) for batch in trainer.draw(0)) * steps / len(windows)
+    return (f"{parameter_count(trainer.model.args):,} parameters. {windows.n_targets:,} tokens in {len(windows):,} windows of {windows.context}.\n"
+            f"{left:,} steps to go, of {steps:,}, which are {epochs:.3g} times through the text.\n"
+            f"{forecast(trainer, trainer.held_out.n_targets if trainer.held_out else 0)}")
 
 
 def pretrain(
     cfg: PretrainConfig, # the whole run
     root: str | Path = "runs", # directory of all runs
+    **kwargs, # your own `optimizer`, `schedule` or `callbacks`, as `PretrainTrainer` takes them
 ) -> Path: # the run's directory
     """Pretrain a model as configured, or go on with it; the result is in `<root>/<name>/model`.
 
@@ -175,9 +177,9 @@ def pretrain(
     place = Path(root) / check_name(cfg.name)
     saved = find_checkpoint(cfg.resume, place)
     if not saved: check_place(place, cfg.overwrite)                       # before the data are read, which may take long
-    trainer = PretrainTrainer(cfg)
+    trainer = PretrainTrainer(cfg, **kwargs)
     if saved: _go_on(trainer, saved)
-    logger.info(ahead := _ahead(trainer))
+    print(ahead := _ahead(trainer), flush=True)
     if saved: run = Run.resume(saved, cfg.name, to_yaml(cfg), root, cfg.overwrite, cfg.logging)
     else: run = Run(cfg.name, to_yaml(cfg), root, cfg.overwrite, cfg.logging)
     trainer.run_dir = run

@@ -498,8 +498,8 @@ class Forecast(NamedTuple):
     machine_memory: int
 
     def __str__(self):
-        return (f"about {span(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s, validation not counted; "
-                f"{self.peak_memory / 1e6:,.0f} MB of memory, of {self.machine_memory / 1e6:,.0f} MB")
+        return (f"About {span(self.seconds)}, training at {self.tokens_per_second:,.0f} tokens/s; "
+                f"{self.peak_memory / 1e6:,.0f} MB of memory, of {self.machine_memory / 1e6:,.0f} MB.")
 
 # %% ../nbs/18_trainer.ipynb #2fa55ddd
 def _machine_memory() -> int:
@@ -510,7 +510,8 @@ def _machine_memory() -> int:
 
 def forecast(
     trainer: Trainer, # at any step; it stays as it is
-    probes: int = 4, # steps to time; the first, which compiles, does not count
+    held_out: int = 0, # tokens of one validation, which goes forward only and takes a third of the time
+    probes: int = 6, # steps to time; the first, which compiles, does not count
 ) -> Forecast: # for the steps that are left
     """Time a few steps and undo them.
 
@@ -531,8 +532,10 @@ def forecast(
         times, tokens = [*times, time.perf_counter() - start], max(tokens, count.item())
         if step > trainer.steps_done and sum(times) > 20: break           # long steps: two must do
     _put(trainer.model, before["model"]); _put(trainer.optimizer.state, before["optimizer"])
-    seconds = min(times[2:] or times[-1:])
-    return Forecast(seconds * left, tokens / seconds if seconds else 0.0, max(0, mx.get_peak_memory() - held), machine)
+    seconds = sorted(times[2:] or times[-1:])[len(times[2:]) // 2]        # the median
+    validations = math.ceil(trainer.total_steps / trainer.validation_interval) - trainer.steps_done // trainer.validation_interval
+    each = held_out / tokens * seconds / 3 if tokens else 0.0
+    return Forecast(seconds * left + each * validations, tokens / seconds if seconds else 0.0, max(0, mx.get_peak_memory() - held), machine)
 
 # %% ../nbs/18_trainer.ipynb #404857c8
 def train_run(
@@ -579,8 +582,8 @@ def _took(trainer: Trainer, run: Run, seconds: float, tokens: int):
             "skipped": trainer.skipped}
     best = trainer.best and {"step": trainer.best[0], "val_loss": trainer.best[1]}
     run.metadata(took=took, best=best)
-    said = f"took {span(seconds)}, {took['tokens_per_second']:,.0f} tokens/s, {took['peak_memory'] / 1e6:,.0f} MB at the peak"
+    said = f"Took {span(seconds)}, {took['tokens_per_second']:,.0f} tokens/s, {took['peak_memory'] / 1e6:,.0f} MB at the peak"
     if trainer.skipped: said += f", {trainer.skipped} steps skipped because they were not finite"
     if best: said += f"; best validation loss {best['val_loss']:.4f} at step {best['step']}"
-    logger.info(said)
+    print(said, flush=True)
     run.note(said)

@@ -1168,8 +1168,8 @@ def test_any_template_is_taken_apart_or_refused(template):
 
 
 @pytest.mark.parametrize("attack", [
-    "{a.__class__}", "{a[0]}", "{a[b]}", "{a!r}", "{a!s}", "{a:>2000000000}", "{a:{b}}", "{a:{b:{c}}}", "{}", "{ }", "{ a}", "{a\n}", "{0.real}",
-    "{", "}", "x{", "}x", "{a", "a}", "{a!}", "{a}}", "{{a}", "{a:", '{"json": 1}', "{:x}", "{a:" + "9" * 5000 + "}"])
+    "{a.__class__}", "{a[0]}", "{a[b]}", "{a!r}", "{a!s}", "{a:>2000000000}", "{a:{b}}", "{a:{b:{c}}}", "{}", "{ }", "{ a}", "{a\n}",
+    "{0.real}", "{", "}", "x{", "}x", "{a", "a}", "{a!}", "{a}}", "{{a}", "{a:", '{"json": 1}', "{:x}", "{a:" + "9" * 5000 + "}"])
 def test_more_than_a_name_is_refused(attack):
     with pytest.raises(ConfigError) as error: split_format(f"Question: {attack}", "data.prompt_format")
     check_sentence(str(error.value), 'in "data.prompt_format"; write {name} for a field')
