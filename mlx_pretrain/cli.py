@@ -124,7 +124,7 @@ def tokenizer(
         raise ConfigError(f'"data.tokenizer_path": {path} holds more than a trained vocabulary, or belongs to a run; choose another place')
     if there and not cfg.overwrite:
         raise ConfigError(f'"data.tokenizer_path": {path} exists already; choose another place, or allow it with --overwrite')
-    made = train_sentencepiece(read_texts(data.input_file), data.tokenizer.vocab_size, path, data.tokenizer.special_tokens)
+    made = train_sentencepiece(read_texts(data.input_file, data.preprocess), data.tokenizer.vocab_size, path, data.tokenizer.special_tokens)
     example = " | ".join(map(made.piece, made.encode("We the people of the United States")))
     print(f'{made.vocab_size:,} tokens, in "{path}". For example: {example}')
 

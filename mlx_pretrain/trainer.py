@@ -554,7 +554,7 @@ def train_run(
             trainer.run()
         if trainer.steps_done < trainer.total_steps: _stopped(trainer, run, **state)
         afterwards()
-        _took(trainer, run, time.perf_counter() - start, trainer.tokens - before)
+        took = _took(trainer, run, time.perf_counter() - start, trainer.tokens - before)
         run.finish("finished")
     except KeyboardInterrupt:
         run.finish("interrupted")
@@ -565,6 +565,7 @@ def train_run(
     except BaseException:
         run.finish("failed")
         raise
+    print(took, flush=True)                                               # last, since nobody may be listening any more
 
 
 def _stopped(trainer: Trainer, run: Run, **state):
@@ -576,8 +577,8 @@ def _stopped(trainer: Trainer, run: Run, **state):
     raise KeyboardInterrupt
 
 
-def _took(trainer: Trainer, run: Run, seconds: float, tokens: int):
-    "Write down what a run took."
+def _took(trainer: Trainer, run: Run, seconds: float, tokens: int) -> str:
+    "Write down what a run took, and say it."
     took = {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "peak_memory": mx.get_peak_memory(),
             "skipped": trainer.skipped}
     best = trainer.best and {"step": trainer.best[0], "val_loss": trainer.best[1]}
@@ -585,5 +586,5 @@ def _took(trainer: Trainer, run: Run, seconds: float, tokens: int):
     said = f"Took {span(seconds)}, {took['tokens_per_second']:,.0f} tokens/s, {took['peak_memory'] / 1e6:,.0f} MB at the peak"
     if trainer.skipped: said += f", {trainer.skipped} steps skipped because they were not finite"
     if best: said += f"; best validation loss {best['val_loss']:.4f} at step {best['step']}"
-    print(said, flush=True)
     run.note(said)
+    return said

@@ -114,6 +114,7 @@ def live(folder, *words, seconds=None):
             assert begun == "begun\n"
             time.sleep(seconds)
             worker.kill()
+        worker.communicate()
     assert worker.returncode in (0, -signal.SIGKILL)
     return worker.returncode != 0
 
@@ -129,7 +130,7 @@ def truth(tmp_path_factory):
 def test_sixty_kills_lose_nothing(truth, tmp_path):
     moments, kills, seen = random.Random(0), 0, set()
     while kills < 60:
-        if not live(tmp_path, seconds=moments.uniform(0, 0.25)): pytest.fail(f"it reached its end after {kills} kills: make it longer")
+        if not live(tmp_path, seconds=moments.uniform(0, 0.12)): pytest.fail(f"it reached its end after {kills} kills: make it longer")
         kills += 1
         saved = latest_checkpoint(tmp_path / "line")
         if saved is None: continue

@@ -40,7 +40,7 @@ class InPlace(Run):
 
 
 found = find_checkpoint(ResumeConfig(checkpoint="latest"), f"{folder}/line") if how != "in-place" else None
-trainer = Trainer(Linear(128, 64), squares, points_at, 2400)
+trainer = Trainer(Linear(128, 64), squares, points_at, 6000)
 if found: trainer.load(found)
 first = trainer.steps_done
 if found: run = Run.resume(found, "line", "seed: 0\n", root=folder, logging=logging)
