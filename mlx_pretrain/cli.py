@@ -12,12 +12,14 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 from pydantic import Field
 
+from . import __version__
 from .config import ConfigError, Section, UserError, load_config, read_value
 from .data import read_texts, train_sentencepiece
 from .generate import stream_text
@@ -65,7 +67,8 @@ def read_flags(
             if _kind(cls, key) is None and _kind(cls, positive) is bool: key, value, equals = positive, "false", "="
             if key in given: raise ConfigError(f'command line: "--{key}" is given twice; keep one')
             behind = given[key] = [value] if equals else []
-        elif behind is None: raise ConfigError(f'command line: {json.dumps(word, ensure_ascii=False)} belongs to no key; write --key value')
+        elif behind is None:
+            raise ConfigError(f'command line: {json.dumps(word, ensure_ascii=False)} belongs to no key; write --config FILE')
         else: behind.append(word)
     return {key: _value(_kind(cls, key), words) for key, words in given.items()}
 
@@ -90,7 +93,9 @@ def read_command(
 
     Raises `ConfigError` for whatever is wrong in either, with a line for each mistake; `SystemExit` after `--help`.
     """
-    if {"-h", "--help"} & set(args): tyro.cli(_flags(cls), prog=f"{prog} --config FILE", args=["--help"], use_underscores=True)
+    if {"-h", "--help"} & set(args):
+        about = f"A YAML file says what to do, and each of its keys can be given here too: {prog} --config FILE --system.seed 7"
+        tyro.cli(_flags(cls), prog=f"{prog} --config FILE", description=about, args=["--help"], use_underscores=True)
     given = read_flags(cls, args)
     path = given.pop("config", None)
     if not isinstance(path, str): raise ConfigError(f"a configuration is needed: {prog} --config FILE")
@@ -119,7 +124,7 @@ def tokenizer(
     if data.tokenizer_path is None: raise ConfigError('"data.tokenizer_path" is missing; name the directory where the tokenizer shall go')
     path = Path(data.tokenizer_path)
     if path.is_file(): raise ConfigError(f'"data.tokenizer_path": {path} is a file; name a directory')
-    there = {p.name for p in path.iterdir()} if path.exists() else set()
+    there = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.exists() else set()
     if there and (there != {"tokenizer.model", "tokenizer_config.json"} or is_run(path.parent)):
         raise ConfigError(f'"data.tokenizer_path": {path} holds more than a trained vocabulary, or belongs to a run; choose another place')
     if there and not cfg.overwrite:
@@ -130,7 +135,7 @@ def tokenizer(
 
 # %% ../nbs/21_cli.ipynb #228aceee
 class GenerateConfig(Section):
-    "What `mlx-pretrain generate` reads."
+    "Let a model write."
     run: str
     "A run (its name or its directory), a checkpoint, or a Hugging Face directory."
     prompt: str = ""
@@ -222,10 +227,14 @@ def main(
     "The command `mlx-pretrain`."
     name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help"): print(_usage()); return 0
+    if name == "--version": print(f"mlx-pretrain {__version__}"); return 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO)
     try:
-        if name not in COMMANDS: raise ConfigError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
+        if name not in COMMANDS:
+            close = get_close_matches(name, COMMANDS, 1)
+            remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+            raise ConfigError(f"there is no command {name!r}; {remedy}")
         COMMANDS[name](rest)
     except UserError as e: print(f"mlx-pretrain: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("\nStopped.", file=sys.stderr); return 130

@@ -39,7 +39,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .config import ConfigError, Section, UserError
 from .core import rng_for
@@ -1054,6 +1054,10 @@ class DataConfig(Section):
     "How documents are cut."
     tokenizer: TokenizerConfig = TokenizerConfig()
     "Which tokenizer to make."
+
+    @field_validator("input_file", "validation_file", "tokenizer_path")
+    @classmethod
+    def _at_home(cls, path: str | None) -> str | None: return path and os.path.expanduser(path)
 
 
 def make_tokenizer(

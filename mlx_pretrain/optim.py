@@ -48,7 +48,7 @@ def _warmup(cfg: SchedulerConfig, total_steps: int) -> int:
 
 
 def _decay(cfg: SchedulerConfig, total_steps: int) -> int:
-    "Steps that come down at the end of `wsd`; one where the other shapes need room for one."
+    "Steps that come down at the end of `wsd`; for the other shapes 1, since at least one step must come down."
     return max(1, round(cfg.decay_ratio * total_steps)) if cfg.type == "wsd" else 1
 
 

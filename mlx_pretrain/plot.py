@@ -68,6 +68,8 @@ def plot_runs(
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for i, (run, rows) in enumerate(metrics.items()): _draw_run(axes, rows, x, run.absolute().name, f"C{i}")
+    top = 1.1 * max((_curve(rows, x, key)[1][:1].max(initial=0) for rows in metrics.values() for key in ("loss", "val_loss")))
+    if axes.get_ylim()[1] > 2 * top > 0: axes.set_ylim(top=top)                # a run that diverged must not flatten the others
     axes.set(xlabel="tokens seen" if x == "tokens" else "steps", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)

@@ -8,6 +8,7 @@ __all__ = ['logger', 'next_token_loss', 'loss_metrics', 'PretrainConfig', 'read_
 # %% ../nbs/02_pretrain.ipynb #e4bc2e03
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +21,8 @@ from .model import Llama, ModelConfig, parameter_count
 from .ops import head_loss
 from .pretrained import export
 from .run import LoggingConfig, ResumeConfig, Run, RunError, Saved, check_name, check_place, find_checkpoint
-from .trainer import SystemConfig, Trainer, TrainingConfig, compute_in, evaluate, forecast, set_device, train_run
+from .trainer import (
+    SystemConfig, Trainer, TrainingConfig, check_memory, compute_in, evaluate, forecast, set_device, size, train_run)
 
 # %% ../nbs/02_pretrain.ipynb #545b6513
 def next_token_loss(
@@ -150,20 +152,36 @@ def _go_on(trainer: PretrainTrainer, saved: Saved):
     sizes = then.get("args", {})
     if changed := [f"{key} was {sizes.get(key)} and is {value}" for key, value in now["args"].items() if sizes.get(key) != value]:
         raise RunError(f'{saved.path} does not fit the section "model": {", ".join(changed)}; make it as it was, or start a new run')
-    if then.get("data") != now["data"]:
-        logger.warning(f"{trainer.cfg.data.input_file} is not what {saved.path} was trained on; going on with it")
+    if then.get("data") != now["data"]: logger.warning(f"{trainer.cfg.data.input_file} is not what {saved.path} was trained on.")
     trainer.load(saved, trainer.cfg.resume.reset_optimizer)
 
 # %% ../nbs/02_pretrain.ipynb #f218d94f
-def _ahead(trainer: PretrainTrainer) -> str:
-    "What a run is about to do, in a few lines."
+def _say_ahead(trainer: PretrainTrainer, place: Path) -> str:
+    "Print what a run is about to do: first what is known, then what a few steps tell."
     windows, steps, left = trainer.windows, trainer.total_steps, trainer.total_steps - trainer.steps_done
     epochs = sum(len(batch.inputs) for batch in trainer.draw(0)) * steps / len(windows)
-    return (f"{parameter_count(trainer.model.args):,} parameters. {windows.n_targets:,} tokens in {len(windows):,} windows of {windows.context}.\n"
-            f"{left:,} steps to go, of {steps:,}, which are {epochs:.3g} times through the text.\n"
-            f"{forecast(trainer, trainer.held_out.n_targets if trainer.held_out else 0)}")
+    needed = check_memory(trainer) * (trainer.cfg.logging.keep_last + 2)  # on the disk; with the best, and the one being written
+    count, free = parameter_count(trainer.model.args), shutil.disk_usage(place).free
+    said = (f"{count:,} parameters. {windows.n_targets:,} tokens in {len(windows):,} windows of {windows.context}.\n"
+            f"{left:,} steps to go of {steps:,}: {epochs:.3g} epochs. Checkpoints take up to {size(needed)}; {size(free)} are free.")
+    print(said, flush=True)
+    if needed > free: logger.warning(f"{place} may get full: make room, or keep fewer with \"logging.keep_last\"")
+    ahead = str(forecast(trainer, trainer.held_out.n_targets if trainer.held_out else 0))
+    print(ahead, flush=True)
+    return f"{said}\n{ahead}"
 
 
+def _start(trainer: PretrainTrainer, saved: Saved | None, root: str | Path) -> Run:
+    "The run directory, new or gone on with, with what is known about the run."
+    cfg, windows = trainer.cfg, {"input_file": trainer.windows, "validation_file": trainer.held_out}
+    if saved: run = Run.resume(saved, cfg.name, to_yaml(cfg), root, cfg.overwrite, cfg.logging)
+    else: run = Run(cfg.name, to_yaml(cfg), root, cfg.overwrite, cfg.logging)
+    run.metadata(parameters=parameter_count(trainer.model.args), train_tokens=trainer.windows.n_targets, total_steps=trainer.total_steps,
+                 data={key: w.source for key, w in windows.items() if w})
+    trainer.tokenizer.save(run.path / "tokenizer")
+    return run
+
+# %% ../nbs/02_pretrain.ipynb #38ee7dfc
 def pretrain(
     cfg: PretrainConfig, # the whole run
     root: str | Path = "runs", # directory of all runs
@@ -178,14 +196,14 @@ def pretrain(
     saved = find_checkpoint(cfg.resume, place)
     if not saved: check_place(place, cfg.overwrite)                       # before the data are read, which may take long
     trainer = PretrainTrainer(cfg, **kwargs)
-    if saved: _go_on(trainer, saved)
-    print(ahead := _ahead(trainer), flush=True)
-    if saved: run = Run.resume(saved, cfg.name, to_yaml(cfg), root, cfg.overwrite, cfg.logging)
-    else: run = Run(cfg.name, to_yaml(cfg), root, cfg.overwrite, cfg.logging)
-    trainer.run_dir = run
+    if saved:
+        _go_on(trainer, saved)
+        print(f"Going on from {saved.path}.")
+        if trainer.steps_done == trainer.total_steps and (place / "model").is_dir():
+            print(f'It has all its {trainer.total_steps:,} steps. To train longer, raise "training.hyperparameters.iters".')
+            return place
+    ahead = _say_ahead(trainer, next(p for p in (place, *place.absolute().parents) if p.is_dir()))
+    run = trainer.run_dir = _start(trainer, saved, root)
     run.note(ahead)
-    run.metadata(parameters=parameter_count(trainer.model.args), train_tokens=trainer.windows.n_targets, total_steps=trainer.total_steps,
-                 data={key: w.source for key, w in (("input_file", trainer.windows), ("validation_file", trainer.held_out)) if w})
-    trainer.tokenizer.save(run.path / "tokenizer")
     train_run(trainer, run, lambda: export(trainer.model, trainer.tokenizer, run.path / "model"), **_identity(trainer))
     return run.path

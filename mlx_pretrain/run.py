@@ -66,6 +66,8 @@ class StepsConfig(Section):
     "Steps between two passes over the validation data."
     checkpoint_interval: int = Field(default=500, ge=1)
     "Steps between two checkpoints."
+    checkpoint_minutes: float = Field(default=15, gt=0)
+    "Minutes without a checkpoint, after which one is saved anyway."
 
 
 class MetricsConfig(Section):
@@ -237,9 +239,11 @@ class Journal:
 
     def metadata(self,
         **fields, # new or changed fields; a field is replaced as a whole
-    ):
+    ) -> dict: # all fields
         "Merge fields into `metadata.json`, which is replaced in one go."
-        _write_whole(self.path / "metadata.json", _to_json({**_read_metadata(self.path), **fields}, indent=1))
+        known = {**_read_metadata(self.path), **fields}
+        if fields: _write_whole(self.path / "metadata.json", _to_json(known, indent=1))
+        return known
 
 # %% ../nbs/15_run.ipynb #5321a343
 def _rows(file: Path) -> tuple[list[dict], list[int]]: # the objects; numbers of the lines that hold none
@@ -546,7 +550,7 @@ def _birth(name: str, logging: LoggingConfig) -> dict:
         "outcome": "running",
         "versions": {"mlx_pretrain": __version__, "mlx": mx.__version__, "python": platform.python_version()},
         "platform": platform.platform(),
-        "device": f"{mx.default_device().type.name}: {mx.device_info().get('device_name', 'unknown')}",
+        "device": f"{mx.default_device().type.name}: {mx.device_info(mx.default_device()).get('device_name', 'unknown')}",
         "checkpoint_dir": logging.checkpoint_dir,
     }
 
@@ -747,6 +751,7 @@ class Run(_Place):
         if outcome not in ("finished", "interrupted", "failed"): raise ValueError(f"unknown outcome {outcome!r}")
         try:
             self.metadata(outcome=outcome, ended=_now())
+            self.note(f"ended: {outcome}")
             if outcome == "finished" and self.path != self.final: self._take_place()
         finally: self.close()
 

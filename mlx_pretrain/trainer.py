@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'LossFn', 'MAX_SKIPPED', 'Hyperparameters', 'TrainingConfig', 'SystemConfig', 'set_device', 'Knobs',
            'clip_gradient', 'Update', 'compute_in', 'stop_between_steps', 'TrainingError', 'Progress', 'Trainer',
-           'evaluate', 'log_metrics', 'save_checkpoint', 'save_checkpoints', 'ProgressBar', 'span', 'Forecast',
-           'forecast', 'train_run']
+           'evaluate', 'log_metrics', 'save_checkpoint', 'save_checkpoints', 'ProgressBar', 'span', 'size', 'Forecast',
+           'check_memory', 'forecast', 'train_run']
 
 # %% ../nbs/18_trainer.ipynb #2e7b0ba0
 import logging
@@ -74,15 +74,15 @@ class SystemConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     "Of the computation; `auto` is bfloat16 on a GPU. Weights and the optimizer's memory are float32 always."
     gradient_checkpointing: bool = False
-    "Compute each block again in the backward pass instead of remembering it: less memory, a third more time."
+    "Compute each block again in the backward pass instead of remembering it: about half the memory, a third to a half more time."
 
-
+# %% ../nbs/18_trainer.ipynb #a2797490
 def set_device(
     name: str, # "auto", "gpu" or "cpu"
 ) -> mx.Device: # the device that MLX uses from now on
     "Choose the device; a GPU that is not there becomes one warning and the CPU."
     gpu = mx.is_available(mx.gpu)
-    if name == "gpu" and not gpu: logger.warning("the device is to be gpu, but MLX finds none; using the CPU")
+    if name == "gpu" and not gpu: logger.warning('"system.device" is gpu, but MLX finds no GPU; using the CPU')
     mx.set_default_device(mx.gpu if gpu and name != "cpu" else mx.cpu)
     return mx.default_device()
 
@@ -199,19 +199,20 @@ def compute_in(
 def stop_between_steps(
     trainer: "Trainer", # to be asked to stop
 ):
-    "Inside, Ctrl-C sets `trainer.stop_requested`, a second one raises `KeyboardInterrupt`; not in other threads, nor where it is ignored."
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN): yield; return
-
-    def ask(*_):
+    "Inside, Ctrl-C, `kill` and a closed terminal set `trainer.stop_requested`; a second time they stop at once. In the main thread only."
+    def ask(number, frame):
         if trainer.stop_requested: raise KeyboardInterrupt
         trainer.stop_requested = True
-        logger.warning("stopping when this step is done, and what belongs to it; Ctrl-C again stops at once, without saving")
+        logger.warning("Stopping after this step. Ctrl-C again stops at once, without saving.")
 
-    signal.signal(signal.SIGINT, ask)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        before = {s: signal.getsignal(s) for s in signals if signal.getsignal(s) not in (None, signal.SIG_IGN)}
+    for s in before: signal.signal(s, ask)
     try: yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for s, handler in before.items(): signal.signal(s, handler)
         trainer.stop_requested = False
 
 # %% ../nbs/18_trainer.ipynb #478eb55a
@@ -221,7 +222,7 @@ class TrainingError(UserError):
 
 def _likely_cause(loss: float, norm: float, losses: tuple | None, factor: float) -> str:
     "Why steps are not finite: from this loss and gradient, (first, lowest, last) of the finite losses, and the knob."
-    if not losses: return "it never was, so look at the first weights and the data rather than at the learning rate"
+    if not losses: return "no step was finite so far: look at the data and the first weights, not at the learning rate"
     first, lowest, last = losses
     lower = 'lower "training.hyperparameters.learning_rate" or lengthen the warm-up'
     if factor > 1: return f"the knob learning_rate_factor stands at {factor:g}; turn it down"
@@ -231,7 +232,7 @@ def _likely_cause(loss: float, norm: float, losses: tuple | None, factor: float)
     return f"it came at once, without the loss climbing first: look at the data of these steps, then {lower}"
 
 # %% ../nbs/18_trainer.ipynb #2112e1d0
-MAX_SKIPPED = 10 # steps in a row that may fail to be finite
+MAX_SKIPPED = 10 # so many steps in a row that are not finite end the training
 
 
 @dataclass(eq=False)
@@ -324,7 +325,10 @@ class Trainer(Progress):
         self.last_knobs = now
         return now
 
-    def batches(self, step: int) -> list[NamedTuple]:
+    def batches(
+        self,
+        step: int, # from 0
+    ) -> list[NamedTuple]: # one, or as many as are accumulated
         "What one step is made of."
         batch = self.batch_at(step)
         return batch if isinstance(batch, list) else [batch]
@@ -363,10 +367,17 @@ class Trainer(Progress):
             while self.steps_done < self.total_steps and not self.stop_requested: metrics = self.step()
         return metrics
 
-    def report(self, loss: float, norm: float):
+    def report(
+        self,
+        loss: float, # of the step
+        norm: float, # length of its gradient
+    ):
         "Tell about a step that was skipped."
-        if self.run_dir: self.run_dir.event("not_finite", self.steps_done - 1, loss=loss, grad_norm=norm)
-        if self.in_a_row == 0: logger.warning(f"step {self.steps_done} is skipped: loss {loss:g}, length of the gradient {norm:g}")
+        said = f"step {self.steps_done} skipped, weights unchanged: loss {loss:g}, gradient norm {norm:g}"
+        if self.run_dir:
+            self.run_dir.event("not_finite", self.steps_done - 1, loss=loss, grad_norm=norm)
+            self.run_dir.note(said)
+        if self.in_a_row == 0: logger.warning(said)
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
         "What a checkpoint must hold: weights and the optimizer's memory, by name."
@@ -436,17 +447,22 @@ def save_checkpoint(
     "Save a trainer as it stands between two steps."
     return run.save_checkpoint(trainer.steps_done, trainer.arrays(), {**trainer.state(), **state}, trainer.best and trainer.best[0])
 
-
+# %% ../nbs/18_trainer.ipynb #2c212798
 def save_checkpoints(
-    run: Run, # where to save
-    every: int, # steps between two checkpoints
+    run: Run, # where to save, and how often
     **state, # goes into each checkpoint's state too
 ) -> Callable: # a callback
-    "Save every so many steps, at the end, and whenever the validation loss is the best so far; not after a step that was skipped."
+    "Save every so many steps or minutes, at the end, and at the best validation so far; not after a step that was skipped."
+    saved = time.monotonic()
+
     def callback(trainer, metrics):
-        step = metrics["step"]
-        due = step % every == 0 or trainer.best and trainer.best[0] == step
-        if step == trainer.total_steps or due and not trainer.in_a_row: save_checkpoint(trainer, run, **state)
+        nonlocal saved
+        step, steps = metrics["step"], run.logging.steps
+        late = time.monotonic() - saved > 60 * steps.checkpoint_minutes
+        due = step % steps.checkpoint_interval == 0 or late or trainer.best and trainer.best[0] == step
+        if step != trainer.total_steps and (not due or trainer.in_a_row): return
+        save_checkpoint(trainer, run, **state)
+        saved = time.monotonic()
     return callback
 
 # %% ../nbs/18_trainer.ipynb #d8c687d7
@@ -487,6 +503,13 @@ def span(
     return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
 
 
+def size(
+    n: float, # bytes
+) -> str: # for people
+    "Megabytes, or gigabytes where they are many."
+    return f"{n / 1e6:,.0f} MB" if n < 1e9 else f"{n / 1e9:,.1f} GB"
+
+# %% ../nbs/18_trainer.ipynb #2fa55ddd
 class Forecast(NamedTuple):
     """What the rest of a run will take.
 
@@ -499,30 +522,34 @@ class Forecast(NamedTuple):
 
     def __str__(self):
         return (f"About {span(self.seconds)}, training at {self.tokens_per_second:,.0f} tokens/s; "
-                f"{self.peak_memory / 1e6:,.0f} MB of memory, of {self.machine_memory / 1e6:,.0f} MB.")
+                f"{size(self.peak_memory)} of memory, of {size(self.machine_memory)}.")
 
-# %% ../nbs/18_trainer.ipynb #2fa55ddd
+# %% ../nbs/18_trainer.ipynb #98c6edd8
 def _machine_memory() -> int:
     "Bytes of memory that the device has."
-    info = mx.device_info() if mx.default_device().type == mx.gpu else {}
-    return info.get("memory_size") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    info = mx.device_info(mx.default_device()) if mx.default_device().type == mx.gpu else {}
+    return info.get("memory_size") or info.get("total_memory") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def check_memory(
+    trainer: Trainer, # ready to go
+) -> int: # bytes of weights and of the optimizer's memory
+    "Raise `TrainingError` if weights, gradients and the optimizer's memory alone are more than the machine has."
+    arrays, machine = trainer.arrays(), _machine_memory()
+    held = sum(a.nbytes for _, a in tree_flatten(arrays))
+    needed = held + sum(a.nbytes for a in arrays["model"].values())
+    if needed <= machine: return held
+    raise TrainingError(f"weights, gradients and the optimizer need {size(needed)} of memory, and this machine has {size(machine)}: "
+                        'make "model.dimensions" smaller')
+
+# %% ../nbs/18_trainer.ipynb #9ded0dd2
 def forecast(
     trainer: Trainer, # at any step; it stays as it is
     held_out: int = 0, # tokens of one validation, which goes forward only and takes a third of the time
     probes: int = 6, # steps to time; the first, which compiles, does not count
 ) -> Forecast: # for the steps that are left
-    """Time a few steps and undo them.
-
-    Raises `TrainingError` if weights, gradients and the optimizer's memory alone are more than the machine has.
-    """
-    before, machine, left = trainer.arrays(), _machine_memory(), trainer.total_steps - trainer.steps_done
-    held = sum(a.nbytes for _, a in tree_flatten(before))
-    needed = held + sum(a.nbytes for a in before["model"].values())
-    if needed > machine:
-        raise TrainingError(f"weights, gradients and the optimizer need {needed / 1e9:,.1f} GB of memory, and this machine has "
-                            f'{machine / 1e9:,.1f} GB: make "model.dimensions" smaller')
+    "Time a few steps and undo them. Raises `TrainingError` as `check_memory` does."
+    held, before, left = check_memory(trainer), trainer.arrays(), trainer.total_steps - trainer.steps_done
     mx.eval(before); mx.reset_peak_memory()
     times, tokens = [0.0], 0
     for step in range(trainer.steps_done, trainer.steps_done + min(probes, left)):
@@ -530,14 +557,38 @@ def forecast(
         _, count, *_ = values = trainer.update(trainer.batches(step), float(trainer.schedule(step)))
         mx.eval(trainer.arrays(), values)
         times, tokens = [*times, time.perf_counter() - start], max(tokens, count.item())
-        if step > trainer.steps_done and sum(times) > 20: break           # long steps: two must do
+        if step > trainer.steps_done and sum(times) > 5: break            # long steps: two must do
     _put(trainer.model, before["model"]); _put(trainer.optimizer.state, before["optimizer"])
     seconds = sorted(times[2:] or times[-1:])[len(times[2:]) // 2]        # the median
     validations = math.ceil(trainer.total_steps / trainer.validation_interval) - trainer.steps_done // trainer.validation_interval
     each = held_out / tokens * seconds / 3 if tokens else 0.0
-    return Forecast(seconds * left + each * validations, tokens / seconds if seconds else 0.0, max(0, mx.get_peak_memory() - held), machine)
+    return Forecast(seconds * left + each * validations, tokens / seconds if seconds else 0.0, max(0, mx.get_peak_memory() - held), _machine_memory())
 
 # %% ../nbs/18_trainer.ipynb #404857c8
+def _stopped(trainer: Trainer, run: Run, **state):
+    "Save, say where and how to go on, and end as Ctrl-C ends a program."
+    where = f"This run had saved nothing yet; the earlier one in {run.final} stays as it was."
+    if run.path == run.final:
+        where = f"Saved in {save_checkpoint(trainer, run, **state)}. To go on: the same command with --resume.checkpoint latest"
+    said = f"Stopped after step {trainer.steps_done} of {trainer.total_steps}. {where}"
+    logger.warning(said)
+    run.note(said)
+    raise KeyboardInterrupt
+
+
+def _took(trainer: Trainer, run: Run, since: float, tokens: int, before: dict) -> str:
+    "Write down what a run took, in all its parts, and put it in words."
+    now = {"seconds": time.perf_counter() - since, "tokens": trainer.tokens - tokens}
+    took = {key: before.get(key, 0) + value for key, value in now.items()}
+    took |= {"peak_memory": max(before.get("peak_memory", 0), mx.get_peak_memory()), "skipped": trainer.skipped}
+    best = trainer.best and {"step": trainer.best[0], "val_loss": trainer.best[1]}
+    run.metadata(took=took, best=best)
+    said = f"Took {span(took['seconds'])} for {took['tokens']:,} tokens, {size(took['peak_memory'])} at the peak."
+    if trainer.skipped: said += f" {trainer.skipped} steps were skipped because they were not finite."
+    if best: said += f" Best validation loss: {best['val_loss']:.4f}, at step {best['step']} of {trainer.steps_done}."
+    return said
+
+# %% ../nbs/18_trainer.ipynb #c514290b
 def train_run(
     trainer: Trainer, # ready to go
     run: Run, # its run directory
@@ -545,46 +596,29 @@ def train_run(
     **state, # goes into each checkpoint's state, beside the trainer's own
 ):
     "Train to the end inside a run directory: log, save, show progress, and write down how it ended."
-    steps, start, before = run.logging.steps, time.perf_counter(), trainer.tokens
-    trainer.callbacks += [log_metrics(run, steps.logging_interval), save_checkpoints(run, steps.checkpoint_interval, **state)]
+    since, tokens, before = time.perf_counter(), trainer.tokens, run.metadata().get("took") or {}
+    trainer.callbacks += [log_metrics(run, run.logging.steps.logging_interval), save_checkpoints(run, **state)]
+    mx.reset_peak_memory()
+    outcome, said = "failed", ""
     try:
-        mx.reset_peak_memory()
         with ProgressBar(trainer.total_steps, trainer.steps_done) as bar:
             trainer.callbacks.append(bar)
             trainer.run()
         if trainer.steps_done < trainer.total_steps: _stopped(trainer, run, **state)
         afterwards()
-        took = _took(trainer, run, time.perf_counter() - start, trainer.tokens - before)
-        run.finish("finished")
+        outcome = "finished"
     except KeyboardInterrupt:
-        run.finish("interrupted")
+        outcome = "interrupted"
         raise
     except TrainingError as e:
-        run.finish("failed")
-        raise TrainingError(f"{e}. The last good checkpoint is {(checkpoints(run.path) or ['none, for none was saved yet'])[-1]}") from None
-    except BaseException:
-        run.finish("failed")
-        raise
-    print(took, flush=True)                                               # last, since nobody may be listening any more
-
-
-def _stopped(trainer: Trainer, run: Run, **state):
-    "Save, say where and how to go on, and end as Ctrl-C ends a program."
-    where = f"the earlier run in {run.final} stays as it was, for this one has saved nothing yet"
-    if run.path == run.final:
-        where = f"saved in {save_checkpoint(trainer, run, **state)}; the same command with --resume.checkpoint latest goes on"
-    logger.warning(f"stopped after step {trainer.steps_done} of {trainer.total_steps}; {where}")
-    raise KeyboardInterrupt
-
-
-def _took(trainer: Trainer, run: Run, seconds: float, tokens: int) -> str:
-    "Write down what a run took, and say it."
-    took = {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "peak_memory": mx.get_peak_memory(),
-            "skipped": trainer.skipped}
-    best = trainer.best and {"step": trainer.best[0], "val_loss": trainer.best[1]}
-    run.metadata(took=took, best=best)
-    said = f"Took {span(seconds)}, {took['tokens_per_second']:,.0f} tokens/s, {took['peak_memory'] / 1e6:,.0f} MB at the peak"
-    if trainer.skipped: said += f", {trainer.skipped} steps skipped because they were not finite"
-    if best: said += f"; best validation loss {best['val_loss']:.4f} at step {best['step']}"
-    run.note(said)
-    return said
+        saved = checkpoints(run.path)
+        said = f"{e}. The last good checkpoint is {saved[-1] if saved else 'none: none was saved yet'}"
+        raise TrainingError(said) from None
+    finally:
+        said = f"{said}\n{_took(trainer, run, since, tokens, before)}".strip()
+        run.note(said)
+        run.finish(outcome)
+    print(said, flush=True)                                               # last, since nobody may be listening any more
+    if trainer.losses and trainer.losses[2] > trainer.losses[0]:
+        logger.warning(f'The loss ended at {trainer.losses[2]:.3g}, above its first value of {trainer.losses[0]:.3g}: lower '
+                       '"training.hyperparameters.learning_rate".')
