@@ -346,12 +346,16 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _write_files(directory: str | Path, files: dict[str, bytes]) -> None:
-    "Make `files` the tokenizer of a directory; another tokenizer's files in it go."
+    "Make `files` the tokenizer of a directory, each file whole or as it was; another tokenizer's files in it go."
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name in _TOKENIZER_FILES:
-            if name in files: (Path(directory) / name).write_bytes(files[name])
-            else: (Path(directory) / name).unlink(missing_ok=True)
+            path, new = Path(directory) / name, Path(directory) / f".{name}.new"
+            if name not in files: path.unlink(missing_ok=True)
+            elif not path.is_file() or path.read_bytes() != files[name]:
+                new.write_bytes(files[name])
+                _sync(new)
+                os.replace(new, path)
     except OSError as e: raise DataError(f"cannot write the tokenizer to {directory} ({e.strerror}); choose another place") from None
 
 # %% ../nbs/01_data.ipynb #be6d32dc

@@ -141,19 +141,32 @@ logger = logging.getLogger("mlx_pretrain")
 
 def _identity(trainer: PretrainTrainer) -> dict:
     "What a checkpoint says about where it comes from."
-    return {"args": trainer.model.args.model_dump(), "tokenizer": trainer.tokenizer.fingerprint, "data": trainer.windows.source["sha256"]}
+    texts = {"data": trainer.windows, "held_out": trainer.held_out}
+    return {"args": trainer.model.args.model_dump(), "tokenizer": trainer.tokenizer.fingerprint,
+            "reset": trainer.cfg.resume.reset_optimizer,
+            **{key: w and [w.source["key"] or w.source["sha256"], w.context, w.overlap] for key, w in texts.items()}}
+
+
+def _check_identity(now: dict, saved: Saved):
+    "Raise `RunError` if a checkpoint belongs to another model or another tokenizer."
+    then, sizes = saved.state, saved.state.get("args", {})
+    if then.get("tokenizer") != now["tokenizer"]:
+        raise RunError(f'{saved.path} was trained with another tokenizer; set "data.tokenizer_path" to the copy in its run directory')
+    if changed := [f"{key} was {sizes.get(key)} and is {v}" for key, v in now["args"].items() if sizes.get(key) != v]:
+        raise RunError(f'{saved.path} does not fit the section "model": {", ".join(changed)}; make it as it was, or start a new run')
 
 
 def _go_on(trainer: PretrainTrainer, saved: Saved):
-    "Load a checkpoint into a trainer. Raises `RunError` if it belongs to another model or another tokenizer."
-    now, then = _identity(trainer), saved.state
-    if then.get("tokenizer") != now["tokenizer"]:
-        raise RunError(f'{saved.path} was trained with another tokenizer; set "data.tokenizer_path" to the copy in its run directory')
-    sizes = then.get("args", {})
-    if changed := [f"{key} was {sizes.get(key)} and is {value}" for key, value in now["args"].items() if sizes.get(key) != value]:
-        raise RunError(f'{saved.path} does not fit the section "model": {", ".join(changed)}; make it as it was, or start a new run')
-    if then.get("data") != now["data"]: logger.warning(f"{trainer.cfg.data.input_file} is not what {saved.path} was trained on.")
-    trainer.load(saved, trainer.cfg.resume.reset_optimizer)
+    "Load a checkpoint into a trainer, and tell what is not as it was. Raises `RunError` as `_check_identity` and `Trainer.load` do."
+    now, then, reset = _identity(trainer), saved.state, trainer.cfg.resume.reset_optimizer
+    _check_identity(now, saved)
+    if then.get("data") != now["data"]: logger.warning("The training text, or how it is cut, is not what it was.")
+    if reset and then.get("reset"): logger.warning("The optimizer was reset before this checkpoint already; its memory since then is kept.")
+    trainer.load(saved, reset and not then.get("reset"))
+    if trainer.best and then.get("held_out") != now["held_out"]:
+        logger.warning("The held-out text is not what it was; the best validation is counted anew.")
+        trainer.best = None
+    print(f"Going on from {saved.path}.")
 
 # %% ../nbs/02_pretrain.ipynb #f218d94f
 def _say_ahead(trainer: PretrainTrainer, place: Path) -> str:
@@ -171,14 +184,20 @@ def _say_ahead(trainer: PretrainTrainer, place: Path) -> str:
     return f"{said}\n{ahead}"
 
 
-def _start(trainer: PretrainTrainer, saved: Saved | None, root: str | Path) -> Run:
+def _start(trainer: PretrainTrainer, saved: Saved | None, root: str | Path, ahead: str) -> Run:
     "The run directory, new or gone on with, with what is known about the run."
     cfg, windows = trainer.cfg, {"input_file": trainer.windows, "validation_file": trainer.held_out}
     if saved: run = Run.resume(saved, cfg.name, to_yaml(cfg), root, cfg.overwrite, cfg.logging)
     else: run = Run(cfg.name, to_yaml(cfg), root, cfg.overwrite, cfg.logging)
-    run.metadata(parameters=parameter_count(trainer.model.args), train_tokens=trainer.windows.n_targets, total_steps=trainer.total_steps,
-                 data={key: w.source for key, w in windows.items() if w})
-    trainer.tokenizer.save(run.path / "tokenizer")
+    try:
+        if saved and run.final.resolve() not in saved.path.resolve().parents: trainer.best = None   # its checkpoint is in another run
+        run.note(ahead)
+        run.metadata(parameters=parameter_count(trainer.model.args), total_steps=trainer.total_steps,
+                     train_tokens=trainer.windows.n_targets, data={key: w.source for key, w in windows.items() if w})
+        trainer.tokenizer.save(run.path / "tokenizer")
+    except BaseException:
+        run.finish("failed")
+        raise
     return run
 
 # %% ../nbs/02_pretrain.ipynb #38ee7dfc
@@ -198,12 +217,10 @@ def pretrain(
     trainer = PretrainTrainer(cfg, **kwargs)
     if saved:
         _go_on(trainer, saved)
-        print(f"Going on from {saved.path}.")
         if trainer.steps_done == trainer.total_steps and (place / "model").is_dir():
             print(f'It has all its {trainer.total_steps:,} steps. To train longer, raise "training.hyperparameters.iters".')
             return place
     ahead = _say_ahead(trainer, next(p for p in (place, *place.absolute().parents) if p.is_dir()))
-    run = trainer.run_dir = _start(trainer, saved, root)
-    run.note(ahead)
+    run = trainer.run_dir = _start(trainer, saved, root, ahead)
     train_run(trainer, run, lambda: export(trainer.model, trainer.tokenizer, run.path / "model"), **_identity(trainer))
     return run.path

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from .config import UserError
 from .data import Tokenizer, _read_object, load_tokenizer
 from .model import Llama, LlamaArgs
-from .run import _fsync, _swap_in, _writing, checkpoints, load_checkpoint
+from .run import Journal, _fsync, _swap_in, _writing, checkpoints, is_run, load_checkpoint
 
 # %% ../nbs/17_pretrained.ipynb #f95ed538
 class PretrainedError(UserError):
@@ -267,9 +267,12 @@ def load(
     path = Path(path).expanduser()
     if not path.is_dir(): raise _nothing_there(path)
     if (path / "manifest.json").is_file() or re.fullmatch(r"step_\d+", path.resolve().name): return _load_checkpoint(path)
-    for directory in (path, path / "model"):
-        if (directory / "config.json").is_file(): return _load_hf(directory)
-    if saved := checkpoints(path): raise PretrainedError(f"{path} has no finished model yet; give a checkpoint, the latest is {saved[-1]}")
+    if (path / "config.json").is_file(): return _load_hf(path)
+    saved = checkpoints(path)
+    if is_run(path) and saved and Journal(path).metadata().get("outcome") != "finished":
+        raise PretrainedError(f"{path} has no finished model yet; give a checkpoint, the latest is {saved[-1]}")
+    if (path / "model" / "config.json").is_file(): return _load_hf(path / "model")
+    if saved: raise PretrainedError(f"{path} holds no model; give a checkpoint, the latest is {saved[-1]}")
     raise PretrainedError(f"{path} holds no model: there is no config.json, no model/ and no checkpoint in it")
 
 

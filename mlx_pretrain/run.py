@@ -10,6 +10,7 @@ __all__ = ['logger', 'RunError', 'check_name', 'StepsConfig', 'MetricsConfig', '
 # %% ../nbs/15_run.ipynb #53cdda9c
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -524,12 +525,20 @@ def check_place(
     Raises `RunError` if something else stands there, or another process is writing it.
     """
     _check_free(final)
+    _check_writable(final)
     if not os.path.lexists(final) or (is_run(final) and not final.is_symlink() and not _has_worth(final)): return
     if final.is_symlink() or not is_run(final):
         raise RunError(f"{final} exists already and is not a run directory, so it stays as it is: choose another `name`, or move it away.")
     if not overwrite:
         raise RunError(f"{final} exists already: choose another `name`, set `resume.checkpoint: latest` to go on with the run there, "
                        "or `overwrite: true` to replace it.")
+
+
+def _check_writable(final: Path):
+    "Raise `RunError` if nothing can be made where a run is to stand."
+    above = next(parent for parent in final.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir(): raise RunError(f"{above} is not a directory: no run can be made in it; move it away.")
+    if not os.access(above, os.W_OK | os.X_OK): raise RunError(f"{above} cannot be written to: change its permissions, or work elsewhere.")
 
 # %% ../nbs/15_run.ipynb #3a356eaf
 def _tidy(folder: Path, names: str):
@@ -616,7 +625,7 @@ def _set_back(run_dir: Path, saved: Saved, config: str, logging: LoggingConfig):
     (run_dir / logging.log_dir).mkdir(exist_ok=True)
     _write_whole(run_dir / "config.yaml", config)
     new, old = _birth(run_dir.name, logging), _read_metadata(run_dir)
-    for key in ("outcome", "ended", "versions", "platform", "device"): old.pop(key, None)
+    for key in ("name", "outcome", "ended", "versions", "platform", "device"): old.pop(key, None)
     _write_whole(run_dir / "metadata.json", _to_json({**new, **old}, indent=1))
 
 # %% ../nbs/15_run.ipynb #5a6d4569
@@ -710,7 +719,8 @@ class Run(_Place):
 
         Raises `RunError` as a new run does, and if the run has later checkpoints.
         """
-        final, old = Path(root) / check_name(name), _read_config(saved.path.parent.parent)
+        final, home = Path(root) / check_name(name), saved.path.parent.parent
+        old = _read_config(home) if is_run(home) else {}
         if final.resolve() not in saved.path.resolve().parents:
             run = cls(name, config, root, overwrite, logging)
             with run._or_close(): run.metadata(resumed_from=str(saved.path))
@@ -740,6 +750,18 @@ class Run(_Place):
         if self.path != self.final: self._take_place()
         _prune(self.path, self.logging.keep_last, best)
         return self.path / self.logging.checkpoint_dir / saved.name
+
+    def step_aside(self) -> Path: # where the run lies now
+        "Let a run that waits for its place take another one, `name-2` or the next that is free, so that both are kept."
+        if self.path == self.final: return self.final
+        n = next(n for n in itertools.count(2) if not os.path.lexists(self.final.with_name(f"{self.final.name}-{n}")))
+        place = self.final.with_name(f"{self.final.name}-{n}")
+        lock = _Lock(place)
+        with _writing(place): os.rename(self.path, place)
+        self._lock.release()
+        self._lock, self.final, self.path = lock, place, place
+        self.metadata(name=place.name)
+        return place
 
     def finish(self,
         outcome: str, # "finished", "interrupted" or "failed"

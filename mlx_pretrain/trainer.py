@@ -270,8 +270,8 @@ class Progress:
         self,
         loss: float, # on held-out data
     ):
-        "Remember the best validation."
-        if self.best is None or loss < self.best[1]: self.best = (self.steps_done, loss)
+        "Remember the best validation; one that is not finite is none."
+        if math.isfinite(loss) and (self.best is None or loss < self.best[1]): self.best = (self.steps_done, loss)
 
 # %% ../nbs/18_trainer.ipynb #910fb3a8
 def _check_fit(here: dict[str, mx.array], saved: dict[str, mx.array], file: Path, remedy: str):
@@ -338,18 +338,18 @@ class Trainer(Progress):
         start, knobs = time.perf_counter(), self.read_knobs()
         rate = float(self.schedule(self.steps_done)) * knobs["learning_rate_factor"]
         values = self.update(self.batches(self.steps_done), rate)
-        self.steps_done += 1                                              # counted before the work, which Ctrl-C cannot undo
-        mx.eval(self.model.state, self.optimizer.state, values)
-        loss, count, norm, good = (v.item() for v in values)
-        self.tokens, speed = self.tokens + count, count / (time.perf_counter() - start)
-        if not good: self.report(loss, norm)
-        self.judge(good, loss, norm)
+        self.steps_done += 1
+        try: mx.eval(self.model.state, self.optimizer.state, values)
+        finally:                                                          # Ctrl-C comes when all is computed, and cannot undo it: count
+            loss, count, norm, good = (v.item() for v in values)
+            self.tokens, speed = self.tokens + count, count / (time.perf_counter() - start)
+            if not good: self.report(loss, norm)
+            self.judge(good, loss, norm)
         yield "update"
         return {"step": self.steps_done, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": self.tokens,
                 "tokens_per_second": speed}
 
-    def step(self) -> dict: # metrics of this step
-        "Take one step, to its end. Raises `TrainingError` if too many in a row were not finite."
+    def _step(self) -> dict:
         phases = self.phases()
         try:
             while True: next(phases)
@@ -360,11 +360,18 @@ class Trainer(Progress):
         for callback in self.callbacks: callback(self, metrics)
         return metrics
 
+    def step(self) -> dict: # metrics of this step
+        "Take one step to its end, also when Ctrl-C comes in the middle. Raises `TrainingError` if too many in a row were not finite."
+        with stop_between_steps(self):
+            metrics = self._step()
+            if self.stop_requested: raise KeyboardInterrupt
+        return metrics
+
     def run(self) -> dict: # metrics of the last step
-        "Step until the end, or until Ctrl-C or `stop_requested`; called again, it goes on."
+        "Step until the end, or until Ctrl-C or `stop_requested`; called again, it goes on. Raises `TrainingError` as `step` does."
         metrics = {}
         with stop_between_steps(self):
-            while self.steps_done < self.total_steps and not self.stop_requested: metrics = self.step()
+            while self.steps_done < self.total_steps and not self.stop_requested: metrics = self._step()
         return metrics
 
     def report(
@@ -452,15 +459,15 @@ def save_checkpoints(
     run: Run, # where to save, and how often
     **state, # goes into each checkpoint's state too
 ) -> Callable: # a callback
-    "Save every so many steps or minutes, at the end, and at the best validation so far; not after a step that was skipped."
+    "Save every so many steps or minutes, at the end, and at the best validation so far; a step that was skipped is no reason."
     saved = time.monotonic()
 
     def callback(trainer, metrics):
         nonlocal saved
         step, steps = metrics["step"], run.logging.steps
         late = time.monotonic() - saved > 60 * steps.checkpoint_minutes
-        due = step % steps.checkpoint_interval == 0 or late or trainer.best and trainer.best[0] == step
-        if step != trainer.total_steps and (not due or trainer.in_a_row): return
+        due = (step % steps.checkpoint_interval == 0 or late) and not trainer.in_a_row
+        if not (due or step == trainer.total_steps or trainer.best and trainer.best[0] == step): return
         save_checkpoint(trainer, run, **state)
         saved = time.monotonic()
     return callback
@@ -562,15 +569,16 @@ def forecast(
     seconds = sorted(times[2:] or times[-1:])[len(times[2:]) // 2]        # the median
     validations = math.ceil(trainer.total_steps / trainer.validation_interval) - trainer.steps_done // trainer.validation_interval
     each = held_out / tokens * seconds / 3 if tokens else 0.0
-    return Forecast(seconds * left + each * validations, tokens / seconds if seconds else 0.0, max(0, mx.get_peak_memory() - held), _machine_memory())
+    peak, speed = max(0, mx.get_peak_memory() - held), tokens / seconds if seconds else 0.0
+    return Forecast(seconds * left + each * validations, speed, peak, _machine_memory())
 
 # %% ../nbs/18_trainer.ipynb #404857c8
 def _stopped(trainer: Trainer, run: Run, **state):
     "Save, say where and how to go on, and end as Ctrl-C ends a program."
-    where = f"This run had saved nothing yet; the earlier one in {run.final} stays as it was."
-    if run.path == run.final:
-        where = f"Saved in {save_checkpoint(trainer, run, **state)}. To go on: the same command with --resume.checkpoint latest"
-    said = f"Stopped after step {trainer.steps_done} of {trainer.total_steps}. {where}"
+    earlier, name = run.final, ""
+    if run.step_aside() != earlier: name = f' --name "{run.final.name}", for the earlier run in {earlier} stays as it was'
+    said = (f"Stopped after step {trainer.steps_done} of {trainer.total_steps}. Saved in {save_checkpoint(trainer, run, **state)}. "
+            f"To go on: the same command with --resume.checkpoint latest{name}")
     logger.warning(said)
     run.note(said)
     raise KeyboardInterrupt
@@ -611,8 +619,9 @@ def train_run(
         outcome = "interrupted"
         raise
     except TrainingError as e:
-        saved = checkpoints(run.path)
-        said = f"{e}. The last good checkpoint is {saved[-1] if saved else 'none: none was saved yet'}"
+        good = trainer.steps_done - trainer.in_a_row                      # the last good step; what was saved before it is proven
+        proven = [path for path in checkpoints(run.path) if int(path.name[5:]) < good]
+        said = f"{e}. " + (f"The last good checkpoint is {proven[-1]}" if proven else "There is no good checkpoint")
         raise TrainingError(said) from None
     finally:
         said = f"{said}\n{_took(trainer, run, since, tokens, before)}".strip()

@@ -327,6 +327,8 @@ def test_run_and_checkpoint(tmp_path, model, monkeypatch):
     monkeypatch.chdir(checkpoint)
     assert load(".").tokenizer.eos_id == BYTE.eos_id
     export(lively(num_hidden_layers=1), BYTE, run.path / "model")
+    refused(run.path, "no finished model yet", str(checkpoint))  # a run that is gone on with: its model is of an earlier end
+    run.finish("finished")
     assert load(run.path).model.args.num_hidden_layers == 1 and load(run.path).path == run.path / "model"
     assert load(checkpoint).model.args.num_hidden_layers == 2
 

@@ -17,7 +17,7 @@ from mlx_pretrain.model import Linear, Llama, ModelConfig, project
 from mlx_pretrain.ops import head_loss
 from mlx_pretrain.optim import Optimization, make_optimizer
 from mlx_pretrain.pretrained import load
-from mlx_pretrain.run import Run, checkpoints, load_checkpoint, read_metrics
+from mlx_pretrain.run import LoggingConfig, Run, StepsConfig, checkpoints, latest_checkpoint, load_checkpoint, read_metrics
 from mlx_pretrain.trainer import MAX_SKIPPED, Trainer, TrainingError, Update, stop_between_steps, train_run
 
 
@@ -71,6 +71,9 @@ def test_an_interrupted_overwrite_leaves_the_old_run(tmp_path):
     with pytest.raises(KeyboardInterrupt): train_run(trainer, again, lambda: None)
     assert trainer.steps_done == 1 and (tmp_path / "line" / "model").is_dir()
     assert [p.name for p in checkpoints(tmp_path / "line")] == ["step_000003"]
+    assert [p.name for p in checkpoints(tmp_path / "line-2")] == ["step_000001"] and again.path == tmp_path / "line-2"
+    assert json.loads((tmp_path / "line-2" / "metadata.json").read_text())["name"] == "line-2"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["line", "line-2"]
 
 
 def test_a_stopped_trainer_goes_on(tmp_path):
@@ -160,6 +163,84 @@ def test_lost_for_good_ends_with_the_last_good_checkpoint(tmp_path):
     assert json.loads((run.path / "metadata.json").read_text())["outcome"] == "failed"
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_alone_that_is_not_finite(bad):
+    "The gradient is fine, because what makes the loss infinite is a constant."
+    model = Linear(4, 1)
+    def loss(model, batch): return squares(model, batch)[0] + bad, mx.array(512)
+    update = Update(model, make_optimizer(Optimization(), 0.1, 0.1), loss, 1.0)
+    value, _, norm, good = update([Points(*(z[..., :4] if z.ndim > 1 else z for z in points_at(0)))], 0.1)
+    assert not mx.isfinite(value).item() and mx.isfinite(norm).item() and not good.item() and not model.weight.any().item()
+
+
+def test_a_held_out_loss_that_is_not_finite_is_no_best():
+    trainer = Trainer(Linear(256, 1), squares, points_at, 100)
+    for loss in (float("nan"), 3.0, float("inf"), float("nan"), 4.0): trainer.validated(loss)
+    assert trainer.best == (0, 3.0)
+
+
+def fit(tmp_path, total=100, keep_last=1, interval=1000, bad=(), val=lambda step: 1.0, **kwargs):
+    "A run on a line, with steps that are not finite and validation losses as wished."
+    def batch_at(step): return Points(points_at(step).x * (float("nan") if step + 1 in bad else 1), points_at(step).y)
+    logging = LoggingConfig(keep_last=keep_last, steps=StepsConfig(checkpoint_interval=interval))
+    run = Run("line", "seed: 0\n", root=tmp_path, logging=logging)
+    trainer = Trainer(Linear(256, 1), squares, batch_at, total, run=run, validation_interval=10, **kwargs)
+    trainer.validate = lambda: {"val_loss": val(trainer.steps_done)}
+    train_run(trainer, run, lambda: None)
+    return trainer, [int(path.name[5:]) for path in checkpoints(run.path)]
+
+
+def test_the_best_is_kept(tmp_path):
+    assert fit(tmp_path, val=lambda step: abs(step - 30))[1] == [30, 100]
+
+
+def test_the_best_is_kept_even_if_its_step_was_skipped(tmp_path):
+    trainer, kept = fit(tmp_path, val=lambda step: abs(step - 30), bad={30})
+    assert trainer.best == (30, 0) and kept == [30, 100]
+
+
+def test_a_skipped_step_is_no_reason_to_save(tmp_path):
+    assert fit(tmp_path, keep_last=99, interval=20, bad={40}, val=lambda step: step)[1] == [10, 20, 60, 80, 100]
+
+
+def test_validated_at_the_end_whatever_the_interval(tmp_path):
+    fit(tmp_path, total=25)
+    assert [row["step"] for row in read_metrics(tmp_path / "line") if "val_loss" in row] == [10, 20, 25]
+
+
+def test_saved_after_some_minutes(tmp_path, monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr("mlx_pretrain.trainer.time.monotonic", lambda: 100 * next(clock))  # every look at the clock is 100 s later
+    assert len(fit(tmp_path, keep_last=99, val=lambda step: step)[1]) > 5
+
+
+def test_skips_are_remembered_by_a_checkpoint(tmp_path):
+    trainer, _ = fit(tmp_path, bad={98, 99, 100})
+    saved, twin = latest_checkpoint(tmp_path / "line"), Trainer(Linear(256, 1), squares, points_at, 200)
+    twin.load(saved)
+    assert (twin.skipped, twin.in_a_row, twin.best, twin.losses) == (3, 3, trainer.best, trainer.losses)
+
+
+def test_knobs_are_events(tmp_path):
+    def turn(trainer, metrics): trainer.knobs.learning_rate_factor = 0.5 if metrics["step"] == 7 else trainer.knobs.learning_rate_factor
+    fit(tmp_path, callbacks=[turn])
+    events = [(row["step"], row["name"], row["value"]) for row in read_metrics(tmp_path / "line") if row.get("event") == "knob"]
+    assert events == [(7, "learning_rate_factor", 0.5)]
+
+
+def test_a_step_by_hand_is_whole_under_ctrl_c():
+    "Interrupted in the middle of a cell that steps by hand: counters, optimizer and weights are of one age."
+    trainer = Trainer(Linear(256, 1), squares, points_at, 10_000)
+    trainer.step()
+    for delay in np.random.default_rng(1).uniform(0.001, 0.05, 20):
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        with pytest.raises(KeyboardInterrupt):
+            while True: trainer.step()
+        assert trainer.tokens == 512 * trainer.steps_done == 512 * trainer.optimizer.step.item()
+    assert mx.array_equal(trainer.model.weight, weights_after(trainer.steps_done))
+
+
 def test_one_bad_batch_is_skipped_and_counted(tmp_path):
     def batch_at(step): return points_at(step) if step != 23 else Points(points_at(step).x * float("nan"), points_at(step).y)
     run = Run("line", "seed: 0\n", root=tmp_path)
@@ -180,6 +261,6 @@ training: {hyperparameters: {batch_size: 4, iters: 300, learning_rate: 1.0e+20}}
 logging: {steps: {checkpoint_interval: 1}}
 """)
     code, err = main(["train", "--config", "wild.yaml"]), capfd.readouterr().err
-    assert code == 2 and "Traceback" not in err and "learning_rate" in err and "last good checkpoint" in err
+    assert code == 2 and "Traceback" not in err and "learning_rate" in err and "There is no good checkpoint" in err
     assert not (tmp_path / "runs" / "wild" / "model").exists()
     assert all(mx.isfinite(w).all().item() for _, w in tree_flatten(load(checkpoints("runs/wild")[-1]).model.parameters()))

@@ -13,7 +13,7 @@ from mlx_pretrain.run import LoggingConfig, ResumeConfig, Run, StepsConfig, _fil
 from mlx_pretrain.trainer import Trainer, train_run
 
 folder, how = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
-logging = LoggingConfig(keep_last=10_000 if how == "keep" else 3, steps=StepsConfig(checkpoint_interval=4))
+logging = LoggingConfig(keep_last=10_000 if how == "keep" else 3, steps=StepsConfig(checkpoint_interval=1 if how == "in-place" else 4))
 
 
 class Points(NamedTuple):
