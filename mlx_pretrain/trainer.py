@@ -212,8 +212,7 @@ def stop_between_steps(
     for s in before: signal.signal(s, ask)
     try: yield
     finally:
-        for s, handler in before.items(): signal.signal(s, handler)
-        trainer.stop_requested = False
+        for s in reversed(before): signal.signal(s, before[s])            # Ctrl-C last: it could end this loop
 
 # %% ../nbs/18_trainer.ipynb #478eb55a
 class TrainingError(UserError):
@@ -362,16 +361,19 @@ class Trainer(Progress):
 
     def step(self) -> dict: # metrics of this step
         "Take one step to its end, also when Ctrl-C comes in the middle. Raises `TrainingError` if too many in a row were not finite."
-        with stop_between_steps(self):
-            metrics = self._step()
-            if self.stop_requested: raise KeyboardInterrupt
+        try:
+            with stop_between_steps(self): metrics = self._step()
+        finally: stop, self.stop_requested = self.stop_requested, False
+        if stop: raise KeyboardInterrupt
         return metrics
 
     def run(self) -> dict: # metrics of the last step
         "Step until the end, or until Ctrl-C or `stop_requested`; called again, it goes on. Raises `TrainingError` as `step` does."
         metrics = {}
-        with stop_between_steps(self):
-            while self.steps_done < self.total_steps and not self.stop_requested: metrics = self._step()
+        try:
+            with stop_between_steps(self):
+                while self.steps_done < self.total_steps and not self.stop_requested: metrics = self._step()
+        finally: self.stop_requested = False
         return metrics
 
     def report(

@@ -84,6 +84,18 @@ def test_a_stopped_trainer_goes_on(tmp_path):
     assert trainer.run()["step"] == 20
 
 
+def test_a_second_interrupt_does_not_wait():
+    def impatient(step):
+        if trainer.steps_done == 3 and not pressed: pressed.extend(signal.raise_signal(signal.SIGINT) for _ in range(2))
+        return points_at(step)
+    pressed = []
+    trainer = Trainer(Linear(256, 1), squares, impatient, 20)
+    with pytest.raises(KeyboardInterrupt): trainer.run()
+    assert trainer.steps_done == trainer.optimizer.step.item() == 3
+    pressed.append("enough")
+    assert trainer.run()["step"] == 20 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_an_ignored_interrupt_stays_ignored():
     trainer, before = Trainer(Linear(256, 1), squares, points_at, 3), signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
