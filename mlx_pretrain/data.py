@@ -345,6 +345,13 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
+def _sync(path: Path) -> None:
+    "Wait until a file, or the list of names in a folder, is on the disk."
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+
 def _write_files(directory: str | Path, files: dict[str, bytes]) -> None:
     "Make `files` the tokenizer of a directory, each file whole or as it was; another tokenizer's files in it go."
     try:
@@ -857,13 +864,6 @@ def _stamp(path: str | Path) -> tuple:
     "What changes when somebody writes to a file."
     try: return (s := os.stat(path)).st_ino, s.st_size, s.st_mtime_ns
     except (OSError, ValueError): return ()
-
-
-def _sync(path: Path) -> None:
-    "Wait until a file, or the list of names in a folder, is on the disk."
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
 
 # %% ../nbs/01_data.ipynb #7b31a3cc
 def _write_cache(

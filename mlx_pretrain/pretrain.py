@@ -20,7 +20,7 @@ from .data import Batch, DataConfig, Tokenizer, Windows, batch_indices, cached_w
 from .model import Llama, ModelConfig, parameter_count
 from .ops import head_loss
 from .pretrained import export
-from .run import LoggingConfig, ResumeConfig, Run, RunError, Saved, check_name, check_place, find_checkpoint
+from .run import Journal, LoggingConfig, ResumeConfig, Run, RunError, Saved, check_name, check_place, find_checkpoint
 from .trainer import (
     SystemConfig, Trainer, TrainingConfig, check_memory, compute_in, evaluate, forecast, set_device, size, train_run)
 
@@ -217,7 +217,8 @@ def pretrain(
     trainer = PretrainTrainer(cfg, **kwargs)
     if saved:
         _go_on(trainer, saved)
-        if trainer.steps_done == trainer.total_steps and (place / "model").is_dir():
+        done = Journal(place).metadata().get("outcome") == "finished" and place.resolve() in saved.path.resolve().parents
+        if done and trainer.steps_done == trainer.total_steps:
             print(f'It has all its {trainer.total_steps:,} steps. To train longer, raise "training.hyperparameters.iters".')
             return place
     ahead = _say_ahead(trainer, next(p for p in (place, *place.absolute().parents) if p.is_dir()))

@@ -374,6 +374,7 @@ class Trainer(Progress):
             with stop_between_steps(self):
                 while self.steps_done < self.total_steps and not self.stop_requested: metrics = self._step()
         finally: self.stop_requested = False
+        if self.steps_done < self.total_steps: logger.warning(f"Stopped after step {self.steps_done} of {self.total_steps}; it can go on.")
         return metrics
 
     def report(
@@ -579,8 +580,8 @@ def _stopped(trainer: Trainer, run: Run, **state):
     "Save, say where and how to go on, and end as Ctrl-C ends a program."
     earlier, name = run.final, ""
     if run.step_aside() != earlier: name = f' --name "{run.final.name}", for the earlier run in {earlier} stays as it was'
-    said = (f"Stopped after step {trainer.steps_done} of {trainer.total_steps}. Saved in {save_checkpoint(trainer, run, **state)}. "
-            f"To go on: the same command with --resume.checkpoint latest{name}")
+    saved = save_checkpoint(trainer, run, **state)
+    said = f"Saved in {saved}. To go on: the same command with --resume.checkpoint latest{name}"
     logger.warning(said)
     run.note(said)
     raise KeyboardInterrupt
@@ -626,9 +627,10 @@ def train_run(
         said = f"{e}. " + (f"The last good checkpoint is {proven[-1]}" if proven else "There is no good checkpoint")
         raise TrainingError(said) from None
     finally:
-        said = f"{said}\n{_took(trainer, run, since, tokens, before)}".strip()
-        run.note(said)
-        run.finish(outcome)
+        try:
+            said = f"{said}\n{_took(trainer, run, since, tokens, before)}".strip()
+            run.note(said)
+        finally: run.finish(outcome)                                      # also when the disk is full: somebody may wait for the lock
     print(said, flush=True)                                               # last, since nobody may be listening any more
     if trainer.losses and trainer.losses[2] > trainer.losses[0]:
         logger.warning(f'The loss ended at {trainer.losses[2]:.3g}, above its first value of {trainer.losses[0]:.3g}: lower '

@@ -123,6 +123,14 @@ def test_finished_already(config, capsys):
     assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before and not list(path.parent.glob(".*"))
 
 
+def test_a_branch_is_not_finished_because_its_parent_is(config):
+    pretrain(config())
+    pretrain(config(name="branch", system__seed=7))
+    pretrain(config(name="branch", resume__checkpoint="runs/run", overwrite=True))
+    weights = [load(f"runs/{name}").model.parameters() for name in ("run", "branch")]
+    assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(*map(tree_flatten, weights)))
+
+
 def test_what_it_took_adds_up(config):
     pretrain(config())
     took = json.loads(Path("runs/run/metadata.json").read_text())["took"]
