@@ -11,7 +11,6 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import field, make_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -73,17 +72,6 @@ def read_flags(
     return {key: _value(_kind(cls, key), words) for key, words in given.items()}
 
 # %% ../nbs/21_cli.ipynb #d212de6e
-def _flags(cls: type[Section]) -> type:
-    "A section as a plain dataclass for tyro: same names, types and help."
-    fields = []
-    for name, f in cls.model_fields.items():
-        inner = isinstance(f.annotation, type) and issubclass(f.annotation, Section)
-        kind = _flags(f.annotation) if inner else f.annotation
-        default = field(default_factory=kind if inner else lambda value=f.default: value)
-        fields.append((name, Annotated[kind, tyro.conf.arg(help=f.description)], default))
-    return make_dataclass(cls.__name__, fields, namespace={"__doc__": cls.__doc__})
-
-
 def read_command(
     cls: type[_Config], # the stage's configuration
     args: list[str], # command-line words: --config FILE, and any key
@@ -95,7 +83,7 @@ def read_command(
     """
     if {"-h", "--help"} & set(args):
         about = f"A YAML file says what to do, and each of its keys can be given here too: {prog} --config FILE --system.seed 7"
-        tyro.cli(_flags(cls), prog=f"{prog} --config FILE", description=about, args=["--help"], use_underscores=True)
+        tyro.cli(cls, prog=f"{prog} --config FILE", description=about, args=["--help"], use_underscores=True)
     given = read_flags(cls, args)
     path = given.pop("config", None)
     if not isinstance(path, str): raise ConfigError(f"a configuration is needed: {prog} --config FILE")

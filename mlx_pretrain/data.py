@@ -42,7 +42,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from .config import ConfigError, Section, UserError
-from .core import rng_for
+from .core import fsync, rng_for, write_whole
 
 # %% ../nbs/01_data.ipynb #a6e8ce00
 logger = logging.getLogger("mlx_pretrain")
@@ -345,24 +345,14 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _sync(path: Path) -> None:
-    "Wait until a file, or the list of names in a folder, is on the disk."
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
-
 def _write_files(directory: str | Path, files: dict[str, bytes]) -> None:
     "Make `files` the tokenizer of a directory, each file whole or as it was; another tokenizer's files in it go."
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name in _TOKENIZER_FILES:
-            path, new = Path(directory) / name, Path(directory) / f".{name}.new"
+            path = Path(directory) / name
             if name not in files: path.unlink(missing_ok=True)
-            elif not path.is_file() or path.read_bytes() != files[name]:
-                new.write_bytes(files[name])
-                _sync(new)
-                os.replace(new, path)
+            elif not path.is_file() or path.read_bytes() != files[name]: write_whole(path, files[name])
     except OSError as e: raise DataError(f"cannot write the tokenizer to {directory} ({e.strerror}); choose another place") from None
 
 # %% ../nbs/01_data.ipynb #be6d32dc
@@ -886,13 +876,13 @@ def _write_cache(
         if not counts["bytes"]: raise DataError(f"{path} holds no text: every row is empty; give some text")
         (folder / "meta.json").write_text(json.dumps({**about, **counts, "dtype": str(tokens.dtype)}, indent=2) + "\n")
         file.flush()
-        for part in (folder / "tokens.bin", folder / "meta.json", folder): _sync(part)
+        for part in (folder / "tokens.bin", folder / "meta.json", folder): fsync(part)
 
 # %% ../nbs/01_data.ipynb #d70046c3
 def _commit(new: Path, folder: Path, vocab_size: int) -> None:
     "Give a finished folder its name, unless another process was faster; a damaged one goes."
     for attempt in range(3):
-        try: os.rename(new, folder); return _sync(folder.parent)
+        try: os.rename(new, folder); return fsync(folder.parent)
         except OSError:
             if _open_cache(folder, vocab_size): return
             if attempt == 2 or not folder.is_dir(): raise

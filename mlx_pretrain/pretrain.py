@@ -20,9 +20,10 @@ from .data import Batch, DataConfig, Tokenizer, Windows, batch_indices, cached_w
 from .model import Llama, ModelConfig, parameter_count
 from .ops import head_loss
 from .pretrained import export
-from .run import Journal, LoggingConfig, ResumeConfig, Run, RunError, Saved, check_name, check_place, find_checkpoint
+from .run import (
+    LoggingConfig, ResumeConfig, Run, RunError, Saved, check_name, check_place, find_checkpoint, read_metadata, short)
 from .trainer import (
-    SystemConfig, Trainer, TrainingConfig, check_memory, compute_in, evaluate, forecast, set_device, size, train_run)
+    SystemConfig, Trainer, TrainingConfig, check_memory, compute_in, evaluate, forecast, set_device, train_run)
 
 # %% ../nbs/02_pretrain.ipynb #545b6513
 def next_token_loss(
@@ -96,6 +97,7 @@ class PretrainTrainer(Trainer):
         **kwargs, # `callbacks`, `run`, or your own `optimizer` and `schedule`, as `Trainer` takes them
     ):
         self.cfg, self.tokenizer, context = cfg, make_tokenizer(cfg.data), cfg.data.preprocessing.max_context_size
+        self.windows_per_step = cfg.training.hyperparameters.batch_size * cfg.training.hyperparameters.gradient_accumulation_steps
         args = cfg.model.args(self.tokenizer.vocab_size, context)
         if args.max_position_embeddings < context:
             raise ConfigError(f'"data.preprocessing.max_context_size" ({context}) is larger than "model.attention.max_position_embeddings" '
@@ -110,8 +112,8 @@ class PretrainTrainer(Trainer):
 
     def length(self) -> int:
         "How many steps the configuration asks for."
-        h = self.cfg.training.hyperparameters
-        return h.iters or steps_in(len(self.windows), h.batch_size * h.gradient_accumulation_steps, self.cfg.training.epochs)
+        t = self.cfg.training
+        return t.hyperparameters.iters or steps_in(len(self.windows), self.windows_per_step, t.epochs)
 
     def draw(
         self,
@@ -119,8 +121,7 @@ class PretrainTrainer(Trainer):
     ) -> list[Batch]: # one batch, or as many as are accumulated
         "The batches of a step."
         h, epochs = self.cfg.training.hyperparameters, self.cfg.training.epochs
-        size = h.batch_size * h.gradient_accumulation_steps
-        indices = batch_indices(len(self.windows), size, step, self.cfg.system.seed, None if h.iters else epochs)
+        indices = batch_indices(len(self.windows), self.windows_per_step, step, self.cfg.system.seed, None if h.iters else epochs)
         return [self.windows.batch(part) for part in indices.reshape(-1, h.batch_size)]
 
     def measure(self) -> dict[str, float]:
@@ -172,11 +173,11 @@ def _go_on(trainer: PretrainTrainer, saved: Saved):
 def _say_ahead(trainer: PretrainTrainer, place: Path) -> str:
     "Print what a run is about to do: first what is known, then what a few steps tell."
     windows, steps, left = trainer.windows, trainer.total_steps, trainer.total_steps - trainer.steps_done
-    epochs = sum(len(batch.inputs) for batch in trainer.draw(0)) * steps / len(windows)
+    epochs = trainer.windows_per_step * steps / len(windows)
     needed = check_memory(trainer) * (trainer.cfg.logging.keep_last + 2)  # on the disk; with the best, and the one being written
     count, free = parameter_count(trainer.model.args), shutil.disk_usage(place).free
     said = (f"{count:,} parameters. {windows.n_targets:,} tokens in {len(windows):,} windows of {windows.context}.\n"
-            f"{left:,} steps to go of {steps:,}: {epochs:.3g} epochs. Checkpoints take up to {size(needed)}; {size(free)} are free.")
+            f"{left:,} steps to go of {steps:,}: {epochs:.3g} epochs. Checkpoints take up to {short(needed)}B; {short(free)}B are free.")
     print(said, flush=True)
     if needed > free: logger.warning(f"{place} may get full: make room, or keep fewer with \"logging.keep_last\"")
     ahead = str(forecast(trainer, trainer.held_out.n_targets if trainer.held_out else 0))
@@ -217,7 +218,7 @@ def pretrain(
     trainer = PretrainTrainer(cfg, **kwargs)
     if saved:
         _go_on(trainer, saved)
-        done = Journal(place).metadata().get("outcome") == "finished" and place.resolve() in saved.path.resolve().parents
+        done = read_metadata(place).get("outcome") == "finished" and place.resolve() in saved.path.resolve().parents
         if done and trainer.steps_done == trainer.total_steps:
             print(f'It has all its {trainer.total_steps:,} steps. To train longer, raise "training.hyperparameters.iters".')
             return place

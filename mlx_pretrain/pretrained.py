@@ -18,9 +18,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from pydantic import ValidationError
 
 from .config import UserError
+from .core import fsync
 from .data import Tokenizer, _read_object, load_tokenizer
 from .model import Llama, LlamaArgs
-from .run import Journal, _fsync, _swap_in, _writing, checkpoints, is_run, load_checkpoint
+from .run import _swap_in, _writing, checkpoints, is_run, load_checkpoint, read_metadata
 
 # %% ../nbs/17_pretrained.ipynb #f95ed538
 class PretrainedError(UserError):
@@ -147,7 +148,7 @@ def export(
             _write_json(new / "config.json", args_to_hf(model.args, tokenizer))
             _write_json(new / "generation_config.json", _control_ids(tokenizer))
             tokenizer.save(new)
-            for path in [*new.iterdir(), new]: _fsync(path)
+            for path in [*new.iterdir(), new]: fsync(path)
             _swap_in(new, directory)
         finally: shutil.rmtree(new, ignore_errors=True)
 
@@ -269,7 +270,7 @@ def load(
     if (path / "manifest.json").is_file() or re.fullmatch(r"step_\d+", path.resolve().name): return _load_checkpoint(path)
     if (path / "config.json").is_file(): return _load_hf(path)
     saved = checkpoints(path)
-    if is_run(path) and saved and Journal(path).metadata().get("outcome") != "finished":
+    if is_run(path) and saved and read_metadata(path).get("outcome") != "finished":
         raise PretrainedError(f"{path} has no finished model yet; give a checkpoint, the latest is {saved[-1]}")
     if (path / "model" / "config.json").is_file(): return _load_hf(path / "model")
     if saved: raise PretrainedError(f"{path} holds no model; give a checkpoint, the latest is {saved[-1]}")

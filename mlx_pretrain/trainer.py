@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'LossFn', 'MAX_SKIPPED', 'Hyperparameters', 'TrainingConfig', 'SystemConfig', 'set_device', 'Knobs',
            'clip_gradient', 'Update', 'compute_in', 'stop_between_steps', 'TrainingError', 'Progress', 'Trainer',
-           'evaluate', 'log_metrics', 'save_checkpoint', 'save_checkpoints', 'ProgressBar', 'span', 'size', 'Forecast',
+           'evaluate', 'log_metrics', 'save_checkpoint', 'save_checkpoints', 'ProgressBar', 'span', 'Forecast',
            'check_memory', 'forecast', 'train_run']
 
 # %% ../nbs/18_trainer.ipynb #2e7b0ba0
@@ -31,7 +31,7 @@ from pydantic import Field
 
 from .config import Section, UserError
 from .optim import Optimization, SchedulerConfig, check_optimizer, make_optimizer, make_schedule
-from .run import Journal, Run, RunError, Saved, checkpoints
+from .run import Journal, Run, RunError, Saved, checkpoints, read_metadata, short
 
 # %% ../nbs/18_trainer.ipynb #6b7c3e3c
 class Hyperparameters(Section):
@@ -512,13 +512,6 @@ def span(
     if s < 60: return f"{seconds:.1f} s" if s < 10 else f"{s} s"
     return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
 
-
-def size(
-    n: float, # bytes
-) -> str: # for people
-    "Megabytes, or gigabytes where they are many."
-    return f"{n / 1e6:,.0f} MB" if n < 1e9 else f"{n / 1e9:,.1f} GB"
-
 # %% ../nbs/18_trainer.ipynb #2fa55ddd
 class Forecast(NamedTuple):
     """What the rest of a run will take.
@@ -532,7 +525,7 @@ class Forecast(NamedTuple):
 
     def __str__(self):
         return (f"About {span(self.seconds)}, training at {self.tokens_per_second:,.0f} tokens/s; "
-                f"{size(self.peak_memory)} of memory, of {size(self.machine_memory)}.")
+                f"{short(self.peak_memory)}B of memory, of {short(self.machine_memory)}B.")
 
 # %% ../nbs/18_trainer.ipynb #98c6edd8
 def _machine_memory() -> int:
@@ -549,7 +542,7 @@ def check_memory(
     held = sum(a.nbytes for _, a in tree_flatten(arrays))
     needed = held + sum(a.nbytes for a in arrays["model"].values())
     if needed <= machine: return held
-    raise TrainingError(f"weights, gradients and the optimizer need {size(needed)} of memory, and this machine has {size(machine)}: "
+    raise TrainingError(f"weights, gradients and the optimizer need {short(needed)}B of memory, and this machine has {short(machine)}B: "
                         'make "model.dimensions" smaller')
 
 # %% ../nbs/18_trainer.ipynb #9ded0dd2
@@ -594,7 +587,7 @@ def _took(trainer: Trainer, run: Run, since: float, tokens: int, before: dict) -
     took |= {"peak_memory": max(before.get("peak_memory", 0), mx.get_peak_memory()), "skipped": trainer.skipped}
     best = trainer.best and {"step": trainer.best[0], "val_loss": trainer.best[1]}
     run.metadata(took=took, best=best)
-    said = f"Took {span(took['seconds'])} for {took['tokens']:,} tokens, {size(took['peak_memory'])} at the peak."
+    said = f"Took {span(took['seconds'])} for {took['tokens']:,} tokens, {short(took['peak_memory'])}B at the peak."
     if trainer.skipped: said += f" {trainer.skipped} steps were skipped because they were not finite."
     if best: said += f" Best validation loss: {best['val_loss']:.4f}, at step {best['step']} of {trainer.steps_done}."
     return said
@@ -607,7 +600,7 @@ def train_run(
     **state, # goes into each checkpoint's state, beside the trainer's own
 ):
     "Train to the end inside a run directory: log, save, show progress, and write down how it ended."
-    since, tokens, before = time.perf_counter(), trainer.tokens, run.metadata().get("took") or {}
+    since, tokens, before = time.perf_counter(), trainer.tokens, read_metadata(run.path).get("took") or {}
     trainer.callbacks += [log_metrics(run, run.logging.steps.logging_interval), save_checkpoints(run, **state)]
     mx.reset_peak_memory()
     outcome, said = "failed", ""

@@ -1074,7 +1074,7 @@ def test_a_young_or_locked_folder_is_in_use(tmp_path):
         assert file.exists() == stays
 
 
-@pytest.mark.parametrize("where", ["_sync", "_commit"])
+@pytest.mark.parametrize("where", ["fsync", "_commit"])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, where):
     def full(*args): raise OSError(28, "No space left on device")
     monkeypatch.setattr(data, where, full)

@@ -92,7 +92,7 @@ MISTAKES = { # name: (what to break first, command, the pieces of each line)
     "two schedules of warm-up": (None, [*NEW, "--training.scheduler.warmup_steps", "1", "--training.scheduler.warmup_ratio", "0.1"],
                                  [("command line", "keep one of them")]),
     "a model larger than any machine": (None, [*NEW, "--model.dimensions.hidden_size", "100_000", "--model.dimensions.num_layers", "1000"],
-                                        [("GB of memory", "model.dimensions")]),
+                                        [("PB of memory", "model.dimensions")]),
     "warm-up longer than the run": (None, [*NEW, "--training.scheduler.warmup_steps", "3"],
                                     [("training.scheduler", "3 steps", "take fewer")]),
     "heads that do not fit": (None, [*NEW, "--model.attention.num_heads", "5"], [("command line", "num_heads (5)")]),

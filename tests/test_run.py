@@ -24,6 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_pretrain import core
 from mlx_pretrain import run as R
 from mlx_pretrain.config import ConfigError, load_config
 from mlx_pretrain.run import (
@@ -1050,9 +1051,10 @@ def power_cut(after: int):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("rename", "replace", "unlink", "rmdir", "mkdir"): patch.setattr(os, name, cut(getattr(os, name)))
         patch.setattr(Path, "write_text", cut(Path.write_text, half_text))
+        patch.setattr(Path, "write_bytes", cut(Path.write_bytes, half_text))
         patch.setattr(mx, "save_safetensors", cut(mx.save_safetensors, half_arrays))
         patch.setattr(R, "_append", cut(R._append))
-        patch.setattr(R, "_fsync", lambda path: None)
+        for module in (R, core): patch.setattr(module, "fsync", lambda path: None)
         try: yield
         except PowerCut: pass
 

@@ -84,6 +84,53 @@ def test_a_stopped_trainer_goes_on(tmp_path):
     assert trainer.run()["step"] == 20
 
 
+LINE = """
+import mlx_pretrain
+import mlx.core as mx
+from typing import NamedTuple
+from mlx_pretrain.model import Linear, project
+from mlx_pretrain.trainer import Trainer
+class Points(NamedTuple): x: mx.array
+def loss(model, batch): return (project(batch.x, model)[0] ** 2).sum(), mx.array(64)
+def begun(trainer, metrics):
+    if metrics["step"] == 3: print("begun", flush=True)
+trainer = Trainer(Linear(8, 1), loss, lambda step: Points(mx.ones((64, 8))), 10**7, callbacks=[begun])
+trainer.run();
+"""
+
+
+def test_the_stop_button_of_a_notebook():
+    "The button interrupts the kernel: the cell ends without an error, says that it can go on, and another cell finds all of one age."
+    from jupyter_client import KernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+    kernel = KernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    kernel.start_kernel(extra_arguments=["--log-level=40"])
+    client = kernel.client()
+    client.start_channels()
+
+    def run(code, until_begun=lambda: None):
+        "What a cell prints; and what to do when it says that it has begun."
+        said, mine = "", client.execute(code)
+        while True:
+            message = client.get_iopub_msg(timeout=60)
+            if message["parent_header"].get("msg_id") != mine: continue
+            assert message["msg_type"] != "error", message["content"]
+            if message["msg_type"] == "stream": said += message["content"]["text"]
+            if message["msg_type"] == "stream" and "begun" in message["content"]["text"]: until_begun()
+            if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle": return said
+
+    try:
+        client.wait_for_ready(timeout=60)
+        said = run(LINE, kernel.interrupt_kernel)
+        assert "Stopping after this step" in said and "it can go on" in said
+        assert run("n = trainer.steps_done; print(3 <= n < 10**7)") == "True\n"
+        assert run("print(trainer.optimizer.step.item() == n, trainer.tokens == 64 * n)") == "True True\n"
+        assert run("trainer.total_steps = n + 5; print(trainer.run()['step'] == n + 5)") == "True\n"
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
+
+
 def test_a_second_interrupt_does_not_wait():
     def impatient(step):
         if trainer.steps_done == 3 and not pressed: pressed.extend(signal.raise_signal(signal.SIGINT) for _ in range(2))
