@@ -12,7 +12,7 @@ LEFT_OUT = `make test` left out interop, demo and docs: run `make check` for all
 .PHONY: help demo test interop docs lab check clean units demo-result check-rest
 
 help:
-	@echo "make demo      train a small Llama on two centuries of speeches and read what it writes"
+	@echo "make demo      train a small Llama on two centuries of speeches, teach it to answer, and read what it says"
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make test      run the notebooks, the tests and the checks"
 	@echo "make interop   compare with mlx-lm, transformers and torch (a large download)"

@@ -18,8 +18,9 @@ import numpy as np
 
 from .config import UserError
 from .core import key_for
-from .data import Tokenizer
 from .ops import linears
+from .prompt import prompt_ids
+from .tokenizer import Tokenizer
 
 # %% ../nbs/14_generate.ipynb #f34f370b
 def _keep_likely(
@@ -211,15 +212,10 @@ def text_pieces(
     if rest := _text_after(tokenizer, context, held): yield rest          # what never became a character
 
 # %% ../nbs/14_generate.ipynb #d9dd8f8a
-def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    "A text as the beginning of a document."
-    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
-
-
 def stream_text(
     model: nn.Module, # see `generate`
     tokenizer: Tokenizer, # the one it was trained with
-    prompt: str, # what to write on from; may be empty if the tokenizer has a token that begins a text
+    prompt: str | list[int], # what to write on from, or its token ids; may be empty if the tokenizer has a token that begins a text
     max_new_tokens: int = 256, # at most so many tokens
     temperature: float = 1.0, # see `sample`
     top_k: int = 0, # see `sample`
@@ -228,7 +224,7 @@ def stream_text(
 ) -> Iterator[str]: # pieces of text, as soon as their characters are whole
     "Write on from a text and hand out the pieces. Raises `GenerateError` as `generate` does, at once."
     eos, pad = tokenizer.eos_id, tokenizer.pad_id
-    [ids] = _check(model, [_prompt_ids(tokenizer, prompt)], max_new_tokens, [pad, eos])
+    [ids] = _check(model, [prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt], max_new_tokens, [pad, eos])
     _check_sampling(temperature, top_k, top_p)
     columns = _columns(model, [ids], max_new_tokens, [eos], pad, seed, 0, temperature=temperature, top_k=top_k, top_p=top_p)
     return text_pieces(tokenizer, ids, takewhile(lambda token: token != eos, (int(column[0]) for column in columns)))
@@ -245,7 +241,7 @@ def generate_text(
     seed: int = 0, # of the draws
 ) -> list[str]: # what was written, without the prompts
     "Write on from several texts at once. Raises `GenerateError` as `generate` does."
-    eos, rows = tokenizer.eos_id, [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    eos, rows = tokenizer.eos_id, [prompt_ids(tokenizer, prompt) for prompt in prompts]
     out = generate(model, rows, max_new_tokens, eos_ids=[eos], pad_id=tokenizer.pad_id,
                    temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     written = [tokens[mask].tolist() for tokens, mask in zip(np.array(out.tokens), np.array(out.response_mask))]

@@ -481,6 +481,21 @@ class ModelConfig(Section):
         self.args(vocab_size=1)
         return self
 
+    @classmethod
+    def of(
+        cls,
+        args: LlamaArgs, # the sizes of a model that exists
+    ) -> "ModelConfig": # what a configuration for it would say
+        "The section of an existing model, with nothing left out."
+        return cls(
+            dimensions=Dimensions(hidden_size=args.hidden_size, intermediate_size=args.intermediate_size,
+                                  num_layers=args.num_hidden_layers),
+            attention=AttentionConfig(num_heads=args.num_attention_heads, num_kv_heads=args.num_key_value_heads, head_dim=args.head_dim,
+                                      max_position_embeddings=args.max_position_embeddings),
+            normalization=Normalization(rms_norm_eps=args.rms_norm_eps),
+            rope=RopeConfig(theta=args.rope_theta, traditional=args.rope_traditional, scaling=args.rope_scaling),
+            misc=Misc(**{key: getattr(args, key) for key in Misc.model_fields}))
+
     def args(
         self,
         vocab_size: int, # tokens, as the tokenizer says (V)

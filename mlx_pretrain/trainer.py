@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'LossFn', 'MAX_SKIPPED', 'Hyperparameters', 'TrainingConfig', 'SystemConfig', 'set_device', 'Knobs',
-           'clip_gradient', 'Update', 'compute_in', 'stop_between_steps', 'TrainingError', 'Progress', 'Trainer',
-           'evaluate', 'log_metrics', 'save_checkpoint', 'save_checkpoints', 'ProgressBar', 'span', 'Forecast',
-           'check_memory', 'forecast', 'train_run']
+           'clip_gradient', 'Update', 'choose_parameters', 'compute_in', 'stop_between_steps', 'TrainingError',
+           'Progress', 'Trainer', 'evaluate', 'log_metrics', 'save_checkpoint', 'save_checkpoints', 'ProgressBar',
+           'span', 'Forecast', 'check_memory', 'forecast', 'train_run']
 
 # %% ../nbs/18_trainer.ipynb #2e7b0ba0
 import logging
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,9 +28,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from .config import Section, UserError
+from .config import ConfigError, Section, UserError
 from .optim import Optimization, SchedulerConfig, check_optimizer, make_optimizer, make_schedule
 from .run import Journal, Run, RunError, Saved, checkpoints, read_metadata, short
 
@@ -60,6 +61,19 @@ class TrainingConfig(Section):
     "How the learning rate changes."
     optimization: Optimization = Optimization()
     "The optimizer."
+    freeze: tuple[int | str, ...] = ()
+    "What stays as it is: numbers of layers (-1 is the last), or names, such as embed_tokens or *.mlp; all else is trained."
+    train_only: tuple[int | str, ...] = ()
+    "The other way round: what is trained; all else stays as it is."
+
+    @field_validator("freeze", "train_only", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value): return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int | str) else value
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if self.freeze and self.train_only: raise ValueError("freeze and train_only are two ways to say the same; keep one of them")
+        return self
 
 # %% ../nbs/18_trainer.ipynb #ec04aa97
 logger = logging.getLogger("mlx_pretrain")
@@ -178,6 +192,32 @@ class Update:
             mx.eval(sums)                                                 # one batch's activations at a time
             sums = tree_map(mx.add, sums, self.gradient(batch))
         return self.apply(sums, mx.array(rate))
+
+# %% ../nbs/18_trainer.ipynb #286af17e
+def _fitting(wanted: int | str, names: list[str], layers: int, key: str) -> set[str]:
+    "The parameters that a number or a pattern means. Raises `ConfigError` if there are none."
+    pattern = f"layers.{wanted % layers if -layers <= wanted < layers else wanted}" if isinstance(wanted, int) else wanted
+    forms = [f"{before}{pattern}{after}" for before in ("", "*.") for after in ("", ".*")]
+    if found := {name for name in names if any(fnmatchcase(name, form) for form in forms)}: return found
+    parts = sorted({part for name in names for part in name.split(".") if not part.isdecimal()})
+    has = f"its layers are 0 to {layers - 1}" if isinstance(wanted, int) else f"its names are made of {', '.join(parts)}"
+    raise ConfigError(f'"training.{key}": nothing in this model is called {wanted!r}; {has}')
+
+
+def choose_parameters(
+    model: nn.Module, # changed: what is frozen is no trainable parameter any more
+    freeze: Iterable[int | str] = (), # numbers of layers, or patterns; these stay as they are
+    train_only: Iterable[int | str] = (), # or the other way round
+) -> None:
+    "Freeze parts of a model. Raises `ConfigError` if a part does not exist, or nothing is left to train."
+    names, layers = [name for name, _ in tree_flatten(model.parameters())], len(getattr(getattr(model, "model", None), "layers", []))
+    key, wanted = ("freeze", freeze) if freeze else ("train_only", train_only)
+    chosen = {name for part in wanted for name in _fitting(part, names, layers, key)}
+    if not chosen: return
+    frozen = chosen if freeze else {*names} - chosen
+    if not {*names} - frozen: raise ConfigError(f'"training.{key}": nothing is left to train; name less')
+    for path, module in model.named_modules():
+        module.freeze(recurse=False, keys=[name.rpartition(".")[2] for name in frozen if name.rpartition(".")[0] == path])
 
 # %% ../nbs/18_trainer.ipynb #8c2df610
 def compute_in(
@@ -311,6 +351,7 @@ class Trainer(Progress):
         self.validate, self.validation_interval, self.callbacks = validate, validation_interval, list(callbacks)
         self.schedule = schedule or make_schedule(cfg.scheduler, h.learning_rate, total_steps)
         if optimizer is not None: check_optimizer(optimizer)
+        choose_parameters(model, cfg.freeze, cfg.train_only)
         self.optimizer = optimizer or make_optimizer(cfg.optimization, h.learning_rate, h.weight_decay)
         self.update = Update(model, self.optimizer, loss, h.gradient_clip)
         self.knobs, self.stop_requested = Knobs(learning_rate_factor=1.0), False
@@ -412,7 +453,8 @@ class Trainer(Progress):
                            '"training.hyperparameters.iters" or "training.epochs"')
         groups = {"model": "the model or the tokenizer is another one"}
         if not reset_optimizer:
-            groups["optimizer"] = 'keep "training.optimization.optimizer" as it was, or set "resume.reset_optimizer: true"'
+            groups["optimizer"] = ('keep "training.optimization.optimizer", "training.freeze" and "training.train_only" as they were, '
+                                   'or set "resume.reset_optimizer: true"')
         for name, remedy in groups.items():
             _check_fit(self.arrays()[name], saved.arrays.get(name, {}), saved.path / f"{name}.safetensors", remedy)
         for name in groups: _put(self.model if name == "model" else self.optimizer.state, saved.arrays[name])

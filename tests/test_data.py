@@ -10,52 +10,25 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from common import KINDS, TEXT, check_sentence, forall, saved, tokenizer, write_documents
 from hypothesis import strategies as st
 
 from mlx_pretrain import data
 from mlx_pretrain.config import ConfigError, load_config
 from mlx_pretrain.data import (
-    ByteTokenizer, DataConfig, DataError, HFTokenizer, SentencePieceTokenizer, SpecialTokens, Windows, batch_indices, cache_dir,
-    cached_windows, fill_format, load_object, load_tokenizer, make_tokenizer, pack, read_jsonl, read_texts, split_format, steps_in,
-    train_sentencepiece)
+    DataConfig, Windows, batch_indices, cache_dir, cached_windows, load_object, make_tokenizer, pack, read_jsonl, read_texts, steps_in)
+from mlx_pretrain.tokenizer import ByteTokenizer, DataError, SpecialTokens, load_tokenizer
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     "Nothing lands in the home directory."
     monkeypatch.setenv("MLX_PRETRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def forall(examples=150, **strategies):
-    "Hypothesis's `given` without a deadline: the machine may be busy."
-    return lambda test: settings(deadline=None, max_examples=examples)(given(**strategies)(test))
-
-
-ENGLISH = ["The old man counts the boats.\nHe has counted them every morning for forty years.\n", "  The baker carries out the bread. " * 3]
-NASTY = ["<pad>", "<bos>", "<eos>", "<unk>", "<0x41>", "</s>", "▁", "▅", "\n", "\r", " ", "  ", "\0", "\t", "\u2028", "\ufeff", "\ufffd",
-         "é", "e\u0301", "🙂", "the "]
-TEXT = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
-                 st.lists(st.sampled_from(NASTY), max_size=12).map("".join),
-                 st.lists(st.one_of(st.sampled_from(NASTY), st.text(max_size=3).filter(str.isprintable)), max_size=8).map("".join))
-
-
-@cache
-def tokenizer(kind):
-    home = mkdtemp()
-    if kind == "bytes": return ByteTokenizer()
-    if kind == "sentencepiece": return train_sentencepiece(ENGLISH, 290, home)
-    ByteTokenizer().save(home)
-    return HFTokenizer(home)
-
-
-KINDS = pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface"])
 
 
 # Batches -----------------------------------------------------------------------------------------------------------------------------
@@ -231,300 +204,6 @@ def test_grouping_changes_nothing(monkeypatch):
     assert np.array_equal(pack(documents, tokenizer("sentencepiece"), 16, 4).tokens, whole.tokens)
 
 
-# Tokenizers --------------------------------------------------------------------------------------------------------------------------
-
-@KINDS
-@forall(text=TEXT)
-def test_any_text_survives(kind, text):
-    tok = tokenizer(kind)
-    ids = tok.encode(text)
-    assert tok.decode(ids) == text
-    assert tok.decode([tok.bos_id, *ids, tok.eos_id, tok.pad_id]) == text
-    assert all(0 <= i < tok.vocab_size for i in ids)
-    assert not {tok.pad_id, tok.bos_id, tok.eos_id} & set(ids)              # text that spells a special token stays text
-
-
-@KINDS
-@forall(texts=st.lists(TEXT, max_size=5))
-def test_a_batch_is_its_texts(kind, texts): assert tokenizer(kind).encode_batch(texts) == [tokenizer(kind).encode(t) for t in texts]
-
-
-@forall(text=TEXT.filter(lambda t: "▁" not in t))
-def test_cutting_at_line_breaks_changes_no_id(text):
-    tok = tokenizer("sentencepiece")
-    assert tok.encode(text) == tok._sp.encode(text)
-
-
-@KINDS
-@forall(ids=st.lists(st.integers(0, 258), max_size=20))
-def test_any_ids_decode(kind, ids): tokenizer(kind).decode(ids).encode()
-
-
-@forall(ids=st.lists(st.integers(0, 258), max_size=20))
-def test_byte_and_hugging_face_agree_on_broken_utf8(ids):
-    assert tokenizer("huggingface").decode(ids) == tokenizer("bytes").decode(ids)
-
-
-def test_negative_controls_for_round_trips():
-    sp, hf = tokenizer("sentencepiece"), HFTokenizer(_saved(ByteTokenizer()))
-    assert sp._sp.decode(sp._sp.encode("a▁b")) == "a b"                      # what SentencePiece alone would lose
-    hf._tok.encode_special_tokens = False
-    assert hf.encode("<eos>") == [hf.eos_id]                                 # what text would do without that setting
-
-
-def _saved(tok):
-    home = mkdtemp()
-    tok.save(home)
-    return home
-
-
-@KINDS
-@pytest.mark.parametrize("text", ["lone \ud800", "\udfff"])
-def test_lone_surrogates_are_refused(kind, text):
-    with pytest.raises(DataError, match="lone surrogate"): tokenizer(kind).encode(text)
-
-
-@KINDS
-@forall(20, text=TEXT)
-def test_saved_tokenizers_come_back(kind, text):
-    tok = tokenizer(kind)
-    back = load_tokenizer(_saved(tok))
-    assert back.encode(text) == tok.encode(text)
-    assert (back.pad_id, back.bos_id, back.eos_id, back.vocab_size) == (tok.pad_id, tok.bos_id, tok.eos_id, tok.vocab_size)
-
-
-@pytest.mark.parametrize("size", [256, 300, 1000])
-def test_byte_tokenizers_keep_their_ids_in_every_form(size):
-    tok = ByteTokenizer(size, SpecialTokens(pad="[PAD]", bos="[B]", eos="[E]"))
-    home = _saved(tok)
-    for back in (load_tokenizer(home), HFTokenizer(home)):
-        assert (back.pad_id, back.bos_id, back.eos_id, back.vocab_size) == (size, size + 1, size + 2, size + 3)
-        assert back.encode("[E] é\n") == list("[E] é\n".encode())
-        assert [back.piece(i) for i in (size, size + 1, size + 2)] == ["[PAD]", "[B]", "[E]"]
-        assert back.piece(0xE2) == "<0xE2>" and back.piece(97) == "a"
-    config = json.loads(open(f"{home}/tokenizer_config.json").read())
-    assert config["add_bos_token"] is True and [config[f"{name}_token"] for name in ("pad", "bos", "eos")] == ["[PAD]", "[B]", "[E]"]
-
-
-def test_training_is_deterministic_and_quiet(tmp_path, capfd):
-    first, second = tmp_path / "1", tmp_path / "2"
-    train_sentencepiece(ENGLISH, 290, first)
-    train_sentencepiece(iter(ENGLISH), 290, second)
-    for name in ("tokenizer.model", "tokenizer_config.json"): assert (first / name).read_bytes() == (second / name).read_bytes()
-    assert capfd.readouterr() == ("", "")
-
-
-def test_training_says_what_to_change(tmp_path):
-    with pytest.raises(DataError, match=r"too small for a vocabulary of 5000: set data.tokenizer.vocab_size to (\d+) or less") as error:
-        train_sentencepiece(ENGLISH, 5000, tmp_path)
-    most = int(error.value.args[0].split("vocab_size to ")[1].split()[0])
-    assert train_sentencepiece(ENGLISH, most, tmp_path).vocab_size == most   # the remedy works
-    with pytest.raises(DataError, match="vocab_size to more than"): train_sentencepiece([str(bytes(range(128)))], 264, tmp_path)
-    for nothing in ([], [""], ["\n\n"]):
-        with pytest.raises(DataError, match="no text"): train_sentencepiece(nothing, 300, tmp_path)
-
-
-def test_a_mistake_in_a_row_passes_through_training(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"text": 7}\n')
-    with pytest.raises(DataError, match='rows.jsonl, line 2: "text" must be a text'):
-        train_sentencepiece(read_texts(tmp_path / "rows.jsonl"), 300, tmp_path)
-    def stopped():
-        yield "fine"
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): train_sentencepiece(stopped(), 300, tmp_path)
-
-
-def test_a_directory_holds_the_last_tokenizer_saved(tmp_path):
-    ByteTokenizer().save(tmp_path)
-    train_sentencepiece(ENGLISH, 290, tmp_path)
-    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
-    ByteTokenizer(300).save(tmp_path)
-    assert load_tokenizer(tmp_path).vocab_size == 303 and not (tmp_path / "tokenizer.model").exists()
-
-
-def test_a_tokenizer_outlives_its_directory(tmp_path):
-    tok = train_sentencepiece(ENGLISH, 290, tmp_path / "old")
-    for file in (tmp_path / "old").iterdir(): file.unlink()
-    tok.save(tmp_path / "new")
-    assert load_tokenizer(tmp_path / "new").encode(ENGLISH[0]) == tok.encode(ENGLISH[0])
-
-
-def test_special_tokens_of_published_models(tmp_path):
-    "tokenizer_config.json, then special_tokens_map.json, config.json, generation_config.json; no pad: eos pads."
-    ByteTokenizer().save(tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
-    def ids(): return (tok := HFTokenizer(tmp_path)).bos_id, tok.eos_id, tok.pad_id
-    def write(name, **values): (tmp_path / name).write_text(json.dumps(values))
-    with pytest.raises(DataError, match='add "eos_token" to its tokenizer_config.json'): ids()
-    write("generation_config.json", eos_token_id=[97, 98], bos_token_id=None)
-    assert ids() == (None, 97, 97)
-    write("config.json", eos_token_id=99, pad_token_id=5000, bos_token=7)                 # an id outside the vocabulary is nobody's
-    assert ids() == (None, 99, 99)
-    write("special_tokens_map.json", eos_token={"content": "<eos>"}, pad_token="<pad>")
-    assert ids() == (None, 258, 256)
-    write("tokenizer_config.json", bos_token="<bos>", eos_token="<pad>", pad_token=None, chat_template="kept")
-    assert ids() == (257, 256, 256)
-    HFTokenizer(tmp_path).save(tmp_path / "copy")
-    assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text()) == {
-        "bos_token": "<bos>", "eos_token": "<pad>", "pad_token": "<pad>", "chat_template": "kept"}
-
-
-def test_pieces_of_a_converted_sentencepiece_model(tmp_path):
-    decoder = {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}]}
-    model = {"type": "BPE", "vocab": {"</s>": 0, "<0xC3>": 1, "▁sea": 2}, "merges": [], "byte_fallback": True}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "decoder": decoder, "model": model}))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    assert [HFTokenizer(tmp_path).piece(i) for i in range(3)] == ["</s>", "<0xC3>", " sea"]
-
-
-def test_tokenizers_that_cannot_be_loaded(tmp_path):
-    remedy = "make one with `mlx-pretrain tokenizer --config FILE`"
-    with pytest.raises(DataError, match=f"holds no tokenizer.json and no tokenizer.model; {remedy}"): load_tokenizer(tmp_path)
-    with pytest.raises(DataError, match=f"is not a tokenizer directory; {remedy}"): load_tokenizer(tmp_path / "missing")
-    (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01")
-    with pytest.raises(DataError, match="is not a tokenizer directory"): load_tokenizer(tmp_path / "tokenizer.model")
-    with pytest.raises(DataError, match="is not a SentencePiece model"): load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("[1")
-    with pytest.raises(DataError, match="tokenizer.json cannot be read"): load_tokenizer(tmp_path)
-    ByteTokenizer().save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"normal_vocab_size": "many"}')
-    with pytest.raises(DataError, match="tokenizer_config.json is damaged"): load_tokenizer(tmp_path)
-    with pytest.raises(DataError, match="cannot write the tokenizer"): ByteTokenizer().save(tmp_path / "tokenizer.json" / "inside")
-
-
-TOKENIZERS = { # changes a directory with a good tokenizer → what is said
-    "damaged JSON": (lambda d: os.truncate(d / "tokenizer.json", 100), "tokenizer.json is not valid JSON"), "no eos": (
-        lambda d: (d / "tokenizer_config.json").write_text("{}"), 'does not say which token ends a document; add "eos_token"'),
-    "unknown eos": (lambda d: (d / "tokenizer_config.json").write_text('{"eos_token": "</s>"}'),
-                    "document (eos_token '</s>' is none of its 259 tokens)"),
-    "eos outside": (lambda d: (d / "tokenizer_config.json").write_text("{}") and (d / "config.json").write_text('{"eos_token_id": 5000}'),
-                    "(eos_token_id 5000 is none of its 259 tokens)"),
-    "eos of nonsense": (lambda d: (d / "tokenizer_config.json").write_text('{"eos_token": ["a"], "eos_token_id": {"b": true}}'),
-                        "which token ends a document"),
-    "other config": (lambda d: (d / "tokenizer_config.json").write_bytes(ByteTokenizer(300)._files["tokenizer_config.json"]),
-                     "tokenizer.json and tokenizer_config.json do not belong together"),
-    "equal names": (lambda d: (d / "tokenizer_config.json").write_text(
-        '{"normal_vocab_size": 256, "pad_token": "<a>", "bos_token": "<a>", "eos_token": "<b>"}'), "tokenizer_config.json is damaged"),
-    "too few bytes": (lambda d: (d / "tokenizer_config.json").write_text('{"normal_vocab_size": 3}'), "tokenizer_config.json is damaged"),
-    "config is a list": (lambda d: (d / "tokenizer_config.json").write_text("[]"), "does not hold a JSON object"),
-    "deep config": (lambda d: (d / "tokenizer_config.json").write_text("[" * 100_000), "is not valid JSON"),
-    "binary config": (lambda d: (d / "tokenizer_config.json").write_bytes(b"\xff"), "is not valid JSON"),
-    "model is a list": (lambda d: (d / "tokenizer.json").write_text('{"model": []}'), "do not belong together"),
-    "not a model": (lambda d: (d / "tokenizer.json").rename(d / "tokenizer.model"), "is not a SentencePiece model"),
-    "empty": (lambda d: [f.unlink() for f in d.iterdir()], "holds no tokenizer.json and no tokenizer.model"),
-}
-
-
-@pytest.mark.parametrize(("change", "says"), TOKENIZERS.values(), ids=TOKENIZERS)
-def test_a_bad_tokenizer_directory_is_one_sentence(tmp_path, change, says):
-    ByteTokenizer().save(tmp_path / "tok")
-    change(tmp_path / "tok")
-    with pytest.raises(DataError) as error: load_tokenizer(tmp_path / "tok")
-    check_sentence(str(error.value), str(tmp_path / "tok"), says)
-
-
-@forall(150, cut=st.integers(0, 5000), junk=st.binary(max_size=4), byte=st.booleans(),
-        name=st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
-def test_any_damage_to_tokenizer_files_is_a_tokenizer_or_one_sentence(cut, junk, name, byte):
-    home = Path(_saved(ByteTokenizer()))
-    if not byte: (home / "tokenizer_config.json").write_text('{"eos_token": "<eos>", "pad_token": "<pad>"}')
-    content = (home / name).read_bytes()
-    (home / name).write_bytes(content[:cut] + junk + content[cut + len(junk):])
-    try: tok = load_tokenizer(home)
-    except DataError as e: return check_sentence(str(e).replace(". ", ""), str(home))
-    try: pack(["any text, é"], tok, 8)
-    except DataError as e: check_sentence(str(e).replace(". ", ""))
-
-
-def word_level(home, **model):
-    "A tokenizer.json that knows one word, and nothing for all others."
-    home.mkdir(exist_ok=True)
-    model = {"type": "WordLevel", "vocab": {"word": 0, "</s>": 1}, "unk_token": "<unk>", **model}
-    content = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
-    (home / "tokenizer.json").write_text(json.dumps(content))
-    (home / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    return load_tokenizer(home)
-
-
-def test_errors_of_hugging_face_do_not_escape(tmp_path):
-    tok = word_level(tmp_path / "tok")
-    assert tok.encode("word word") == [0, 0]
-    with pytest.raises(DataError) as error: tok.encode("another")
-    check_sentence(str(error.value), f"{tmp_path}/tok/tokenizer.json cannot encode a text (", "copy it again")
-    with pytest.raises(Exception) as own: tok._tok.encode("another")                  # what would escape
-    assert not isinstance(own.value, DataError)
-    file = write_documents(tmp_path / "rows.jsonl", ["word", "word", "another", "word"])
-    with pytest.raises(DataError) as error: cached_windows(file, tok, 8)
-    check_sentence(str(error.value), f"{file}, line 3: {tmp_path}/tok/tokenizer.json cannot encode a text (")
-    with pytest.raises(OverflowError): tok._tok.decode([2**40])
-    with pytest.raises(DataError): tok._decode([2**40])
-
-
-@KINDS
-def test_ids_that_are_no_tokens(kind):
-    tok = tokenizer(kind)
-    ids = tok.encode("ab")
-    assert tok.decode([*ids, tok.vocab_size, 2**40]) == "ab" and tok.piece(tok.vocab_size) == f"<{tok.vocab_size}>"   # models may be wider
-    with pytest.raises(DataError, match="there is no token -1; ids count from 0"): tok.decode([97, -1])
-    assert tok.piece(-1) == "<-1>"
-
-
-@KINDS
-def test_a_fingerprint_is_that_of_the_files(kind, tmp_path):
-    tok = tokenizer(kind)
-    tok.save(tmp_path)
-    assert load_tokenizer(tmp_path).fingerprint == tok.fingerprint and len(tok.fingerprint) == 64
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    if kind != "bytes": assert type(tok)(tmp_path).fingerprint != tok.fingerprint
-    prints = [ByteTokenizer(), ByteTokenizer(300), ByteTokenizer(special_tokens=SpecialTokens(eos="<end>")), tokenizer("sentencepiece")]
-    assert len({t.fingerprint for t in prints}) == 4
-
-
-@forall(text=TEXT.filter(lambda t: "▁" not in t), size=st.integers(1, 4))
-def test_cutting_long_lines_changes_no_id(text, size):
-    tok = tokenizer("sentencepiece")
-    parts = data._parts(text, tok._joined, size)
-    assert "".join(parts) == text
-    assert [i for n, part in enumerate(parts) for i in (tok._cuts[part] if n % 2 else tok._sp.encode(part))] == tok._sp.encode(text)
-
-
-def test_cutting_anywhere_would_change_ids():
-    tok = tokenizer("sentencepiece")
-    parts = data._parts(ENGLISH[0], set(), 2)                                          # planted bug: no pair of characters is kept together
-    assert [i for part in parts[::2] for i in tok._sp.encode(part)] != [i for line in ENGLISH[0].split("\n") for i in tok._sp.encode(line)]
-
-
-def test_long_lines_and_documents_survive(tmp_path):
-    tok = tokenizer("sentencepiece")
-    for text in ("the old man counts " * 40_000, "x" * 30_000, "é\n" * 50_000, "漢字" * 20_000, "▁" * 15_000 + " " * 15_000):
-        assert tok.decode(tok.encode(text)) == text
-        if "▁" not in text: assert tok.encode(text) == tok._sp.encode(text)
-
-
-def test_a_long_text_is_sampled_evenly_and_says_so(tmp_path, monkeypatch, caplog):
-    lines = [f"instruction number {n}" if n % 2 else f"response number {n}" for n in range(20_000)]
-    with caplog.at_level("WARNING", logger="mlx_pretrain"): sample = data._sample(lines, 340_000)   # about a tenth
-    assert "learned from" in caplog.text and "% of its lines" in caplog.text
-    numbers = [int(line.split()[-1]) for line in sample]
-    assert numbers == sorted(set(numbers)) and 1500 < len(numbers) <= 2000
-    assert 0.44 < np.mean([n % 2 for n in numbers]) < 0.56                              # every second line would be one kind only
-    assert all(0.7 < c / (len(numbers) / 4) < 1.3 for c in np.histogram(numbers, 4, (0, 20_000))[0])
-    assert data._sample(lines, 340_000) == sample
-    caplog.clear()
-    assert data._sample(lines, 10**8) == lines and not caplog.text
-    monkeypatch.setattr(data, "_MAX_TRAINING", 5000)
-    assert train_sentencepiece((line for line in ENGLISH * 100), 290, tmp_path).vocab_size == 290
-
-
-@pytest.mark.parametrize("names", [
-    dict(pad="<x>", bos="<x>"), dict(bos="<eos>"), dict(eos="a"), dict(eos=""), dict(pad="\n\n"), dict(pad="<unk>"), dict(bos="<0x0A>"),
-    dict(bos="a b"), dict(eos="▁▁")])
-def test_special_tokens_that_collide(names, tmp_path):
-    with pytest.raises(ValueError): SpecialTokens(**names)
-    (tmp_path / "c.yaml").write_text("tokenizer:\n  special_tokens: " + json.dumps(names) + "\n")
-    with pytest.raises(ConfigError, match="special token"): load_config(DataConfig, tmp_path / "c.yaml")
-
-
 # JSON Lines --------------------------------------------------------------------------------------------------------------------------
 
 @forall(texts=st.lists(TEXT, min_size=1, max_size=6), ascii=st.booleans(), end=st.sampled_from(["\n", "\r\n", "\n\n"]), last=st.booleans())
@@ -561,18 +240,6 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 
 
 # Mistakes ----------------------------------------------------------------------------------------------------------------------------
-
-REMEDY = ("write", "save", "keep", "remove", "give", "check", "copy", "make", "mend", "set", "add", "unpack", "let", "return", "name",
-          "did you", "start", "delete", "a row is", "each line must", "each row needs", "change")
-
-
-def check_sentence(sentence, *parts):
-    "One sentence: no line break, no second sentence, a remedy after the last semicolon, and what the case asks for."
-    assert "\n" not in sentence and ". " not in sentence and not sentence.endswith("."), sentence
-    assert "Traceback" not in sentence and len(sentence) < 600, sentence
-    assert sentence.rpartition("; ")[2].startswith(REMEDY), sentence
-    for part in parts: assert part in sentence, (part, sentence)
-
 
 def test_the_check_of_sentences_can_fail():
     for bad in ("no remedy", "two. Sentences; mend it", "two\nlines; mend it", "a remedy; perhaps", "ends with a full stop; mend it."):
@@ -884,11 +551,6 @@ def test_a_module_is_executed_once_for_each_content(tmp_path, monkeypatch):
 
 # Cache -------------------------------------------------------------------------------------------------------------------------------
 
-def write_documents(path, documents):
-    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
-    return path
-
-
 def same_batches(one, two):
     pairs = [pair for i in range(-1, len(one)) for pair in zip(one.batch([i]), two.batch([i]))]
     return len(one) == len(two) and all(a.tolist() == b.tolist() for a, b in pairs)
@@ -929,7 +591,7 @@ def test_the_key_is_what_the_tokens_depend_on(tmp_path, rules):
     other = write_documents(tmp_path / "c.jsonl", ["one", "tow"])
     def key(file=file, tok=None, context=8, overlap=0, **more):
         return cached_windows(file, tok or ByteTokenizer(), context, overlap, **more).source["key"]
-    same = [key(), key(), key(again), key(context=4, overlap=2), key(tok=load_tokenizer(_saved(ByteTokenizer())))]
+    same = [key(), key(), key(again), key(context=4, overlap=2), key(tok=load_tokenizer(saved(ByteTokenizer())))]
     different = [same[0], key(other), key(tok=ByteTokenizer(300)), key(tok=ByteTokenizer(special_tokens=SpecialTokens(eos="<end>"))),
                  key(tok=tokenizer("sentencepiece")), key(preprocess=f"{rules}/rules.py:same"),
                  key(preprocess=f"{rules}/rules.py:shout")]
@@ -1001,7 +663,8 @@ def test_rotten_tokens_never_reach_mlx(tmp_path, monkeypatch):
 
 BUILDER = """
 import sys, time
-from mlx_pretrain.data import ByteTokenizer, cached_windows
+from mlx_pretrain.data import cached_windows
+from mlx_pretrain.tokenizer import ByteTokenizer
 print("ready", flush=True); sys.stdin.readline()
 windows = cached_windows(sys.argv[1], ByteTokenizer(), 8, preprocess=sys.argv[2] if len(sys.argv) > 2 else None)
 print(windows.batch(range(len(windows))).inputs.sum().item(), windows.source["key"])
@@ -1128,7 +791,7 @@ def test_progress_counts_the_bytes_of_the_file(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface"])
 def test_the_document_that_a_tokenizer_refuses_is_named(tmp_path, kind):
-    tok = load_tokenizer(_saved(tokenizer(kind)))
+    tok = load_tokenizer(saved(tokenizer(kind)))
     encode = tok._encode_batch
     def broken(texts):
         if any("bad" in text for text in texts): return [np.array([tok.vocab_size])]
@@ -1139,50 +802,6 @@ def test_the_document_that_a_tokenizer_refuses_is_named(tmp_path, kind):
     check_sentence(str(error.value), f"{file}, line 3: the tokenizer made id {tok.vocab_size}, but has only")
     with pytest.raises(DataError, match="document 3: the tokenizer made id"): pack(["one", "two", "bad"], tok, 8)
     with pytest.raises(DataError, match="document 2: a text holds half a character"): pack(["one", "a\ud800"], tok, 8)
-
-
-# Prompt formats ----------------------------------------------------------------------------------------------------------------------
-
-ALPHABET = st.sampled_from(["{{", "}}", "{a}", "{b c}", "{é}", "text", "\n", " ", "🙂", '"', ":", "!", "."])
-VALUES = st.one_of(st.text(max_size=10), st.sampled_from(["{", "}", "{a}", "{{a}}", "{a.__class__}", "%s", "\\n"]))
-
-
-@forall(300, template=st.lists(ALPHABET, max_size=10).map("".join), a=VALUES, b=VALUES, c=VALUES)
-def test_formats_fill_as_python_would(template, a, b, c):
-    row = {"a": a, "b c": b, "é": c}
-    pieces = split_format(template, "data.prompt_format")
-    assert fill_format(pieces, row) == template.format(**row)                         # the template is harmless, so this is a fair judge
-    assert all(name in row for _, name in pieces[:-1])
-    assert all(text for text, name in pieces if name is None)
-
-
-WRONG = st.sampled_from(["{", "}", "{}", "{a", "a}", "{a!r}", "{a:9}", "{a.b}", "{a[0]}", "{ a}"])
-
-
-@forall(300, template=st.lists(st.one_of(ALPHABET, WRONG), max_size=8).map("".join))
-def test_any_template_is_taken_apart_or_refused(template):
-    try: pieces = split_format(template, "data.prompt_format")
-    except ConfigError as e: return check_sentence(str(e).replace(". ", ""), '"data.prompt_format"')
-    rebuilt = "".join(text.replace("{", "{{").replace("}", "}}") + ("" if name is None else f"{{{name}}}") for text, name in pieces)
-    assert rebuilt == template
-
-
-@pytest.mark.parametrize("attack", [
-    "{a.__class__}", "{a[0]}", "{a[b]}", "{a!r}", "{a!s}", "{a:>2000000000}", "{a:{b}}", "{a:{b:{c}}}", "{}", "{ }", "{ a}", "{a\n}",
-    "{0.real}", "{", "}", "x{", "}x", "{a", "a}", "{a!}", "{a}}", "{{a}", "{a:", '{"json": 1}', "{:x}", "{a:" + "9" * 5000 + "}"])
-def test_more_than_a_name_is_refused(attack):
-    with pytest.raises(ConfigError) as error: split_format(f"Question: {attack}", "data.prompt_format")
-    check_sentence(str(error.value), 'in "data.prompt_format"; write {name} for a field')
-
-
-def test_formats_by_hand():
-    spec = "### Instruction:\n{instruction}\n\n### Response:"
-    assert split_format(spec, "k") == [("### Instruction:\n", "instruction"), ("\n\n### Response:", None)]
-    assert split_format("{a}{b}", "k") == [("", "a"), ("", "b")]
-    assert split_format("", "k") == [] and split_format("{{}}", "k") == [("{}", None)]
-    for row, says in (({}, 'there is no field "a", the row has no field'), ({"a": 3}, '"a" must be a text in quotes, found a number')):
-        with pytest.raises(DataError) as error: fill_format([("", "a")], row)
-        check_sentence(str(error.value), says)
 
 
 # Settings ----------------------------------------------------------------------------------------------------------------------------
@@ -1204,3 +823,6 @@ def test_settings(tmp_path):
 
 
 def test_steps_by_hand(): assert [steps_in(*a) for a in ((10, 4, 1), (10, 4, 2), (1, 8, 3), (8, 8, 1))] == [3, 5, 1, 1]
+
+
+def test_one_error_for_both(): assert data.DataError is DataError

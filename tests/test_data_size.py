@@ -15,7 +15,8 @@ WORKER = """
 import json, resource, sys, time
 from itertools import islice
 from mlx_pretrain import data
-from mlx_pretrain.data import ByteTokenizer, batch_indices, cached_windows, load_tokenizer, pack, read_texts, train_sentencepiece
+from mlx_pretrain.data import batch_indices, cached_windows, pack, read_texts
+from mlx_pretrain.tokenizer import ByteTokenizer, load_tokenizer, train_sentencepiece
 
 def peak():
     if sys.platform != "linux": return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -10,9 +10,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_pretrain.config import UserError
 from mlx_pretrain.core import key_for
-from mlx_pretrain.data import ByteTokenizer, train_sentencepiece
 from mlx_pretrain.generate import GenerateError, Generation, generate, generate_text, response_mask, sample, stream_text, text_pieces
 from mlx_pretrain.model import Llama, LlamaArgs
+from mlx_pretrain.tokenizer import ByteTokenizer, train_sentencepiece
 
 V, PAD, EOS = 40, 0, 3
 ARGS = LlamaArgs(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

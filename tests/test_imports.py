@@ -7,7 +7,8 @@ import pytest
 
 HEAVY = {"matplotlib", "ipywidgets", "transformers", "torch", "pandas", "IPython", "sentencepiece", "tokenizers", "tqdm", "tyro",
          "fastcore", "nbdev"}
-MODULES = ["model", "data", "pretrain", "generate", "pretrained", "trainer", "optim", "run", "config", "core", "ops"]
+MODULES = ["model", "tokenizer", "data", "prompt", "stage", "pretrain", "sft", "generate", "pretrained", "trainer", "optim", "run",
+           "config", "core", "ops"]
 
 
 def loaded_and_seconds(statement):

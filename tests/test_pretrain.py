@@ -10,10 +10,10 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_pretrain.data import load_tokenizer
 from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer, pretrain
 from mlx_pretrain.pretrained import PretrainedError, load
 from mlx_pretrain.run import RunError, checkpoints, latest_checkpoint, read_metrics
+from mlx_pretrain.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -47,10 +47,10 @@ ITERS, LATEST = "training__hyperparameters__iters", {"resume__checkpoint": "late
 def test_every_target_once_an_epoch(config, batch_size, accumulate, epochs):
     cfg = config(training={"epochs": epochs, "hyperparameters": {"batch_size": batch_size, "gradient_accumulation_steps": accumulate}})
     trainer = PretrainTrainer(cfg)
-    n = len(trainer.windows)
+    n = len(trainer.data)
     assert trainer.total_steps == -(-n * epochs // (batch_size * accumulate))
     trainer.run()
-    assert trainer.tokens == epochs * trainer.windows.n_targets
+    assert trainer.tokens == epochs * trainer.data.n_targets
     with pytest.raises(ValueError, match="after the end"): trainer.draw(trainer.total_steps)
 
 
@@ -95,7 +95,7 @@ def test_other_text_is_told(config, caplog):
     assert "not what it was" not in caplog.text
     write("train.jsonl", "cups of tea")
     pretrain(config(**LATEST, **{ITERS: 10}))
-    assert "The training text, or how it is cut, is not what it was." in caplog.text and "held-out" not in caplog.text
+    assert "The training data, or how they are cut, are not what they were." in caplog.text and "held-out" not in caplog.text
 
 
 def test_another_function_before_it_is_told(config, caplog):
@@ -103,7 +103,7 @@ def test_another_function_before_it_is_told(config, caplog):
     pretrain(config(data__preprocess="mine.py:f"))
     Path("mine.py").write_text("def f(row): return {'text': row['text'].upper()}\n")
     pretrain(config(**LATEST, **{ITERS: 8}, data__preprocess="mine.py:f"))
-    assert "The training text, or how it is cut, is not what it was." in caplog.text
+    assert "The training data, or how they are cut, are not what they were." in caplog.text
 
 
 def test_the_best_belongs_to_one_held_out_text(config, caplog):
@@ -151,7 +151,7 @@ def test_a_tokenizer_that_cannot_be_saved_frees_the_name(config, monkeypatch):
     def fails(self, directory): raise OSError("full")
     cfg = config()
     with monkeypatch.context() as patched:
-        patched.setattr("mlx_pretrain.data.Tokenizer.save", fails)
+        patched.setattr("mlx_pretrain.tokenizer.Tokenizer.save", fails)
         with pytest.raises(OSError, match="full"): pretrain(cfg)
     assert json.loads(Path("runs/run/metadata.json").read_text())["outcome"] == "failed" and not list(Path("runs").glob(".*"))
     pretrain(cfg)

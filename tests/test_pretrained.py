@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_pretrain.config import UserError
-from mlx_pretrain.data import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from mlx_pretrain.model import Llama, LlamaArgs, RopeScaling
 from mlx_pretrain.pretrained import PretrainedError, args_from_hf, args_to_hf, export, load
 from mlx_pretrain.run import Run, RunError
+from mlx_pretrain.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 
 BYTE = ByteTokenizer()
 SIZES = dict(vocab_size=BYTE.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

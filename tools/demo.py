@@ -1,4 +1,4 @@
-"""`make demo`: speeches, a vocabulary, a small Llama, a curve and some text; each step is a command you can type yourself."""
+"""`make demo`: a vocabulary, a small Llama, a curve, some text; then fine-tuning, and answers. Each step is a command to type yourself."""
 import gzip
 import json
 import lzma
@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, RUN = "configs/demo.yaml", "runs/demo"
+SFT_CONFIG, SFT_RUN = "configs/demo-sft.yaml", "runs/demo-sft"
 PROMPTS = ("My fellow Americans,", "The state of the Union is", "We must")
 SAMPLING = "--max_new_tokens 80 --temperature 0.6 --top_p 0.95".split()
 
@@ -39,10 +40,12 @@ Where things are
   {RUN}/curve.png        the loss, as a picture
   {RUN}/model/           the model; mlx-lm and transformers load it as it is
   {RUN}/metrics.jsonl    every number; {RUN}/logs/log.txt has them for people
-  {CONFIG}          all that this run was told; change it and train again
+  {SFT_RUN}/             the same for the fine-tuned model
+  {CONFIG}          all that the runs were told, with {SFT_CONFIG}; change it and train again
 
 What next
   .venv/bin/mlx-pretrain generate --run {RUN} --prompt "The people"
+  .venv/bin/mlx-pretrain chat --run {SFT_RUN} --temperature 0.5
   .venv/bin/python train.py --config {CONFIG} --name wider --model.dimensions.hidden_size 192
   make lab               how it works, notebook by notebook, from 00_model on""")
 
@@ -55,6 +58,10 @@ def main():
     command("python", "train.py", "--config", CONFIG)
     for prompt in PROMPTS: command("mlx-pretrain", "generate", "--run", RUN, "--prompt", prompt, *SAMPLING)
     command("mlx-pretrain", "plot", RUN)
+    command("python", "tools/exchanges.py")
+    command("python", "sft.py", "--config", SFT_CONFIG, "--pretrained_model", RUN)
+    command("mlx-pretrain", "plot", SFT_RUN)
+    command("python", "tools/compare.py", RUN, SFT_RUN)
     summary(time.perf_counter() - start)
 
 

@@ -17,11 +17,11 @@ from mlx.utils import tree_map
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from mlx_pretrain.data import ByteTokenizer, train_sentencepiece
 from mlx_pretrain.generate import generate
 from mlx_pretrain.model import Llama, LlamaArgs, RopeScaling, rope_periods, scale_periods
 from mlx_pretrain.optim import SGD, Adam, AdamW, Muon
 from mlx_pretrain.pretrained import PretrainedError, export, load
+from mlx_pretrain.tokenizer import ByteTokenizer, train_sentencepiece
 
 transformers.logging.set_verbosity_error()
 TEXTS = ["", " ", "  ", "   \n", "\n", "\n\n", " a", "a ", "a  b", "Hello, world!", "tabs\tand\r\nlines", "Zürich, naïve café", "🦙",

@@ -1,0 +1,61 @@
+"What several tests need: texts that like to get lost, the three kinds of tokenizers, and the form that a message must have."
+import json
+from functools import cache
+from tempfile import mkdtemp
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_pretrain.tokenizer import ByteTokenizer, HFTokenizer, train_sentencepiece
+
+
+def forall(examples=150, **strategies):
+    "Hypothesis's `given` without a deadline: the machine may be busy."
+    return lambda test: settings(deadline=None, max_examples=examples)(given(**strategies)(test))
+
+
+ENGLISH = ["The old man counts the boats.\nHe has counted them every morning for forty years.\n", "  The baker carries out the bread. " * 3]
+NASTY = ["<pad>", "<bos>", "<eos>", "<unk>", "<0x41>", "</s>", "▁", "▅", "\n", "\r", " ", "  ", "\0", "\t", "\u2028", "\ufeff", "\ufffd",
+         "é", "e\u0301", "🙂", "the "]
+TEXT = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+                 st.lists(st.sampled_from(NASTY), max_size=12).map("".join),
+                 st.lists(st.one_of(st.sampled_from(NASTY), st.text(max_size=3).filter(str.isprintable)), max_size=8).map("".join))
+
+
+@cache
+def tokenizer(kind):
+    "A tokenizer of each kind, made once."
+    home = mkdtemp()
+    if kind == "bytes": return ByteTokenizer()
+    if kind == "sentencepiece": return train_sentencepiece(ENGLISH, 290, home)
+    ByteTokenizer().save(home)
+    return HFTokenizer(home)
+
+
+KINDS = pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface"])
+
+
+def saved(tok):
+    "A directory that holds a tokenizer."
+    home = mkdtemp()
+    tok.save(home)
+    return home
+
+
+def write_documents(path, documents):
+    "A JSON Lines file of some texts."
+    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    return path
+
+
+REMEDY = ("write", "save", "keep", "remove", "give", "check", "copy", "make", "mend", "set", "add", "unpack", "let", "return", "name",
+          "did you", "start", "delete", "a row is", "each line must", "each row needs", "change")
+
+
+def check_sentence(sentence, *parts):
+    "One sentence: no line break, no second sentence, a remedy after the last semicolon, and what the case asks for."
+    assert "\n" not in sentence and ". " not in sentence and not sentence.endswith("."), sentence
+    assert "Traceback" not in sentence and len(sentence) < 600, sentence
+    assert sentence.rpartition("; ")[2].startswith(REMEDY), sentence
+    for part in parts: assert part in sentence, (part, sentence)

@@ -1,0 +1,412 @@
+"Fine-tuning: what is trained, to the token; with the known bugs planted, each of which must be seen."
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+import mlx_pretrain  # noqa: F401, I001 (before MLX)
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_pretrain import prompt as prompts
+from mlx_pretrain.cli import main
+from mlx_pretrain.config import ConfigError
+from mlx_pretrain.prompt import Example, Examples
+from mlx_pretrain.pretrain import PretrainConfig, pretrain
+from mlx_pretrain.pretrained import load
+from mlx_pretrain.run import RunError, checkpoints, read_metadata, read_metrics
+from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
+from mlx_pretrain.tokenizer import ByteTokenizer, DataError
+from mlx_pretrain.trainer import Update
+
+ROWS = [{"instruction": f"Count {i}", "response": "one " * i + "</s><eos>"} for i in range(1, 11)]
+MODEL = {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2}}
+
+
+def write(name, rows): Path(name).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def merged(a, b): return {**a, **{k: merged(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("rows.jsonl", ROWS)
+    write("val.jsonl", ROWS[:3])
+
+    def make(**sections):
+        values = {
+            "name": "run", "data": {"input_file": "rows.jsonl", "validation_file": "val.jsonl", "preprocessing": {"max_context_size": 128}},
+            "model": MODEL, "training": {"hyperparameters": {"batch_size": 4, "learning_rate": 1e-2}},
+            "logging": {"steps": {"validation_interval": 2, "checkpoint_interval": 2}}}
+        return SFTConfig.model_validate_json(json.dumps(merged(values, sections)))
+    return make
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    "A pretrained run of one step."
+    monkeypatch.chdir(tmp_path)
+    write("text.jsonl", [{"text": "bottles of beer on the wall " * 20}])
+    values = {"name": "base", "data": {"input_file": "text.jsonl", "preprocessing": {"max_context_size": 16}}, "model": MODEL,
+              "training": {"hyperparameters": {"batch_size": 2, "iters": 1}}}
+    return pretrain(PretrainConfig.model_validate_json(json.dumps(values)))
+
+
+# What is trained
+
+
+def predictions(batches):
+    "Every trained token with all that the model sees before it."
+    for batch in batches:
+        inputs, width = np.array(batch.inputs), batch.inputs.shape[1]
+        kept = np.array(batch.loss_mask)
+        for place, target in zip(np.array(batch.positions)[kept].tolist(), np.array(batch.targets)[kept].tolist()):
+            yield (*inputs[place // width, : place % width + 1].tolist(), target)
+
+
+def expected(rows, context=128):
+    "The same by hand: bytes of the prompt are read, bytes of the response and one end are trained."
+    for row in rows:
+        ids = [257, *f"### Instruction:\n{row['instruction']}\n\n### Response:".encode()]
+        if len(ids) + len(row["response"]) + 1 > context: continue
+        for target in [*row["response"].encode(), 258]:
+            ids.append(target)
+            yield tuple(ids)
+
+
+def trained(config, **data):
+    trainer = SFTTrainer(config(data=data))
+    return sorted(predictions(batch for step in range(trainer.total_steps) for batch in trainer.draw(step)))
+
+
+def test_the_response_and_its_end_are_trained_and_nothing_else(config):
+    assert trained(config) == sorted(expected(ROWS))
+
+
+def loss_on_the_prompt(monkeypatch):
+    monkeypatch.setattr(Examples, "starts", property(lambda self: np.ones_like(self.prompts)))
+
+
+def remade(monkeypatch, change):
+    "Change what `_encoded` makes of each row."
+    original = prompts._encoded
+    monkeypatch.setattr(prompts, "_encoded", lambda *args: [(line, change(example)) for line, example in original(*args)])
+
+
+def no_eos(monkeypatch): remade(monkeypatch, lambda e: Example(e.ids[:-1], e.start))
+def bos_twice(monkeypatch): remade(monkeypatch, lambda e: Example([257, *e.ids], e.start + 1))
+def bos_before_the_response(monkeypatch): remade(monkeypatch, lambda e: Example([*e.ids[:e.start], 257, *e.ids[e.start:]], e.start + 1))
+def response_one_late(monkeypatch): remade(monkeypatch, lambda e: Example(e.ids, e.start + 1))
+
+
+def one_pad_token(monkeypatch):
+    original = Examples.batch
+
+    def batch(self, indices):
+        made = original(self, indices)
+        return made._replace(loss_mask=mx.arange(made.loss_mask.size) <= made.loss_mask.sum())
+    monkeypatch.setattr(Examples, "batch", batch)
+
+
+def text_becomes_eos(monkeypatch):
+    original = ByteTokenizer._encode_batch
+
+    def encode(self, texts):
+        split = [part for text in texts for part in [text.replace("<eos>", "\0")]]
+        return [np.where(ids == 0, 258, ids) for ids in original(self, split)]
+    monkeypatch.setattr(ByteTokenizer, "_encode_batch", encode)
+
+
+def one_place_off(monkeypatch):
+    original = Examples.batch
+    monkeypatch.setattr(Examples, "batch", lambda self, rows: (b := original(self, rows))._replace(positions=b.positions + 1))
+
+
+BUGS = [loss_on_the_prompt, no_eos, bos_twice, bos_before_the_response, response_one_late, one_pad_token, text_becomes_eos, one_place_off]
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_seen(config, monkeypatch, bug):
+    bug(monkeypatch)
+    assert trained(config) != sorted(expected(ROWS))
+
+
+def cut(row, context, how):
+    "The bytes that stay of a row, by hand: (read, trained)."
+    read, said = [257, *f"### Instruction:\n{row['instruction']}\n\n### Response:".encode()], [*row["response"].encode(), 258]
+    over = max(0, len(read) + len(said) - context)
+    return (read, said[: len(said) - over]) if how == "keep_start" else ([257, *read[1 + over:]], said)
+
+
+@pytest.mark.parametrize("how", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("planted", [False, True])
+def test_the_right_end_is_cut(config, monkeypatch, how, planted):
+    if planted:
+        original = prompts.truncate
+        other = {"keep_start": "keep_end", "keep_end": "keep_start"}
+        monkeypatch.setattr(prompts, "truncate", lambda example, context, how, bos: original(example, context, other[how], bos))
+    data = SFTTrainer(config(data={"truncation": how, "preprocessing": {"max_context_size": 64}})).data
+    right = [read + said for read, said in (cut(row, 64, how) for row in ROWS)]
+    assert ([data[i].ids for i in range(len(data))] == right) != planted
+    lengths = [len(read) + len(said) for read, said in (cut(row, 10**6, how) for row in ROWS)]
+    assert data.source["truncated"] == sum(n > 64 for n in lengths) > 0
+
+
+def test_dropped_rows_are_counted(config):
+    source = SFTTrainer(config(data={"preprocessing": {"max_context_size": 64}})).data.source
+    assert (source["rows"], source["kept"] + source["dropped"]) == (10, 10) and 0 < source["dropped"] < 10
+    assert trained(config, preprocessing={"max_context_size": 64}) == sorted(expected(ROWS, 64))
+
+
+def test_mask_prompt_false_trains_all_but_the_first_token(config):
+    trainer = SFTTrainer(config(data={"mask_prompt": False}))
+    assert trainer.data.n_targets == sum(len(trainer.data[i].ids) - 1 for i in range(10))
+
+
+@pytest.mark.parametrize("batch_size, accumulate, epochs", [(4, 1, 1), (3, 2, 2), (16, 1, 2), (1, 3, 1)])
+def test_each_row_once_an_epoch(config, batch_size, accumulate, epochs):
+    hyper = {"batch_size": batch_size, "gradient_accumulation_steps": accumulate}
+    trainer = SFTTrainer(config(training={"epochs": epochs, "hyperparameters": hyper}))
+    per_epoch = trainer.total_steps // epochs
+    for epoch in range(epochs):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        assert sorted(predictions(b for step in steps for b in trainer.draw(step))) == sorted(expected(ROWS))
+    trainer.run()
+    assert trainer.tokens == epochs * trainer.data.n_targets
+
+
+# A mean over tokens
+
+
+def mean_of_means(self, batches, rate):
+    "What adding up mean losses would do."
+    sums = [self.gradient(batch) for batch in batches]
+    means = [tree_map(lambda g, n=n: g / n, ((total, n), grads)) for (total, n), grads in sums]
+    whole = means[0]
+    for mean in means[1:]: whole = tree_map(mx.add, whole, mean)
+    return self.apply(whole, mx.array(rate))
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_accumulation_weighs_tokens(config, monkeypatch, planted):
+    "Two unequal batches of five rows are the step of one batch of ten."
+    whole, halves = (SFTTrainer(config(training={"hyperparameters": {"batch_size": n}})) for n in (10, 5))
+    whole.batch_at = lambda step: [whole.data.batch(np.arange(10))]
+    halves.batch_at = lambda step: [halves.data.batch(rows) for rows in np.arange(10).reshape(2, 5)]
+    if planted: monkeypatch.setattr(Update, "__call__", mean_of_means)
+    halves.step()
+    monkeypatch.undo()
+    whole.step()
+    one, two = (dict(tree_flatten(t.optimizer.state)) for t in (whole, halves))
+    names = [name for name in one if name.endswith(".m")]                 # the gradients, a tenth of them
+    apart = max(mx.abs(one[name] - two[name]).max().item() / mx.abs(one[name]).max().item() for name in names)
+    assert (apart < 1e-4) != planted
+
+
+def test_validation_weighs_tokens(config):
+    trainer = SFTTrainer(config())
+    sums = [[v.item() for v in trainer.loss(trainer.model, trainer.held_out.batch(np.array([i])))] for i in range(3)]
+    (total, count) = np.array(sums).sum(axis=0)
+    assert abs(trainer.measure()["val_loss"] / (total / count) - 1) < 1e-5
+
+
+# Freezing and going on
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd", "adam"])
+def test_what_is_frozen_keeps_its_bits(config, optimizer):
+    trainer = SFTTrainer(config(training={"freeze": ["embed_tokens", 0, "*norm*"], "optimization": {"optimizer": optimizer}}))
+    before = dict(tree_flatten(trainer.model.parameters()))
+    for _ in range(3): trainer.step()
+    after = dict(tree_flatten(trainer.model.parameters()))
+    moved = {name for name in after if before[name].tolist() != after[name].tolist()}
+    assert moved == {name for name in after if ".1." in name and "norm" not in name}
+    states = {name[name.index("model."):].rpartition(".")[0] for name in trainer.arrays()["optimizer"] if "model." in name}
+    assert states == moved
+
+
+def test_a_cut_run_is_the_whole_run(config):
+    whole = sft(config(name="whole", training={"epochs": 3, "freeze": [0]}))
+
+    def stop(trainer, metrics):
+        if metrics["step"] == 5: trainer.stop_requested = True
+    frozen = {"epochs": 3, "freeze": [0]}
+    with pytest.raises(KeyboardInterrupt): sft(config(name="cut", training=frozen), callbacks=[stop])
+    again = sft(config(name="cut", training=frozen, resume={"checkpoint": "latest"}))
+    assert (again / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    def rows(path): return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(path) if "event" not in row]
+    assert rows(again) == rows(whole)
+
+
+def test_the_best_is_kept_and_answers_are_in_the_log(config):
+    path = sft(config(training={"epochs": 8}))
+    best = read_metadata(path)["best"]
+    assert f"step_{best['step']:06d}" in [p.name for p in checkpoints(path)]
+    assert best["val_loss"] == min(row["val_loss"] for row in read_metrics(path) if "val_loss" in row)
+    log = (path / "logs" / "log.txt").read_text()
+    assert log.count("Count 1") == log.count("Count 3") == 12 and "10 rows, 10 kept" in log
+
+
+# What it begins with
+
+
+def test_begins_with_a_run_a_checkpoint_or_a_directory(config, base):
+    sources = [base, checkpoints(base)[-1], base / "model", "base"]
+    models = [SFTTrainer(config(pretrained_model=str(source))).model.parameters() for source in sources]
+    for model in models: assert dict(tree_flatten(model))["model.norm.weight"].tolist() == load(base).model.model.norm.weight.tolist()
+    for model in models[1:]:
+        assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(tree_flatten(model), tree_flatten(models[0]), strict=True))
+
+
+def test_what_disagrees_is_one_warning(config, base, caplog):
+    other = {"dimensions": {"hidden_size": 2048, "intermediate_size": 32}}
+    with caplog.at_level(logging.WARNING): trainer = SFTTrainer(config(pretrained_model="base", model=other))
+    said = '"model.dimensions.hidden_size" is 2048, the pretrained model has 16. The pretrained model counts.'
+    assert [record.message for record in caplog.records] == [said]
+    assert trainer.cfg.model.dimensions.hidden_size == 16
+    caplog.clear()
+    ByteTokenizer(300).save("other")
+    with caplog.at_level(logging.WARNING): SFTTrainer(config(pretrained_model="base", data={"tokenizer_path": "other"}))
+    assert len(caplog.records) == 1 and "is not the tokenizer of the pretrained model" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING): SFTTrainer(config(pretrained_model="base", data={"tokenizer_path": "runs/base/tokenizer"}))
+    assert not caplog.records
+
+
+def test_the_format_is_inherited(config, base, caplog):
+    first = sft(config(name="first", pretrained_model="base", data={"prompt_format": "Q: {instruction}\nA:", "system_prompt": "Be brief."}))
+    assert load(first).format == load(checkpoints(first)[-1]).format == load(first / "model").format
+    assert load(first).format.ask("x") == "Be brief.\n\nQ: x\nA:"
+    with caplog.at_level(logging.INFO): second = sft(config(name="second", pretrained_model="first", data={"system_prompt": "Be kind."}))
+    assert load(second).format.ask("x") == "Be kind.\n\nQ: x\nA:"
+    assert "As in the pretrained model: data.prompt_format, data.response_format." in caplog.text
+    assert "Q: {instruction}" in (second / "config.yaml").read_text()
+    assert load(base).format is None
+
+
+def test_a_run_cannot_replace_what_it_begins_with(config, base):
+    with pytest.raises(ConfigError, match="would replace it"): sft(config(name="base", overwrite=True, pretrained_model="runs/base/model"))
+    assert load(base).model
+
+
+def test_another_stage_is_no_checkpoint_to_go_on_from(config, base):
+    with pytest.raises(RunError, match='another stage .pretrain.; to begin with its model, give it as "pretrained_model"'):
+        sft(config(resume={"checkpoint": str(base)}))
+
+
+# Kinds of rows
+
+
+@pytest.mark.parametrize("rows, data, read", [
+    ([{"prompt": "Hi, ", "completion": "you."}], {}, "Hi, "),
+    ([{"prompt": "Hi", "completion": "you."}], {"prompt_format": "<{instruction}>"}, "<Hi>"),
+    ([{"q": "Hi", "a": "you."}], {"input_field": "q", "output_field": "a", "prompt_format": "{instruction}{q}"}, "HiHi"),
+    ([{"instruction": "Hi", "input": "there", "output": "you."}],
+     {"output_field": "output", "input_field_optional": "input", "prompt_format": "{instruction}"}, "Hi\n\nthere"),
+    ([{"instruction": "Hi", "response": "you.", "topic": "{x}"}], {"prompt_format": "{topic} {{}} {instruction}"}, "{x} {} Hi"),
+    ([{"text": "you."}], {}, ""),
+])
+def test_kinds_of_rows(config, rows, data, read):
+    write("rows.jsonl", rows)
+    trainer = SFTTrainer(config(data={**data, "validation_file": None}))
+    assert trainer.data[0].ids == [257, *read.encode(), *b"you.", 258] and trainer.data[0].start == 1 + len(read)
+
+
+def test_a_preprocess_function_makes_rows(config):
+    Path("mine.py").write_text("def make(row): return None if row['n'] == 1 else {'instruction': str(row['n']), 'response': 'x'}\n")
+    write("rows.jsonl", [{"n": n} for n in range(4)])
+    source = SFTTrainer(config(data={"preprocess": "mine.py:make", "validation_file": None})).data.source
+    assert (source["rows"], source["kept"], source["filtered"]) == (4, 3, 1)
+
+
+# What is wrong
+
+
+BAD = [
+    ({"instruction": "?"}, 'there is no field "response"'),
+    ({"instruction": 7, "response": "x"}, '"instruction" must be a text in quotes, found a number'),
+    ({"instruction": "?", "response": None}, '"response" must be a text in quotes, found null'),
+    ({"instruction": "?", "response": "\n"}, '"response" is empty'),
+    ({"instruction": "long " * 40, "response": "x"}, "the prompt has 233 tokens, and"),
+    ("{", "not valid JSON"),
+    ('["a"]', "expected an object"),
+]
+
+
+@pytest.mark.parametrize("row, sentence", BAD)
+def test_a_bad_row_stops_everything_or_is_counted(config, capsys, row, sentence):
+    write("rows.jsonl", [*ROWS, row])
+    Path("run.yaml").write_text(json.dumps({k: v for k, v in config().model_dump(mode="json", exclude_unset=True).items()}))
+    assert main(["sft", "--config", "run.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mlx-pretrain: rows.jsonl, line 11: ") and sentence in error and error.count("\n") == 1
+    assert not Path("runs").exists()
+    assert main(["sft", "--config", "run.yaml", "--data.on_bad_row", "skip"]) == 0
+    kept = read_metadata("runs/run")["data"]["input_file"]
+    assert (kept["rows"], kept["kept"], kept["skipped"]) == (11, 10, 1) and kept["trained_tokens"] == len(list(expected(ROWS)))
+
+
+@pytest.mark.parametrize("data, sentence", [
+    ({"prompt_format": "{topic}"}, 'rows.jsonl, line 1: there is no field "topic"'),
+    ({"prompt_format": "{instruction.__class__}"}, "more than the name of a field"),
+    ({"prompt_format": "{system_prompt} {instruction}"}, 'set "data.system_prompt"'),
+    ({"input_field": "q"}, 'rows.jsonl, line 1: there is no field "q"'),
+    ({"prompt_format": "{response}"}, "cannot hold {response}"),
+    ({"preprocessing": {"max_context_size": 20}, "on_bad_row": "skip"}, "no row is left of 10 (10 bad, the first: rows.jsonl, line 1"),
+    ({"input_file": "none.jsonl"}, '"data.input_file": none.jsonl does not exist'),
+    ({"prompt_formt": "x"}, 'did you mean "data.prompt_format"?'),
+])
+def test_a_mistake_is_one_sentence(config, capsys, data, sentence):
+    values = merged(config().model_dump(mode="json", exclude_unset=True), {"data": data})
+    Path("run.yaml").write_text(json.dumps(values))
+    assert main(["sft", "--config", "run.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and not Path("runs").exists()
+
+
+def test_columns_that_cannot_be_guessed(config):
+    write("rows.jsonl", [{"q": "a", "a": "b"}])
+    with pytest.raises(DataError, match='rows.jsonl, line 1: the row has "q", "a"; name the columns'): SFTTrainer(config())
+
+
+@pytest.mark.parametrize("flag, sentence", [
+    (["--training.freeze", "9"], "called 9; its layers are 0 to 1"), (["--training.freeze", "lm_head"], "called 'lm_head'"),
+    (["--training.freeze", "0", "--training.train_only", "1"], "keep one of them"),
+    (["--training.train_only", "1.5"], "training.train_only"),
+    (["--pretrained_model", "nowhere"], "nowhere does not exist"), (["--data.truncation", "middle"], '"drop", "keep_start" or "keep_end"'),
+])
+def test_a_wrong_flag_is_one_sentence(config, capsys, flag, sentence):
+    Path("run.yaml").write_text(json.dumps(config().model_dump(mode="json", exclude_unset=True)))
+    assert main(["sft", "--config", "run.yaml", *flag]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+# Asking
+
+
+@pytest.fixture
+def tuned(config):
+    rarely = {"validation_interval": 1000, "checkpoint_interval": 1000}
+    return sft(config(name="tuned", training={"epochs": 100}, logging={"steps": rarely}))
+
+
+def test_generate_asks_in_the_runs_own_form(tuned, base, capsys):
+    ask = ["generate", "--temperature", "0", "--max_new_tokens", "30", "--instruction", "Count 2", "--run"]
+    assert main([*ask, "tuned"]) == 0
+    assert capsys.readouterr().out == "one one </s><eos>\n"
+    assert main([*ask, "base"]) == 2 and "was not fine-tuned here" in capsys.readouterr().err
+    assert main([*ask, "tuned", "--prompt", "x"]) == 2 and "keep one of them" in capsys.readouterr().err
+
+
+def test_chat(tuned, capsys, monkeypatch):
+    typed = iter(["Count 2", "x" * 3000, "Count 3", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert main(["chat", "--run", "tuned", "--temperature", "0", "--max_new_tokens", "30"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1:] == ["one one </s><eos>", "one one one </s><eos>"] and "do not fit into this model's context" in err
