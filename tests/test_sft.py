@@ -244,12 +244,12 @@ def test_a_cut_run_is_the_whole_run(config):
 
 
 def test_the_best_is_kept_and_answers_are_in_the_log(config):
-    path = sft(config(training={"epochs": 8}))
+    path = sft(config(training={"epochs": 4}))
     best = read_metadata(path)["best"]
     assert f"step_{best['step']:06d}" in [p.name for p in checkpoints(path)]
     assert best["val_loss"] == min(row["val_loss"] for row in read_metrics(path) if "val_loss" in row)
     log = (path / "logs" / "log.txt").read_text()
-    assert log.count("Count 1") == log.count("Count 3") == 12 and "10 rows, 10 kept" in log
+    assert log.count("Count 1") == log.count("Count 3") == 6 and "10 rows, 10 kept" in log
 
 
 # What it begins with
@@ -396,15 +396,13 @@ def tuned(config):
     return sft(config(name="tuned", training={"epochs": 100}, logging={"steps": rarely}))
 
 
-def test_generate_asks_in_the_runs_own_form(tuned, base, capsys):
+def test_asked_in_the_runs_own_form(tuned, base, capsys, monkeypatch):
     ask = ["generate", "--temperature", "0", "--max_new_tokens", "30", "--instruction", "Count 2", "--run"]
     assert main([*ask, "tuned"]) == 0
     assert capsys.readouterr().out == "one one </s><eos>\n"
     assert main([*ask, "base"]) == 2 and "was not fine-tuned here" in capsys.readouterr().err
     assert main([*ask, "tuned", "--prompt", "x"]) == 2 and "keep one of them" in capsys.readouterr().err
 
-
-def test_chat(tuned, capsys, monkeypatch):
     typed = iter(["Count 2", "x" * 3000, "Count 3", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert main(["chat", "--run", "tuned", "--temperature", "0", "--max_new_tokens", "30"]) == 0
