@@ -177,14 +177,18 @@ def _format(opened: Pretrained) -> PromptFormat:
     raise ConfigError(f"{opened.path} was not fine-tuned here, so there is no form to ask it in; write the whole text with --prompt")
 
 
-def _say(pieces: Iterable[str]) -> str:
-    "Print a text as it comes; returns all of it."
-    said = []
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        said.append(piece)
+def _say(pieces: Iterable[str]) -> None:
+    "Print a text as it comes."
+    for piece in pieces: print(piece, end="", flush=True)
     print()
-    return "".join(said)
+
+
+def _answer(pieces: Iterable[str]) -> Iterator[str]:
+    "The same without the blanks that many formats put in front of a response."
+    begun = False
+    for piece in pieces:
+        if piece := piece if begun else piece.lstrip(): yield piece
+        begun = begun or bool(piece)
 
 
 def generate(
@@ -199,7 +203,7 @@ def generate(
         if cfg.num_samples > 1: print(f"--- {i + 1}")
         pieces = write(prompt, cfg.seed + i)
         if cfg.instruction is None: print(prompt, end="", flush=True)     # only now: what cannot be written on is refused above
-        _say(pieces)
+        _say(pieces if cfg.instruction is None else _answer(pieces))
 
 # %% ../nbs/21_cli.ipynb #0ad4105d
 class ChatConfig(_Writing):
@@ -230,7 +234,9 @@ def chat(
         turns = turns[-cfg.turns:] if cfg.turns else []
         try:
             while len(ids := render_chat(fmt, opened.tokenizer, turns, line)) > room and turns: turns = turns[1:]
-            if (said := _say(write(ids, cfg.seed + n))).strip(): turns = [*turns, (line, said)]
+            said = []
+            _say(said.append(piece) or piece for piece in _answer(write(ids, cfg.seed + n)))
+            if "".join(said).strip(): turns = [*turns, (line, "".join(said))]
         except UserError as e: print(f"mlx-pretrain: {e}", file=sys.stderr)
 
 # %% ../nbs/21_cli.ipynb #1e36bc5e

@@ -192,6 +192,10 @@ def truncate(
 # %% ../nbs/24_prompt.ipynb #fed21f7d
 class PromptConfig(DataConfig):
     "What to train on: rows with a prompt and a response."
+    input_file: str | None = None
+    "Training rows: JSON Lines, each with a prompt and a response."
+    validation_file: str | None = None
+    "Held-out rows, in the same form."
     prompt_format: str | None = None
     'Template of the prompt; by default that of the pretrained model, else "### Instruction: …", or the column "prompt" as it is.'
     response_format: str | None = None

@@ -160,9 +160,10 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        "SHA-256 over the names and contents of the tokenizer's files: the same tokenizer, the same fingerprint."
+        "SHA-256 over the names and contents of the files that make tokens (a chat template makes none): one tokenizer, one fingerprint."
         digest = hashlib.sha256()
-        for name, content in sorted(self._files.items()): digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        for name, content in sorted(self._files.items()):
+            if name != "chat_template.jinja": digest.update(f"{name}\0{len(content)}\0".encode() + content)
         return digest.hexdigest()
 
     def save(

@@ -287,6 +287,7 @@ def test_the_format_is_inherited(config, base, caplog):
     assert "As in the pretrained model: data.prompt_format, data.response_format." in caplog.text
     assert "Q: {instruction}" in (second / "config.yaml").read_text()
     assert load(base).format is None
+    assert load(second).tokenizer.fingerprint == load(base).tokenizer.fingerprint     # the chat template in model/ makes no tokens
 
 
 def test_a_run_cannot_replace_what_it_begins_with(config, base):
