@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, NamedTuple
@@ -93,7 +93,7 @@ class PromptFormat(Section):
             if any(extra.values()) and not names & extra.keys(): values["instruction"] += "\n\n" + "".join(extra.values())
         if "system_prompt" in names and system is None:
             raise DataError('"data.prompt_format" has {system_prompt}; set "data.system_prompt"')
-        return ("" if system is None or "system_prompt" in names else f"{system}\n\n") + fill_format(pieces, values)
+        return (f"{system}\n\n" if system and "system_prompt" not in names else "") + fill_format(pieces, values)
 
     def response(
         self,
@@ -288,12 +288,15 @@ def _values(path: str | Path, preprocess: _Preprocess | None, tally: _Tally) -> 
 
 def read_first_row(
     path: str | Path, # a JSON Lines file
-    preprocess: str | Callable[[dict], dict | None] | None = None, # changes a row, or drops it by returning None; or how it is called
-    on_bad_row: str = "error", # or "skip"
+    cfg: PromptConfig, # which columns there should be, how rows are changed, and what to do with a bad one
 ) -> Row: # the first that can be used
-    "The row that tells which columns there are. Raises `DataError` as `read_jsonl` does, or if there is no row that can be used."
-    tally = _Tally(on_bad_row)
-    for row in _values(path, None if preprocess is None else _Preprocess(preprocess), tally): return row
+    "The row that tells which columns there are. Raises `DataError` for a bad row, or if there is none that can be used."
+    tally = _Tally(cfg.on_bad_row)
+    for row in _values(path, None if cfg.preprocess is None else _Preprocess(cfg.preprocess), tally):
+        try:
+            _columns(cfg, row)
+            return row
+        except DataError as e: tally.bad(e)
     raise DataError(f"{path}: no row is left of {tally['rows']}" + (f"; the first mistake: {tally.first}" if tally.first else ""))
 
 # %% ../nbs/24_prompt.ipynb #ddbf10fb
@@ -334,7 +337,7 @@ class Examples:
 
     def __getitem__(self, i: int) -> Example: return Example(self.tokens[self.ends[i]:self.ends[i + 1]].tolist(), int(self.starts[i]))
 
-    @property
+    @cached_property
     def starts(self) -> np.ndarray:
         "In each row, the first token that is trained, (n,); the first of all has nothing before it."
         return np.maximum(self.prompts if self.mask_prompt else np.ones_like(self.prompts), 1)
@@ -343,7 +346,7 @@ class Examples:
         "The prompt of a row, in tokens."
         return self[i].ids[:self.prompts[i]]
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         "Tokens of each row, (n,)."
         return np.diff(self.ends)

@@ -22,7 +22,6 @@ from .ops import head_loss
 from .pretrained import Pretrained, find_model, load
 from .prompt import (
     Examples, PromptConfig, PromptFormat, RowBatch, Truncation, batches_in, bucketed, read_examples, read_first_row, resolve_format)
-from .run import check_name
 from .stage import StageConfig, StageTrainer, data_file, run_stage
 from .trainer import Hyperparameters, TrainingConfig
 
@@ -111,8 +110,7 @@ class SFTTrainer(StageTrainer):
             tokenizer = make_tokenizer(cfg.data)
             model = Llama(cfg.model.args(tokenizer.vocab_size, cfg.data.preprocessing.max_context_size), cfg.system.seed)
         else: cfg, model, tokenizer = _adopt(cfg, pretrained), pretrained.model, pretrained.tokenizer
-        first = read_first_row(path, cfg.data.preprocess, cfg.data.on_bad_row)
-        fmt = resolve_format(cfg.data, first, pretrained and pretrained.format)
+        fmt = resolve_format(cfg.data, read_first_row(path, cfg.data), pretrained and pretrained.format)
         if fmt.input_field: cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
         data, held_out = (_read(cfg.data, key, tokenizer, fmt) for key in ("input_file", "validation_file"))
         h = cfg.training.hyperparameters
@@ -171,9 +169,11 @@ def sft(
 
     Raises `UserError` for whatever is wrong in configuration, data or place; nothing is written before these are checked.
     """
-    if cfg.pretrained_model and not cfg.resume.checkpoint:
-        place, begins = (Path(root) / check_name(cfg.name)).resolve(), find_model(cfg.pretrained_model).resolve()
-        if place in (begins, *begins.parents):
+    def build(saved):
+        if saved: return SFTTrainer(cfg, load(saved.path), **kwargs)          # it holds all that the pretrained model gave
+        place, begins = (Path(root) / cfg.name).resolve(), find_model(cfg.pretrained_model or "").resolve()
+        if cfg.pretrained_model and place in (begins, *begins.parents):
             raise ConfigError(f'"pretrained_model" is {cfg.pretrained_model}, and the run called {cfg.name!r} would replace it; '
                               'choose another "name"')
-    return run_stage(cfg, lambda saved: SFTTrainer(cfg, load(saved.path) if saved else None, **kwargs), root)
+        return SFTTrainer(cfg, **kwargs)
+    return run_stage(cfg, build, root)

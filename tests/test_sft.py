@@ -1,6 +1,7 @@
 "Fine-tuning: what is trained, to the token; with the known bugs planted, each of which must be seen."
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,30 @@ def test_what_is_frozen_keeps_its_bits(config, optimizer):
     assert states == moved
 
 
+@pytest.mark.parametrize("system", [{"gradient_checkpointing": True}, {"precision": "bfloat16"}, {}])
+def test_frozen_layers_with_less_memory(config, system):
+    training = {"freeze": ["embed_tokens", 0], "hyperparameters": {"gradient_accumulation_steps": 2}}
+    trainer = SFTTrainer(config(system=system, training=training))
+    before = dict(tree_flatten(trainer.model.parameters()))
+    losses = [trainer.step()["loss"] for _ in range(2)]
+    after = dict(tree_flatten(trainer.model.parameters()))
+    frozen = {name for name in after if mx.array_equal(before[name], after[name])}
+    assert frozen == {name for name in after if ".0." in name or "embed" in name} and all(w.dtype == mx.float32 for w in after.values())
+    assert all(np.isfinite(losses))
+
+
+def test_the_pretrained_model_may_go(config, base):
+    def stop(trainer, metrics):
+        if metrics["step"] == 3: trainer.stop_requested = True
+    how = {"name": "tuned", "pretrained_model": "base", "data": {"prompt_format": "Q: {instruction}\nA:"}}
+    with pytest.raises(KeyboardInterrupt): sft(config(**how, training={"epochs": 2}), callbacks=[stop])
+    shutil.rmtree(base)
+    path = sft(config(**how, training={"epochs": 2}, resume={"checkpoint": "latest"}))
+    assert read_metadata(path)["outcome"] == "finished" and load(path).format.ask("x") == "Q: x\nA:"
+    branch = sft(config(**{**how, "name": "branch"}, training={"epochs": 3}, resume={"checkpoint": str(checkpoints(path)[-1])}))
+    assert read_metadata(branch)["resumed_from"].startswith("runs/tuned")
+
+
 def test_a_cut_run_is_the_whole_run(config):
     whole = sft(config(name="whole", training={"epochs": 3, "freeze": [0]}))
 
@@ -291,7 +316,10 @@ def test_the_format_is_inherited(config, base, caplog):
 
 
 def test_a_run_cannot_replace_what_it_begins_with(config, base):
-    with pytest.raises(ConfigError, match="would replace it"): sft(config(name="base", overwrite=True, pretrained_model="runs/base/model"))
+    for resume in ({}, {"checkpoint": "latest"}):
+        if resume: shutil.rmtree(base / "checkpoints")
+        own = config(name="base", overwrite=True, pretrained_model="runs/base/model", resume=resume)
+        with pytest.raises(ConfigError, match="would replace it"): sft(own)
     assert load(base).model
 
 
@@ -386,6 +414,12 @@ def test_a_wrong_flag_is_one_sentence(config, capsys, flag, sentence):
     assert main(["sft", "--config", "run.yaml", *flag]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+def test_the_first_row_may_be_bad_too(config):
+    write("rows.jsonl", [{"note": "not a row"}, *ROWS])
+    with pytest.raises(DataError, match='rows.jsonl, line 1: the row has "note"; name the columns'): SFTTrainer(config())
+    assert SFTTrainer(config(data={"on_bad_row": "skip"})).data.source["skipped"] == 1
 
 
 # Asking
