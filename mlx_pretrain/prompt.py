@@ -245,7 +245,8 @@ def resolve_format(
 ) -> PromptFormat: # complete
     """Fill in what the configuration leaves open.
 
-    Raises `DataError` if the columns cannot be guessed, `ConfigError` if there is a format for rows that are plain text.
+    Raises `DataError` if the columns cannot be guessed, `ConfigError` if there is a format for rows that are plain text, or a prompt holds
+    the response.
     """
     question, answer = _columns(cfg, row)
     given = {key: value for key in ("prompt_format", "response_format", "system_prompt") if (value := getattr(cfg, key)) is not None}
@@ -256,6 +257,8 @@ def resolve_format(
         key: value for key in ("prompt_format", "response_format", "system_prompt") if (value := getattr(inherited, key)) is not None}
     if kept := [f"data.{key}" for key in old if key not in given]: logger.info("As in the pretrained model: %s.", ", ".join(kept))
     formats = {"prompt_format": _COLUMNS.get((question, answer), INSTRUCTION), **old, **given}
+    if answer in _names(formats["prompt_format"], "data.prompt_format"):
+        raise ConfigError(f'"data.prompt_format" holds {{{answer}}}, which is the response; take it out')
     return PromptFormat(**formats, input_field=question or "", output_field=answer, input_field_optional=cfg.input_field_optional)
 
 # %% ../nbs/24_prompt.ipynb #763bbfac

@@ -79,15 +79,12 @@ def _differences(said: dict, is_: dict, at: str = "model") -> Iterable[str]:
 
 
 def _adopt(cfg: SFTConfig, base: Pretrained) -> SFTConfig:
-    "The configuration with the sizes of the pretrained model. Raises `ConfigError` if rows may be longer than it can read."
-    there, tokenizer_path, context = ModelConfig.of(base.model.args), cfg.data.tokenizer_path, cfg.data.preprocessing.max_context_size
+    "The configuration with the sizes of the pretrained model."
+    there, tokenizer_path = ModelConfig.of(base.model.args), cfg.data.tokenizer_path
     if wrong := [*_differences(cfg.model.model_dump(exclude_unset=True), there.model_dump())]:
         logger.warning(f"{'; '.join(wrong)}. The pretrained model counts.")
     if tokenizer_path and (not Path(tokenizer_path).is_dir() or make_tokenizer(cfg.data).fingerprint != base.tokenizer.fingerprint):
         logger.warning(f'"data.tokenizer_path": {tokenizer_path} is not the tokenizer of the pretrained model, whose own is used.')
-    if context > base.model.args.max_position_embeddings:
-        raise ConfigError(f'"data.preprocessing.max_context_size" is {context}, but the pretrained model reads at most '
-                          f"{base.model.args.max_position_embeddings} tokens; lower it")
     return cfg.model_copy(update={"model": there})
 
 # %% ../nbs/03_sft.ipynb #b62e04ff
@@ -104,12 +101,15 @@ class SFTTrainer(StageTrainer):
         pretrained: Pretrained | None = None, # what to begin with, if it is open already; else `cfg.pretrained_model`
         **kwargs, # `callbacks`, `run`, or your own `optimizer` and `schedule`, as `Trainer` takes them
     ):
-        path = data_file(cfg.data, "input_file")
+        path, context = data_file(cfg.data, "input_file"), cfg.data.preprocessing.max_context_size
+        if cfg.data.preprocessing.chunk_overlap: logger.warning('"data.preprocessing.chunk_overlap" is for texts; rows do not overlap.')
         if pretrained is None and cfg.pretrained_model is not None: pretrained = load(cfg.pretrained_model)
         if pretrained is None:
             tokenizer = make_tokenizer(cfg.data)
-            model = Llama(cfg.model.args(tokenizer.vocab_size, cfg.data.preprocessing.max_context_size), cfg.system.seed)
+            model = Llama(cfg.model.args(tokenizer.vocab_size, context), cfg.system.seed)
         else: cfg, model, tokenizer = _adopt(cfg, pretrained), pretrained.model, pretrained.tokenizer
+        if context > (longest := model.args.max_position_embeddings):
+            raise ConfigError(f'"data.preprocessing.max_context_size" is {context}, but the model reads at most {longest}; lower it')
         fmt = resolve_format(cfg.data, read_first_row(path, cfg.data), pretrained and pretrained.format)
         if fmt.input_field: cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
         data, held_out = (_read(cfg.data, key, tokenizer, fmt) for key in ("input_file", "validation_file"))
