@@ -26,7 +26,7 @@ from .plot import plot_runs, save_figure
 from .pretrain import PretrainConfig, pretrain
 from .pretrained import Pretrained, load
 from .prompt import PromptFormat, render_chat
-from .run import is_run, list_runs, runs_table
+from .run import is_run, list_runs, read_metadata, runs_table
 from .sft import SFTConfig, sft
 from .tokenizer import train_sentencepiece
 from .trainer import set_device
@@ -130,8 +130,10 @@ def sft_(
 ):
     "Fine-tune a model on rows with a prompt and a response."
     path = sft(read_command(SFTConfig, args, "mlx-pretrain sft"))
-    print(f'\nThe model is in "{path / "model"}".\nAsk it:            mlx-pretrain generate --run "{path}" --instruction "…"\n'
-          f'Talk to it:        mlx-pretrain chat --run "{path}"\nSee how it went:   mlx-pretrain plot "{path}"')
+    asks = f'Ask it:            mlx-pretrain generate --run "{path}" --instruction "…"\nTalk to it:        mlx-pretrain chat --run "{path}"'
+    writes = f'Let it write:      mlx-pretrain generate --run "{path}" --prompt "…"'
+    print(f'\nThe model is in "{path / "model"}".\n{asks if read_metadata(path).get("format") else writes}\n'
+          f'See how it went:   mlx-pretrain plot "{path}"')
 
 # %% ../nbs/21_cli.ipynb #228aceee
 class _Writing(Section):
@@ -226,6 +228,7 @@ def chat(
     cfg = tyro.cli(ChatConfig, prog="mlx-pretrain chat", args=args, use_underscores=True)
     opened, write = _open(cfg)
     fmt, turns, room = _format(opened), [], opened.model.args.max_position_embeddings - cfg.max_new_tokens
+    fmt.ask("")                                                           # can it be asked at all?
     print("An empty line ends it." + (" /new begins a new conversation." if cfg.turns else ""))
     for n, line in enumerate(_lines()):
         if line == "/new":
@@ -235,7 +238,7 @@ def chat(
         try:
             while len(ids := render_chat(fmt, opened.tokenizer, turns, line)) > room and turns: turns = turns[1:]
             said = []
-            _say(said.append(piece) or piece for piece in _answer(write(ids, cfg.seed + n)))
+            _say(_answer(said.append(piece) or piece for piece in write(ids, cfg.seed + n)))
             if "".join(said).strip(): turns = [*turns, (line, "".join(said))]
         except UserError as e: print(f"mlx-pretrain: {e}", file=sys.stderr)
 

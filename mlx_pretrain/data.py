@@ -580,7 +580,7 @@ class DataConfig(Section):
     validation_file: str | None = None
     "Held-out texts, in the same form."
     preprocess: str | None = None
-    'Function that changes a row, or drops it by returning None: "module:function" or "path/file.py:function".'
+    'Function of a row alone that changes it, or drops it by returning None: "module:function" or "path/file.py:function".'
     tokenizer_path: str | None = None
     "Directory of a tokenizer; without it, each byte is a token."
     preprocessing: PreprocessingConfig = PreprocessingConfig()

@@ -22,7 +22,7 @@ from .core import fsync
 from .model import Llama, LlamaArgs
 from .prompt import PromptFormat, chat_template
 from .run import _swap_in, _writing, checkpoints, is_run, load_checkpoint, read_metadata
-from .tokenizer import Tokenizer, _read_object, load_tokenizer
+from .tokenizer import Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer
 
 # %% ../nbs/17_pretrained.ipynb #f95ed538
 class PretrainedError(UserError):
@@ -151,6 +151,7 @@ def export(
             _write_json(new / "config.json", {**args_to_hf(model.args, tokenizer), **({_FORMAT: fmt.model_dump()} if fmt else {})})
             _write_json(new / "generation_config.json", _control_ids(tokenizer))
             tokenizer.save(new)
+            if fmt: _write_files(new, _without_chat(tokenizer._files))    # a template that came along asks in another form
             if fmt and (template := chat_template(fmt, tokenizer)): (new / "chat_template.jinja").write_text(template, encoding="utf-8")
             for path in [*new.iterdir(), new]: fsync(path)
             _swap_in(new, directory)
@@ -266,7 +267,9 @@ def _load_checkpoint(directory: Path) -> Pretrained:
     try: args = LlamaArgs.model_validate_json(json.dumps(state["args"]))
     except (KeyError, ValidationError):
         raise PretrainedError(f"{directory / 'state.json'} does not hold the model's sizes (args); use another checkpoint") from None
-    tokenizer = load_tokenizer(directory.resolve().parent.parent / "tokenizer")
+    place = directory.resolve().parent.parent / "tokenizer"
+    if not place.is_dir(): raise PretrainedError(f"{directory} needs its run directory around it, for the tokenizer; copy the whole run")
+    tokenizer = load_tokenizer(place)
     _check_sizes(args, tokenizer, directory)
     fmt = _read_format(state.get("format"), directory / "state.json")
     return Pretrained(_fill(Llama(args), arrays.get("model", {}), directory / "model.safetensors"), tokenizer, directory, fmt)

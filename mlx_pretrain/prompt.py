@@ -87,12 +87,13 @@ class PromptFormat(Section):
         "The prompt of a row. Raises `DataError` if a column is missing or holds no text."
         pieces, system = split_format(self.prompt_format, "data.prompt_format"), self.system_prompt
         names, extra = {name for _, name in pieces} - {None}, self._extra(row)
-        values = {**row, **extra, "system_prompt": system}
+        values = {**row, **extra}
         if "instruction" in names:
             values["instruction"] = _field(row, self.input_field)
             if any(extra.values()) and not names & extra.keys(): values["instruction"] += "\n\n" + "".join(extra.values())
-        if "system_prompt" in names and system is None:
-            raise DataError('"data.prompt_format" has {system_prompt}; set "data.system_prompt"')
+        if "system_prompt" in names:
+            if system is None: raise DataError('"data.prompt_format" has {system_prompt}; set "data.system_prompt"')
+            values["system_prompt"] = system
         return (f"{system}\n\n" if system and "system_prompt" not in names else "") + fill_format(pieces, values)
 
     def response(
@@ -101,15 +102,17 @@ class PromptFormat(Section):
     ) -> str: # what the model shall say
         "The response of a row. Raises `DataError` if a column is missing or holds no text, or there is no response."
         if not (said := _field(row, self.output_field)).strip(): raise DataError(f'"{self.output_field}" is empty; write a response')
-        return fill_format(split_format(self.response_format, "data.response_format"), {**row, **self._extra(row), "response": said})
+        pieces, values = split_format(self.response_format, "data.response_format"), {**row, **self._extra(row), "response": said}
+        if "instruction" in {name for _, name in pieces}: values["instruction"] = _field(row, self.input_field)
+        return fill_format(pieces, values)
 
     def ask(
         self,
         instruction: str, # what somebody wants to know
     ) -> str: # the prompt, as in training
         "The prompt of a question that stands in no file. Raises `DataError` if the template has no place for it, or wants more."
-        names = _names(self.prompt_format, "data.prompt_format")
-        if names and names <= {"instruction", self.input_field, self.input_field_optional, "system_prompt"}:
+        names, asks = _names(self.prompt_format, "data.prompt_format"), {"instruction", self.input_field}
+        if names & asks and names <= {*asks, self.input_field_optional, "system_prompt"}:
             return self.prompt({self.input_field: instruction})
         raise DataError(f"the prompts of this model are made from {self.prompt_format!r}, not from an instruction alone; "
                         "write the whole prompt yourself")
@@ -183,7 +186,9 @@ def truncate(
     ids, start = example
     over = len(ids) - context
     if over <= 0: return example
-    if how == "keep_end": return Example(ids[:bos] + ids[bos + over:], start - over) if start - over > bos else None
+    if how == "keep_end":
+        if start <= bos: return Example(ids[:bos] + ids[bos + over:], start)  # there is no prompt: a plain text
+        return Example(ids[:bos] + ids[bos + over:], start - over) if start - over > bos else None
     if start >= context:
         raise DataError(f'the prompt has {start} tokens, and "data.preprocessing.max_context_size" is {context}; shorten the prompt, '
                         'or raise that')
@@ -397,10 +402,14 @@ def _texts(path, fmt: PromptFormat, preprocess: _Preprocess | None, tally: _Tall
         except DataError as e: tally.bad(DataError(f"{row.file}, line {row.line}: {e}"))
 
 
-def _encoded(group: list[tuple[int, str, str]], tokenizer: Tokenizer) -> Iterator[tuple[int, Example]]:
+def _encoded(path, group: list[tuple[int, str, str]], tokenizer: Tokenizer, tally: _Tally) -> Iterator[tuple[int, Example]]:
     "Some rows in tokens, as `make_example` makes them, all at once."
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = tokenizer.encode_batch([text for _, *texts in group for text in texts])
+    try: ids = tokenizer.encode_batch([text for _, *texts in group for text in texts])
+    except DataError as e:
+        if len(group) == 1: return tally.bad(DataError(f"{path}, line {group[0][0]}: {e}"))
+        for row in group: yield from _encoded(path, [row], tokenizer, tally)
+        return
     for (line, *_), prompt, response in zip(group, ids[::2], ids[1::2]):
         yield line, Example(bos + prompt + response + [tokenizer.eos_id], len(bos) + len(prompt))
 
@@ -409,7 +418,7 @@ def _fitting(path, tokenizer: Tokenizer, fmt: PromptFormat, context: int, trunca
     "The rows of a file that can be used, in tokens, none longer than the context."
     bos = 0 if tokenizer.bos_id is None else 1
     for group in _groups(_texts(path, fmt, edit, tally), length=lambda row: len(row[1]) + len(row[2])):
-        for line, example in _encoded(group, tokenizer):
+        for line, example in _encoded(path, group, tokenizer, tally):
             try: fits = truncate(example, context, truncation, bos)
             except DataError as e: tally.bad(DataError(f"{path}, line {line}: {e}"))
             else:
@@ -521,7 +530,7 @@ def chat_template(
 def render_chat(
     fmt: PromptFormat, # how prompts and responses look
     tokenizer: Tokenizer, # makes the tokens
-    turns: list[tuple[str, str]], # instructions and responses so far
+    turns: list[tuple[str, str]], # instructions, and what the model wrote, as it wrote it
     instruction: str, # the next one
 ) -> list[int]: # token ids, ready to be written on
     "The prompt of a conversation. Raises `DataError` as `PromptFormat.ask` does."
@@ -529,5 +538,5 @@ def render_chat(
     for n, (asked, said) in enumerate([*turns, (instruction, None)]):
         prompt = (fmt if n == 0 else later).ask(asked)
         ids += prompt_ids(tokenizer, prompt) if n == 0 else tokenizer.encode(prompt)
-        if said is not None: ids += [*tokenizer.encode(fmt.response({fmt.output_field: said})), tokenizer.eos_id]
+        if said is not None: ids += [*tokenizer.encode(said), tokenizer.eos_id]
     return ids

@@ -78,14 +78,24 @@ def _differences(said: dict, is_: dict, at: str = "model") -> Iterable[str]:
         elif value is not None and value != is_[key]: yield f'"{at}.{key}" is {value}, the pretrained model has {is_[key]}'
 
 
-def _adopt(cfg: SFTConfig, base: Pretrained) -> SFTConfig:
-    "The configuration with the sizes of the pretrained model."
-    there, tokenizer_path = ModelConfig.of(base.model.args), cfg.data.tokenizer_path
+def _tell_differences(cfg: SFTConfig, base: Pretrained):
+    "Warn of what the configuration says about model and tokenizer, and the pretrained model does not."
+    there, path = ModelConfig.of(base.model.args), cfg.data.tokenizer_path
     if wrong := [*_differences(cfg.model.model_dump(exclude_unset=True), there.model_dump())]:
         logger.warning(f"{'; '.join(wrong)}. The pretrained model counts.")
-    if tokenizer_path and (not Path(tokenizer_path).is_dir() or make_tokenizer(cfg.data).fingerprint != base.tokenizer.fingerprint):
-        logger.warning(f'"data.tokenizer_path": {tokenizer_path} is not the tokenizer of the pretrained model, whose own is used.')
-    return cfg.model_copy(update={"model": there})
+    if path and (not Path(path).is_dir() or make_tokenizer(cfg.data).fingerprint != base.tokenizer.fingerprint):
+        logger.warning(f'"data.tokenizer_path": {path} is not the tokenizer of the pretrained model, whose own is used.')
+
+
+def _complete(cfg: SFTConfig, model: Llama) -> SFTConfig:
+    "The configuration with the model's sizes. Raises `ConfigError` if it asks for rows longer than the model reads."
+    cuts, longest = cfg.data.preprocessing, model.args.max_position_embeddings
+    if (context := cuts.max_context_size) > longest:
+        if "max_context_size" in cuts.model_fields_set:
+            raise ConfigError(f'"data.preprocessing.max_context_size" is {context}, but the model reads at most {longest}; lower it')
+        cuts = cuts.model_copy(update={"max_context_size": longest})      # the default is only a default
+        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"preprocessing": cuts})})
+    return cfg.model_copy(update={"model": ModelConfig.of(model.args)})
 
 # %% ../nbs/03_sft.ipynb #b62e04ff
 class SFTTrainer(StageTrainer):
@@ -101,17 +111,20 @@ class SFTTrainer(StageTrainer):
         pretrained: Pretrained | None = None, # what to begin with, if it is open already; else `cfg.pretrained_model`
         **kwargs, # `callbacks`, `run`, or your own `optimizer` and `schedule`, as `Trainer` takes them
     ):
-        path, context = data_file(cfg.data, "input_file"), cfg.data.preprocessing.max_context_size
+        path = data_file(cfg.data, "input_file")
         if cfg.data.preprocessing.chunk_overlap: logger.warning('"data.preprocessing.chunk_overlap" is for texts; rows do not overlap.')
         if pretrained is None and cfg.pretrained_model is not None: pretrained = load(cfg.pretrained_model)
         if pretrained is None:
             tokenizer = make_tokenizer(cfg.data)
-            model = Llama(cfg.model.args(tokenizer.vocab_size, context), cfg.system.seed)
-        else: cfg, model, tokenizer = _adopt(cfg, pretrained), pretrained.model, pretrained.tokenizer
-        if context > (longest := model.args.max_position_embeddings):
-            raise ConfigError(f'"data.preprocessing.max_context_size" is {context}, but the model reads at most {longest}; lower it')
+            model = Llama(cfg.model.args(tokenizer.vocab_size, cfg.data.preprocessing.max_context_size), cfg.system.seed)
+        else:
+            model, tokenizer = pretrained.model, pretrained.tokenizer
+            model.unfreeze()                                              # whatever an earlier trainer has frozen
+            _tell_differences(cfg, pretrained)
+        cfg = _complete(cfg, model)
         fmt = resolve_format(cfg.data, read_first_row(path, cfg.data), pretrained and pretrained.format)
         if fmt.input_field: cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
+        elif pretrained: self.format = pretrained.format                      # plain texts teach no other
         data, held_out = (_read(cfg.data, key, tokenizer, fmt) for key in ("input_file", "validation_file"))
         h = cfg.training.hyperparameters
         epoch = batches_in(batches_in(len(data), h.batch_size), h.gradient_accumulation_steps)
@@ -124,13 +137,12 @@ class SFTTrainer(StageTrainer):
         "The batches of a step."
         h = self.cfg.training.hyperparameters
         rows = bucketed(self.data.lengths, h.batch_size, h.gradient_accumulation_steps, step, self.cfg.system.seed)
-        return [self.data.batch(part) for part in rows]
+        return [self.data.batch(part[part >= 0]) for part in rows]
 
     def held_out_batches(self) -> Iterable[RowBatch]:
         "All held-out rows, short ones first."
         size, order = self.cfg.training.hyperparameters.batch_size, np.argsort(self.held_out.lengths, kind="stable")
-        rows = np.pad(order, (0, -len(order) % size), constant_values=-1).reshape(-1, size)  # (batches, B)
-        return map(self.held_out.batch, rows)
+        return (self.held_out.batch(order[i:i + size]) for i in range(0, len(order), size))
 
     def measure(self) -> dict[str, float]:
         "Loss and perplexity of all held-out responses; some answers go to the log."
@@ -170,10 +182,10 @@ def sft(
     Raises `UserError` for whatever is wrong in configuration, data or place; nothing is written before these are checked.
     """
     def build(saved):
-        if saved: return SFTTrainer(cfg, load(saved.path), **kwargs)          # it holds all that the pretrained model gave
         place, begins = (Path(root) / cfg.name).resolve(), find_model(cfg.pretrained_model or "").resolve()
-        if cfg.pretrained_model and place in (begins, *begins.parents):
+        goes_on = saved and place in saved.path.resolve().parents
+        if cfg.pretrained_model and place in (begins, *begins.parents) and not goes_on:
             raise ConfigError(f'"pretrained_model" is {cfg.pretrained_model}, and the run called {cfg.name!r} would replace it; '
                               'choose another "name"')
-        return SFTTrainer(cfg, **kwargs)
+        return SFTTrainer(cfg, load(saved.path) if saved else None, **kwargs) # a checkpoint holds all that the pretrained model gave
     return run_stage(cfg, build, root)

@@ -117,6 +117,14 @@ def _learn(texts: Iterable[str], vocab_size: int, special: SpecialTokens) -> byt
     except RuntimeError as e: raise _too_small(str(e), vocab_size) from None
 
 # %% ../nbs/23_tokenizer.ipynb #8105ec5d
+def _without_chat(files: dict[str, bytes]) -> dict[str, bytes]:
+    "A tokenizer's files without the chat template, which other programs look for in two places."
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    files = {name: content for name, content in files.items() if name != "chat_template.jinja"}
+    if "chat_template" not in config: return files
+    return {**files, "tokenizer_config.json": _json_bytes({key: value for key, value in config.items() if key != "chat_template"})}
+
+
 class Tokenizer:
     "What all tokenizers share. Each kind adds `_encode_batch` (an array of ids for each text), `_decode`, `_name` and its files, `_files`."
     vocab_size: int
@@ -162,8 +170,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         "SHA-256 over the names and contents of the files that make tokens (a chat template makes none): one tokenizer, one fingerprint."
         digest = hashlib.sha256()
-        for name, content in sorted(self._files.items()):
-            if name != "chat_template.jinja": digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        for name, content in sorted(_without_chat(self._files).items()): digest.update(f"{name}\0{len(content)}\0".encode() + content)
         return digest.hexdigest()
 
     def save(

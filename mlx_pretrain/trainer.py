@@ -214,6 +214,7 @@ def choose_parameters(
     key, wanted = ("freeze", freeze) if freeze else ("train_only", train_only)
     chosen = {name for part in wanted for name in _fitting(part, names, layers, key)}
     if not chosen: return
+    model.unfreeze()                                                      # what is chosen now counts, not what was chosen before
     frozen = chosen if freeze else {*names} - chosen
     if not {*names} - frozen: raise ConfigError(f'"training.{key}": nothing is left to train; name less')
     for path, module in model.named_modules():

@@ -12,12 +12,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_pretrain import cli, sft as sft_module
 from mlx_pretrain import prompt as prompts
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import ConfigError
 from mlx_pretrain.prompt import Example, Examples
 from mlx_pretrain.pretrain import PretrainConfig, pretrain
-from mlx_pretrain.pretrained import load
+from mlx_pretrain.pretrained import PretrainedError, export, load
 from mlx_pretrain.run import RunError, checkpoints, read_metadata, read_metrics
 from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
 from mlx_pretrain.tokenizer import ByteTokenizer, DataError
@@ -181,6 +182,37 @@ def test_each_row_once_an_epoch(config, batch_size, accumulate, epochs):
     assert trainer.tokens == epochs * trainer.data.n_targets
 
 
+def test_the_head_is_applied_where_tokens_are_trained_only(config, monkeypatch):
+    rows, original = [], sft_module.head_loss
+    monkeypatch.setattr(sft_module, "head_loss", lambda hidden, *rest, **more: rows.append(len(hidden)) or original(hidden, *rest, **more))
+    trainer = SFTTrainer(config())
+    [batch] = trainer.draw(0)
+    trainer.loss(trainer.model, batch)
+    assert batch.loss_mask.sum().item() <= rows[-1] <= batch.loss_mask.sum().item() + 16 < batch.inputs.size
+
+
+def test_no_more_rows_than_there_are(config):
+    trainer = SFTTrainer(config(training={"hyperparameters": {"batch_size": 4096}}))
+    assert [b.inputs.shape[0] for b in (*trainer.draw(0), *trainer.held_out_batches())] == [10, 3]
+
+
+@pytest.mark.parametrize("how, want", [("keep_end", [*b"e:", *b"two", 258]), ("keep_start", [*b"Re:two"])])
+def test_a_tokenizer_without_a_beginning(tmp_path, how, want):
+    tok = ByteTokenizer()
+    tok.bos_id = None
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "R", "response": "two"}\n')
+    rows = prompts.read_examples(path, tok, prompts.PromptFormat(prompt_format="{instruction}e:"), 6, how)
+    assert rows[0].ids == want and rows[0].start == len(want) - (4 if how == "keep_end" else 3)
+
+
+def test_plain_text_keeps_its_end_or_its_start(config):
+    write("rows.jsonl", [{"text": "abcdefgh"}])
+    for how, want in (("keep_end", [257, *b"gh", 258]), ("keep_start", [257, *b"abc"])):
+        data = SFTTrainer(config(data={"truncation": how, "preprocessing": {"max_context_size": 4}, "validation_file": None})).data
+        assert data[0].ids == want and data.source["truncated"] == 1 and data.n_targets == 3
+
+
 # A mean over tokens
 
 
@@ -255,6 +287,26 @@ def test_the_pretrained_model_may_go(config, base):
     assert read_metadata(branch)["resumed_from"].startswith("runs/tuned")
 
 
+def test_what_is_not_as_it_was_is_told(config, caplog):
+    first = config(training={"epochs": 1})
+    sft(first)
+    with caplog.at_level(logging.WARNING): sft(config(training={"epochs": 2}, resume={"checkpoint": "latest"}))
+    assert [r.message for r in caplog.records] == ["resuming with another configuration: training.epochs: 1 → 2"]
+    shorter = {"truncation": "keep_end", "preprocessing": {"max_context_size": 40}}
+    for n, data in enumerate(({"mask_prompt": False}, {"prompt_format": "{instruction}:"}, shorter)):
+        caplog.clear()
+        again = config(name=f"again-{n}", data=data, training={"epochs": 3}, resume={"checkpoint": "runs/run"})
+        with caplog.at_level(logging.WARNING): sft(again)
+        assert "The training data, or how they are cut, are not what they were." in caplog.text
+
+
+def test_another_trainer_freezes_anew(config, base):
+    opened = load(base)
+    SFTTrainer(config(training={"freeze": [0, "embed_tokens"]}), opened)
+    names = [name for name, _ in tree_flatten(SFTTrainer(config(), opened).model.trainable_parameters())]
+    assert names == [name for name, _ in tree_flatten(opened.model.parameters())]
+
+
 def test_a_cut_run_is_the_whole_run(config):
     whole = sft(config(name="whole", training={"epochs": 3, "freeze": [0]}))
 
@@ -313,6 +365,41 @@ def test_the_format_is_inherited(config, base, caplog):
     assert "Q: {instruction}" in (second / "config.yaml").read_text()
     assert load(base).format is None
     assert load(second).tokenizer.fingerprint == load(base).tokenizer.fingerprint     # the chat template in model/ makes no tokens
+
+
+def test_plain_texts_teach_no_other_format(config, base, capsys):
+    first = sft(config(name="first", pretrained_model="base", data={"prompt_format": "Q: {instruction}\nA:"}))
+    write("rows.jsonl", [{"text": "abc"}] * 3)
+    second = sft(config(name="second", pretrained_model="first", data={"validation_file": None}))
+    assert load(second).format.ask("x") == load(first).format.ask("x") == "Q: x\nA:"
+    Path("run.yaml").write_text('data: {input_file: rows.jsonl}')
+    capsys.readouterr()
+    assert main(["sft", "--config", "run.yaml", "--pretrained_model", "base"]) == 0
+    assert "--prompt" in capsys.readouterr().out
+
+
+def test_a_default_context_is_no_demand(config):
+    values = config(model={"attention": {"max_position_embeddings": 128}}).model_dump(exclude_unset=True, mode="json")
+    del values["data"]["preprocessing"]
+    assert SFTTrainer(SFTConfig.model_validate_json(json.dumps(values))).cfg.data.preprocessing.max_context_size == 128
+
+
+def test_a_foreign_chat_template_goes(config, base):
+    file = base / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "FOREIGN"}))
+    opened = load(base / "model")
+    assert opened.tokenizer.fingerprint == load(checkpoints(base)[-1]).tokenizer.fingerprint
+    write("rows.jsonl", [{"instruction": "i", "response": "r", "topic": "t"}] * 2)
+    for name, form, there in (("a", "Q: {instruction}", True), ("b", "{topic}: {instruction}", False)):
+        cfg = config(name=name, data={"prompt_format": form, "validation_file": None})
+        trainer = SFTTrainer(cfg, opened)
+        export(trainer.model, trainer.tokenizer, name, trainer.format)
+        assert "FOREIGN" not in Path(name, "tokenizer_config.json").read_text() and Path(name, "chat_template.jinja").exists() == there
+
+
+def test_a_checkpoint_alone_is_not_enough(base, tmp_path):
+    shutil.copytree(checkpoints(base)[-1], tmp_path / "away" / "step_000001")
+    with pytest.raises(PretrainedError, match="needs its run directory around it"): load(tmp_path / "away" / "step_000001")
 
 
 def test_a_run_cannot_replace_what_it_begins_with(config, base):
@@ -416,6 +503,13 @@ def test_a_wrong_flag_is_one_sentence(config, capsys, flag, sentence):
     assert sentence in error and error.count("\n") == 1
 
 
+def test_half_a_character_has_its_line(config):
+    Path("mine.py").write_text("def half(row): return {**row, 'response': 'x\\ud83d'} if row['instruction'] == 'Count 3' else row\n")
+    half = {"preprocess": "mine.py:half", "validation_file": None}
+    with pytest.raises(DataError, match="rows.jsonl, line 3: a text holds half a character"): SFTTrainer(config(data=half))
+    assert SFTTrainer(config(data={**half, "on_bad_row": "skip"})).data.source["skipped"] == 1
+
+
 def test_the_first_row_may_be_bad_too(config):
     write("rows.jsonl", [{"note": "not a row"}, *ROWS])
     with pytest.raises(DataError, match='rows.jsonl, line 1: the row has "note"; name the columns'): SFTTrainer(config())
@@ -443,3 +537,22 @@ def test_asked_in_the_runs_own_form(tuned, base, capsys, monkeypatch):
     assert main(["chat", "--run", "tuned", "--temperature", "0", "--max_new_tokens", "30"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[1:] == ["one one </s><eos>", "one one one </s><eos>"] and "do not fit into this model's context" in err
+
+
+def test_a_talk_is_made_of_what_was_said(capsys, monkeypatch, config):
+    "With a format that puts something around a response, the next prompt holds it once."
+    form = {"prompt_format": "<{instruction}>", "response_format": " A: {response}."}
+    path = sft(config(name="framed", data=form, training={"epochs": 60}, logging={"steps": {"validation_interval": 1000}}))
+    asked, original = [], cli.render_chat
+    monkeypatch.setattr(cli, "render_chat", lambda *args: asked.append(original(*args)) or asked[-1])
+    typed = iter(["Count 2", "Count 2", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert main(["chat", "--run", str(path), "--temperature", "0", "--max_new_tokens", "40", "--turns", "3"]) == 0
+    said = capsys.readouterr().out.splitlines()[-2]
+    assert said.startswith("A: ") and asked[-1] == [257, *b"<Count 2>", *b" ", *said.encode(), 258, *b"<Count 2>"]
+
+
+def test_a_format_that_cannot_be_asked_is_refused_at_once(config, capsys):
+    write("rows.jsonl", [{"instruction": "i", "response": "r", "topic": "t"}] * 2)
+    sft(config(name="topics", data={"prompt_format": "{topic}: {instruction}", "validation_file": None}))
+    assert main(["chat", "--run", "topics"]) == 2 and "not from an instruction alone" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 
 import numpy as np
 
-from mlx_pretrain.config import load_config
+from mlx_pretrain.config import ConfigError, UserError, load_config
 from mlx_pretrain.generate import generate
 from mlx_pretrain.pretrained import load
 from mlx_pretrain.sft import SFTConfig, SFTTrainer
@@ -30,7 +30,7 @@ def answers(trainer):
 def asked(tok: Tokenizer, ids, template):
     "The instruction in a prompt."
     before, _, after = template.partition("{instruction}")
-    return tok.decode(ids).removeprefix(before).removesuffix(after)
+    return tok.decode(ids).split(before, 1)[-1].removesuffix(after)
 
 
 def line(text): return " ".join(text.split())[:WIDTH]
@@ -39,6 +39,7 @@ def line(text): return " ".join(text.split())[:WIDTH]
 def main(before, after):
     cfg = load_config(SFTConfig, Path(after) / "config.yaml")
     trainers = [SFTTrainer(cfg, load(path)) for path in (before, after)]
+    if trainers[0].held_out is None or trainers[0].format is None: raise ConfigError(f"{after} has no held-out rows with prompt and response")
     losses = [trainer.measure()["val_loss"] for trainer in trainers]
     said = [[*answers(trainer)] for trainer in trainers]
     ended = [sum(end for *_, end in rows) for rows in said]
@@ -51,4 +52,5 @@ def main(before, after):
 
 if __name__ == "__main__":
     if len(sys.argv) != 3: sys.exit(__doc__)
-    main(*sys.argv[1:])
+    try: main(*sys.argv[1:])
+    except UserError as e: sys.exit(str(e))
