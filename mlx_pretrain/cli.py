@@ -176,7 +176,8 @@ def _open(cfg: _Writing) -> tuple[Pretrained, Callable[..., Iterator[str]]]:
 def _format(opened: Pretrained) -> PromptFormat:
     "How a model wants to be asked. Raises `ConfigError` if nobody taught it."
     if opened.format is not None: return opened.format
-    raise ConfigError(f"{opened.path} was not fine-tuned here, so there is no form to ask it in; write the whole text with --prompt")
+    raise ConfigError(f"{opened.path} was not fine-tuned here, so there is no form to ask it in; fine-tune it with `mlx-pretrain sft`, "
+                      "or let it write with `mlx-pretrain generate --prompt`")
 
 
 def _say(pieces: Iterable[str]) -> None:
@@ -196,7 +197,10 @@ def _answer(pieces: Iterable[str]) -> Iterator[str]:
 def generate(
     args: list[str], # command-line words
 ):
-    "Let a model write, or answer. Raises `ConfigError` for an instruction beside a prompt, or to a model that was never taught to answer."
+    """Let a model write, or answer.
+
+    Raises `ConfigError` for an instruction beside a prompt, or to a model that was never taught to answer.
+    """
     cfg = tyro.cli(GenerateConfig, prog="mlx-pretrain generate", args=args, use_underscores=True)
     if cfg.prompt and cfg.instruction is not None: raise ConfigError("--prompt and --instruction are two ways to begin; keep one of them")
     opened, write = _open(cfg)

@@ -563,9 +563,9 @@ def batch_indices(
 class PreprocessingConfig(Section):
     "How documents are cut."
     max_context_size: int = Field(1024, ge=2)
-    "Tokens in a window."
+    "Tokens in a window of text, or in the longest row."
     chunk_overlap: int = Field(0, ge=0)
-    "Tokens that each window repeats from the one before, as context that does not count in the loss."
+    "For texts: tokens that each window repeats from the one before, as context that does not count in the loss."
 
     @model_validator(mode="after")
     def _moves_on(self):

@@ -191,12 +191,14 @@ def truncate(
         return Example(ids[:bos] + ids[bos + over:], start - over) if start - over > bos else None
     if start >= context:
         raise DataError(f'the prompt has {start} tokens, and "data.preprocessing.max_context_size" is {context}; shorten the prompt, '
-                        'or raise that')
+                        'raise that, or set "data.on_bad_row: skip"')
     return Example(ids[:context], start) if how == "keep_start" else None
 
 # %% ../nbs/24_prompt.ipynb #fed21f7d
 class PromptConfig(DataConfig):
     "What to train on: rows with a prompt and a response."
+    tokenizer_path: str | None = None
+    "Directory of a tokenizer; by default that of the pretrained model, or, without one, each byte is a token."
     input_file: str | None = None
     "Training rows: JSON Lines, each with a prompt and a response."
     validation_file: str | None = None

@@ -115,6 +115,7 @@ class SFTTrainer(StageTrainer):
         if cfg.data.preprocessing.chunk_overlap: logger.warning('"data.preprocessing.chunk_overlap" is for texts; rows do not overlap.')
         if pretrained is None and cfg.pretrained_model is not None: pretrained = load(cfg.pretrained_model)
         if pretrained is None:
+            logger.warning("There is no pretrained_model: what is trained is a new model, which has read nothing.")
             tokenizer = make_tokenizer(cfg.data)
             model = Llama(cfg.model.args(tokenizer.vocab_size, cfg.data.preprocessing.max_context_size), cfg.system.seed)
         else:

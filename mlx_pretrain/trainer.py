@@ -650,7 +650,7 @@ def train_run(
     try:
         with ProgressBar(trainer.total_steps, trainer.steps_done) as bar:
             trainer.callbacks.append(bar)
-            trainer.run()
+            metrics = trainer.run()
         if trainer.steps_done < trainer.total_steps: _stopped(trainer, run, **state)
         afterwards()
         outcome = "finished"
@@ -668,6 +668,10 @@ def train_run(
             run.note(said)
         finally: run.finish(outcome)                                      # also when the disk is full: somebody may wait for the lock
     print(said, flush=True)                                               # last, since nobody may be listening any more
-    if trainer.losses and trainer.losses[2] > trainer.losses[0]:
+    if trainer.best and metrics.get("val_loss", 0) > 1.05 * trainer.best[1]:
+        step, best = trainer.best
+        logger.warning(f"Validation was best at step {step} ({best:.3g}) and ended at {metrics['val_loss']:.3g}: train less, or use the "
+                       f"checkpoint of that step, {run.path / run.logging.checkpoint_dir}/step_{step:06d}.")
+    elif trainer.losses and trainer.losses[2] > 1.1 * trainer.losses[0]:
         logger.warning(f'The loss ended at {trainer.losses[2]:.3g}, above its first value of {trainer.losses[0]:.3g}: lower '
                        '"training.hyperparameters.learning_rate".')

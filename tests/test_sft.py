@@ -288,8 +288,9 @@ def test_the_pretrained_model_may_go(config, base):
 
 
 def test_what_is_not_as_it_was_is_told(config, caplog):
-    first = config(training={"epochs": 1})
-    sft(first)
+    sft(config(training={"epochs": 1}))
+    assert "There is no pretrained_model" in caplog.text
+    caplog.clear()
     with caplog.at_level(logging.WARNING): sft(config(training={"epochs": 2}, resume={"checkpoint": "latest"}))
     assert [r.message for r in caplog.records] == ["resuming with another configuration: training.epochs: 1 → 2"]
     shorter = {"truncation": "keep_end", "preprocessing": {"max_context_size": 40}}
@@ -556,3 +557,12 @@ def test_a_format_that_cannot_be_asked_is_refused_at_once(config, capsys):
     write("rows.jsonl", [{"instruction": "i", "response": "r", "topic": "t"}] * 2)
     sft(config(name="topics", data={"prompt_format": "{topic}: {instruction}", "validation_file": None}))
     assert main(["chat", "--run", "topics"]) == 2 and "not from an instruction alone" in capsys.readouterr().err
+
+
+def test_a_validation_that_got_worse_is_told(config, caplog):
+    write("val.jsonl", [{"instruction": "Count 1", "response": "QQQQ"}])
+    path = sft(config(training={"epochs": 40}, logging={"steps": {"validation_interval": 30}}))
+    best = read_metadata(path)["best"]["step"]
+    kept = path / "checkpoints" / f"step_{best:06d}"
+    assert f"Validation was best at step {best} (" in caplog.text and f"use the checkpoint of that step, {kept}." in caplog.text
+    assert load(kept).format

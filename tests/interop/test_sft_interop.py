@@ -91,8 +91,8 @@ def test_other_programs_ask_in_the_same_tokens(tokenizer, tmp_path, name):
             text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return theirs.encode(text, add_special_tokens=False)
         assert ids("How many?") == prompt_ids(tokenizer, fmt.ask("How many?"))
-        talk = ids("How many?", "Three.", "And now?")
-        assert tokenizer.decode(talk) == tokenizer.decode(render_chat(fmt, tokenizer, [("How many?", "Three.")], "And now?"))
+        talk, said = ids("How many?", "Three.", "And now?"), fmt.response({"response": "Three."})
+        assert tokenizer.decode(talk) == tokenizer.decode(render_chat(fmt, tokenizer, [("How many?", said)], "And now?"))
         assert talk.count(tokenizer.bos_id) == talk.count(tokenizer.eos_id) == 1
     assert load(tmp_path / "m").format == fmt
 
