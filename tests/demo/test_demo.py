@@ -42,7 +42,7 @@ def test_below_two_point_two_bits_per_byte(last, held_out):
 
 def test_measured_again_from_the_exported_model(last, held_out):
     "Every token of the first 20,000, in windows of another size, by a softmax in NumPy; longer windows help, shorter ones hurt, a little."
-    model, tokenizer, _ = load(RUN)
+    model, tokenizer, *_ = load(RUN)
     ids = [tokenizer.bos_id, *tokenizer.encode(held_out[0])][:20_001]
     import mlx.core as mx
     nats = 0.0
@@ -61,7 +61,7 @@ def test_the_loss_fell_from_the_logarithm_of_the_vocabulary(lines):
 
 
 def test_it_writes(held_out):
-    model, tokenizer, _ = load(RUN)
+    model, tokenizer, *_ = load(RUN)
     texts = generate_text(model, tokenizer, ["My fellow Americans,", "We must"], max_new_tokens=60, temperature=0.8)
     known = set(" ".join(held_out).split())
     words = " ".join(texts).split()[1:-1]
