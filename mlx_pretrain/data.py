@@ -319,8 +319,9 @@ class Windows:
 
     @property
     def identity(self) -> list:
-        "What a checkpoint remembers of its data: file and tokenizer, and how it is cut."
-        return [self.source.get("key") or self.source.get("sha256"), self.context, self.overlap]
+        "What a checkpoint remembers of its data: file and tokenizer, or the tokens themselves, and how they are cut."
+        what = self.source.get("key") or self.source.get("sha256") or hashlib.sha256(self.tokens.tobytes()).hexdigest()
+        return [what, self.context, self.overlap]
 
     def describe(self) -> str:
         "How much there is, for people."

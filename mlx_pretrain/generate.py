@@ -233,7 +233,7 @@ def stream_text(
 def generate_text(
     model: nn.Module, # see `generate`
     tokenizer: Tokenizer, # the one it was trained with
-    prompts: list[str], # what to write on from
+    prompts: list[str] | list[list[int]], # what to write on from, or their token ids
     max_new_tokens: int = 256, # at most so many tokens each
     temperature: float = 1.0, # see `sample`
     top_k: int = 0, # see `sample`
@@ -241,7 +241,7 @@ def generate_text(
     seed: int = 0, # of the draws
 ) -> list[str]: # what was written, without the prompts
     "Write on from several texts at once. Raises `GenerateError` as `generate` does."
-    eos, rows = tokenizer.eos_id, [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    eos, rows = tokenizer.eos_id, [prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     out = generate(model, rows, max_new_tokens, eos_ids=[eos], pad_id=tokenizer.pad_id,
                    temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     written = [tokens[mask].tolist() for tokens, mask in zip(np.array(out.tokens), np.array(out.response_mask))]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INSTRUCTION', 'VERBATIM', 'Truncation', 'logger', 'split_format', 'fill_format', 'PromptFormat', 'prompt_ids',
            'Example', 'make_example', 'TokenView', 'truncate', 'PromptConfig', 'resolve_format', 'read_first_row',
-           'RowBatch', 'Examples', 'read_examples', 'batches_in', 'bucketed', 'chat_template', 'render_chat']
+           'RowBatch', 'Examples', 'read_examples', 'epoch_batches', 'chat_template', 'render_chat']
 
 # %% ../nbs/24_prompt.ipynb #b6814506
 import hashlib
@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, NamedTuple
@@ -123,12 +123,15 @@ class PromptFormat(Section):
         return {} if key is None else {key: "" if row.get(key) is None else _field(row, key)}
 
 # %% ../nbs/24_prompt.ipynb #7668f5fc
+def _begin(tokenizer: Tokenizer) -> list[int]: return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
 def prompt_ids(
     tokenizer: Tokenizer, # makes the tokens
     prompt: str, # any text
 ) -> list[int]: # the token that begins a text, if the tokenizer has one, and the text's own
     "A prompt's tokens: the same in training and in generation."
-    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
+    return _begin(tokenizer) + tokenizer.encode(prompt)
 
 
 class Example(NamedTuple):
@@ -147,8 +150,13 @@ def make_example(
     response: str, # what shall be said
 ) -> Example: # tokens, and where the response begins
     "Tokenise a prompt and its response."
-    before = prompt_ids(tokenizer, prompt)
-    return Example(before + tokenizer.encode(response) + [tokenizer.eos_id], len(before))
+    return _joined(tokenizer, *tokenizer.encode_batch([prompt, response]))
+
+
+def _joined(tokenizer: Tokenizer, prompt: list[int], response: list[int]) -> Example:
+    "The tokens of a prompt and of its response, with those that begin and end a text."
+    before = _begin(tokenizer) + prompt
+    return Example(before + response + [tokenizer.eos_id], len(before))
 
 # %% ../nbs/24_prompt.ipynb #42c26423
 class TokenView:
@@ -381,10 +389,10 @@ class Examples:
 
     def batch(
         self,
-        indices: np.ndarray, # which rows, (B,) integers; −1 gives a row of padding that counts nowhere
+        indices: np.ndarray, # which rows, (B,) integers from 0
     ) -> RowBatch: # their tokens
         "Gather some rows. Raises `IndexError` if there is no such row."
-        rows = [([self.pad_id], 1) if i < 0 else self[i] for i in np.asarray(indices).tolist()]
+        rows = [self[i] for i in np.asarray(indices).tolist()]
         width = _grid(max(len(ids) for ids, _ in rows) - 1)               # T: the last token of a row is only predicted
         inputs = np.full((len(rows), width), self.pad_id, np.int32)       # (B, T)
         places, targets = [], []
@@ -406,22 +414,19 @@ def _texts(path, fmt: PromptFormat, preprocess: _Preprocess | None, tally: _Tall
 
 def _encoded(path, group: list[tuple[int, str, str]], tokenizer: Tokenizer, tally: _Tally) -> Iterator[tuple[int, Example]]:
     "Some rows in tokens, as `make_example` makes them, all at once."
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     try: ids = tokenizer.encode_batch([text for _, *texts in group for text in texts])
     except DataError as e:
         if len(group) == 1: return tally.bad(DataError(f"{path}, line {group[0][0]}: {e}"))
         for row in group: yield from _encoded(path, [row], tokenizer, tally)
         return
-    for (line, *_), prompt, response in zip(group, ids[::2], ids[1::2]):
-        yield line, Example(bos + prompt + response + [tokenizer.eos_id], len(bos) + len(prompt))
+    for (line, *_), prompt, response in zip(group, ids[::2], ids[1::2]): yield line, _joined(tokenizer, prompt, response)
 
 
 def _fitting(path, tokenizer: Tokenizer, fmt: PromptFormat, context: int, truncation: Truncation, edit, tally: _Tally) -> Iterator[Example]:
     "The rows of a file that can be used, in tokens, none longer than the context."
-    bos = 0 if tokenizer.bos_id is None else 1
     for group in _groups(_texts(path, fmt, edit, tally), length=lambda row: len(row[1]) + len(row[2])):
         for line, example in _encoded(path, group, tokenizer, tally):
-            try: fits = truncate(example, context, truncation, bos)
+            try: fits = truncate(example, context, truncation, len(_begin(tokenizer)))
             except DataError as e: tally.bad(DataError(f"{path}, line {line}: {e}"))
             else:
                 if fits is None: tally["dropped"] += 1
@@ -466,37 +471,19 @@ def _none_left(path: str | Path, tally: _Tally, context: int) -> str:
     return f"{path}: no row is left of {tally['rows']} ({'; '.join(reasons)}); mend the rows or the configuration"
 
 # %% ../nbs/24_prompt.ipynb #759b7eb8
-@lru_cache(maxsize=4)
-def _plan(lengths: bytes, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    "The batches of one epoch, (batches, B): each row once, −1 for none. Cached because every step of the epoch asks for it."
-    sizes, rng = np.frombuffer(lengths, np.int64), rng_for(seed, epoch, "order")
-    order = rng.permutation(len(sizes))
-    order = order[np.argsort(np.array([_grid(n - 1) for n in sizes[order].tolist()]), kind="stable")]
-    order = np.pad(order, (0, -len(order) % batch_size), constant_values=-1)
-    plan = rng.permutation(order.reshape(-1, batch_size))
-    plan.flags.writeable = False
-    return plan
-
-
-def batches_in(
-    n: int, # number of rows
-    batch_size: int, # B
-) -> int: # number of batches; one may be partly empty
-    "How many batches hold one epoch."
-    return -(-n // batch_size)
-
-
-def bucketed(
+def epoch_batches(
     lengths: np.ndarray, # tokens of each row, (n,)
     batch_size: int, # B
-    per_step: int, # batches that make one step
-    step: int, # the training step, from 0
     seed: int, # the run's seed
-) -> np.ndarray: # (up to `per_step`, B) row numbers; −1 fills the batch that is not full
-    "The rows of one step: a pure function of its arguments. No step belongs to two epochs."
-    steps = batches_in(batches_in(len(lengths), batch_size), per_step)    # in an epoch
-    plan = _plan(np.asarray(lengths, np.int64).tobytes(), batch_size, seed, step // steps)
-    return plan[step % steps * per_step:][:per_step]
+    epoch: int, # from 0
+) -> list[np.ndarray]: # row numbers, (B,) each; one batch may be smaller
+    "The batches of one epoch, each row once: a pure function of its arguments."
+    rng = rng_for(seed, epoch, "order")
+    order = rng.permutation(len(lengths))
+    buckets = np.array([_grid(n - 1) for n in lengths[order].tolist()])
+    order = order[np.argsort(buckets, kind="stable")]                     # rows of one bucket stay shuffled
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 # %% ../nbs/24_prompt.ipynb #31fb2c07
 def _jinja(pieces: list[tuple[str, str | None]], names: dict[str, str]) -> str:

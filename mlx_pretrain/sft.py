@@ -8,6 +8,7 @@ __all__ = ['logger', 'response_loss', 'SFTData', 'SFTHyperparameters', 'SFTTrain
 # %% ../nbs/03_sft.ipynb #9da40ccf
 import logging
 from collections.abc import Iterable
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,12 +17,12 @@ from pydantic import Field
 
 from .config import ConfigError
 from .data import make_tokenizer
-from .generate import GenerateError, generate
+from .generate import generate_text
 from .model import Llama, ModelConfig
 from .ops import head_loss
-from .pretrained import Pretrained, find_model, load
+from .pretrained import Pretrained, find_model, load, open_checkpoint
 from .prompt import (
-    Examples, PromptConfig, PromptFormat, RowBatch, Truncation, batches_in, bucketed, read_examples, read_first_row, resolve_format)
+    Examples, PromptConfig, PromptFormat, RowBatch, Truncation, epoch_batches, read_examples, read_first_row, resolve_format)
 from .stage import StageConfig, StageTrainer, data_file, run_stage
 from .trainer import Hyperparameters, TrainingConfig
 
@@ -128,7 +129,8 @@ class SFTTrainer(StageTrainer):
         elif pretrained: self.format = pretrained.format                      # plain texts teach no other
         data, held_out = (_read(cfg.data, key, tokenizer, fmt) for key in ("input_file", "validation_file"))
         h = cfg.training.hyperparameters
-        epoch = batches_in(batches_in(len(data), h.batch_size), h.gradient_accumulation_steps)
+        self.batches_of = lru_cache(2)(lambda epoch: epoch_batches(data.lengths, h.batch_size, cfg.system.seed, epoch))
+        epoch = -(-len(data) // (h.batch_size * h.gradient_accumulation_steps))      # steps; the last may be smaller
         super().__init__(cfg, model, tokenizer, response_loss, data, held_out, epoch, **kwargs)
 
     def draw(
@@ -136,9 +138,8 @@ class SFTTrainer(StageTrainer):
         step: int, # from 0
     ) -> list[RowBatch]: # one batch, or as many as are accumulated
         "The batches of a step."
-        h = self.cfg.training.hyperparameters
-        rows = bucketed(self.data.lengths, h.batch_size, h.gradient_accumulation_steps, step, self.cfg.system.seed)
-        return [self.data.batch(part[part >= 0]) for part in rows]
+        (epoch, place), n = divmod(step, self.epoch), self.cfg.training.hyperparameters.gradient_accumulation_steps
+        return [*map(self.data.batch, self.batches_of(epoch)[place * n:(place + 1) * n])]
 
     def held_out_batches(self) -> Iterable[RowBatch]:
         "All held-out rows, short ones first."
@@ -150,20 +151,22 @@ class SFTTrainer(StageTrainer):
         if self.run_dir: self.run_dir.note("\n".join(f"{ask}\n→ {said}" for ask, said in self.answers()))
         return super().measure()
 
+    @cached_property
+    def questions(self) -> list[list[int]]:
+        "The different prompts of the held-out rows, in tokens."
+        return [*map(list, dict.fromkeys(tuple(self.held_out.prompt(i)) for i in range(len(self.held_out))))]
+
     def answers(
         self,
         n: int = 3, # how many held-out prompts
         max_new_tokens: int = 64, # most tokens of an answer
-    ) -> list[tuple[str, str]]: # prompts, and what the model says now; ends with … if it did not stop by itself
+    ) -> list[tuple[str, str]]: # prompts, and what the model says now
         "Likeliest answers to held-out prompts, the same ones every time."
-        tok, said = self.tokenizer, []
-        prompts = [*dict.fromkeys(tuple(self.held_out.prompt(i)) for i in range(len(self.held_out)))]
-        for ids in map(list, prompts[::max(1, len(prompts) // n)][:n]):
-            try: out = generate(self.model, [ids], max_new_tokens, eos_ids=[tok.eos_id], pad_id=tok.pad_id, temperature=0)
-            except GenerateError: continue                                # a prompt that fills the whole context
-            tokens = np.array(out.tokens)[0, np.array(out.response_mask)[0]].tolist()
-            said.append((tok.decode(ids), tok.decode(tokens) + ("" if tokens[-1] == tok.eos_id else "…")))
-        return said
+        room = self.model.args.max_position_embeddings - max_new_tokens
+        fitting = [ids for ids in self.questions if 0 < len(ids) <= room]
+        asked = fitting[::max(1, len(fitting) // n)][:n]
+        said = generate_text(self.model, self.tokenizer, asked, max_new_tokens, temperature=0) if asked else []
+        return [*zip(map(self.tokenizer.decode, asked), said)]
 
 
 def _read(cfg: SFTData, key: str, tokenizer, fmt: PromptFormat) -> Examples | None:
@@ -183,10 +186,10 @@ def sft(
     Raises `UserError` for whatever is wrong in configuration, data or place; nothing is written before these are checked.
     """
     def build(saved):
-        place, begins = (Path(root) / cfg.name).resolve(), find_model(cfg.pretrained_model or "").resolve()
+        place = (Path(root) / cfg.name).resolve()
         goes_on = saved and place in saved.path.resolve().parents
-        if cfg.pretrained_model and place in (begins, *begins.parents) and not goes_on:
+        if cfg.pretrained_model and not goes_on and place in ((begins := find_model(cfg.pretrained_model).resolve()), *begins.parents):
             raise ConfigError(f'"pretrained_model" is {cfg.pretrained_model}, and the run called {cfg.name!r} would replace it; '
                               'choose another "name"')
-        return SFTTrainer(cfg, load(saved.path) if saved else None, **kwargs) # a checkpoint holds all that the pretrained model gave
+        return SFTTrainer(cfg, open_checkpoint(saved) if saved else None, **kwargs)  # it holds all that the pretrained model gave
     return run_stage(cfg, build, root)

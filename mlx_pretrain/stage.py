@@ -188,7 +188,7 @@ def _start(trainer: StageTrainer, saved: Saved | None, root: str | Path, ahead: 
         if saved and run.final.resolve() not in saved.path.resolve().parents: trainer.best = None   # its checkpoint is in another run
         run.note(ahead)
         run.metadata(parameters=parameter_count(trainer.model.args), total_steps=trainer.total_steps,
-                     stage=trainer.stage, format=trainer.format and trainer.format.model_dump(),
+                     format=trainer.format and trainer.format.model_dump(),
                      train_tokens=trainer.data.n_targets, data={key: d.source for key, d in data.items() if d})
         trainer.tokenizer.save(run.path / "tokenizer")
     except BaseException:

@@ -119,8 +119,7 @@ def text_becomes_eos(monkeypatch):
     original = ByteTokenizer._encode_batch
 
     def encode(self, texts):
-        split = [part for text in texts for part in [text.replace("<eos>", "\0")]]
-        return [np.where(ids == 0, 258, ids) for ids in original(self, split)]
+        return [np.where(ids == 0, 258, ids) for ids in original(self, [text.replace("<eos>", "\0") for text in texts])]
     monkeypatch.setattr(ByteTokenizer, "_encode_batch", encode)
 
 

@@ -20,8 +20,7 @@ LONGEST, SHOWN, WIDTH = 64, 6, 100  # tokens of an answer; answers; characters o
 
 def answers(trainer):
     "Prompts and likeliest answers on the held-out rows: text, and did it end by itself?"
-    tok, held_out = trainer.tokenizer, trainer.held_out
-    prompts = [*dict.fromkeys(tuple(held_out.prompt(i)) for i in range(len(held_out)))]
+    tok, prompts = trainer.tokenizer, trainer.questions
     out = generate(trainer.model, prompts, LONGEST, eos_ids=[tok.eos_id], pad_id=tok.pad_id, temperature=0)
     for ids, tokens, mask in zip(prompts, np.array(out.tokens), np.array(out.response_mask), strict=True):
         yield asked(tok, ids, trainer.format.prompt_format), tok.decode(tokens[mask]), bool((tokens == tok.eos_id).any())
