@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from .config import Section
 from .core import key_for
-from .ops import Rope, attention, linear_add, linears, norm, swiglu
+from .ops import Rope, attention, head_loss, linear_add, linears, norm, swiglu
 
 # %% ../nbs/00_model.ipynb #b5c942c0
 def rope_periods(
@@ -123,14 +123,21 @@ class Linear(nn.Module):
         self.weight = mx.zeros((n_out, n_in))
         if bias: self.bias = mx.zeros((n_out,))
 
+    def plus(
+        self,
+        x: mx.array, # input, (…, in)
+        y: mx.array, # (…, out)
+    ) -> mx.array: # (…, out)
+        "`y`, and what this layer has beside its weight."
+        return y + self.bias if "bias" in self else y
+
 
 def project(
     x: mx.array, # (…, in)
     *layers: Linear, # projections of the same input
 ) -> list[mx.array]: # (…, out_i) each
     "Several linear layers on one input."
-    ys = linears(x, *(layer.weight for layer in layers))
-    return [y + layer.bias if "bias" in layer else y for y, layer in zip(ys, layers)]
+    return [layer.plus(x, y) for layer, y in zip(layers, linears(x, *(layer.weight for layer in layers)))]
 
 
 def project_add(
@@ -139,7 +146,7 @@ def project_add(
     residual: mx.array, # (…, out)
 ) -> mx.array: # (…, out)
     "One linear layer, added to the residual stream."
-    return linear_add(x, layer.weight, residual + layer.bias if "bias" in layer else residual)
+    return linear_add(x, layer.weight, layer.plus(x, residual))
 
 # %% ../nbs/00_model.ipynb #c7cbb8af
 class KVCache:
@@ -343,7 +350,10 @@ class Llama(nn.Module):
     @property
     def head_weight(self) -> mx.array:
         "The matrix that turns hidden states into logits, (V, D)."
-        return self.model.embed_tokens.weight if self.args.tie_word_embeddings else self.lm_head.weight
+        return self._head.weight
+
+    @property
+    def _head(self) -> nn.Module: return self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
 
     def hidden(
         self,
@@ -362,6 +372,15 @@ class Llama(nn.Module):
     ) -> mx.array: # (B, T, V) logits of the token that follows each
         "Logits at every position."
         return linears(self.hidden(ids, cache, pad), self.head_weight)[0]
+
+    def loss(
+        self,
+        hidden: mx.array, # last hidden states, (…, D)
+        targets: mx.array, # the token that came, (…) int32
+        loss_mask: mx.array, # which of them count, (…) bool
+    ) -> tuple[mx.array, mx.array]: # (summed loss in nats, number of tokens)
+        "Cross-entropy of the next token, without the gradient of a head that is frozen."
+        return head_loss(hidden, self.head_weight, targets, loss_mask, self.training, not self._head.trainable_parameters())
 
     def make_cache(
         self,

@@ -171,23 +171,27 @@ def _chunk_loss(h, w, t, m):
     return mx.where(m, nll, 0).sum(), g @ w, g.T @ h
 
 
-@mx.custom_function
-def _fused_loss(h, w, t, m):
-    "As `_chunk_loss`, for any number of rows."
-    total, dhs, dw = mx.array(0.0), [], mx.zeros(w.shape)                 # float32, also where w is narrower: many chunks are added
-    for c in _chunks(h.shape[0], w.shape[0]):
-        rows = mx.depends([h[c]], [total, dw, *dhs[-1:]])[0]              # (rows, D), read only when the chunk before is done
-        loss, dh, dwi = _chunk_loss(rows, w, t[c], m[c])
-        total, dw = total + loss, dw + dwi
-        dhs.append(dh)
-    return total, mx.concatenate(dhs), dw
+def _fused(frozen: bool):
+    "Makes the loss as a function of h, w, t, m; with a frozen weight, which gets no gradient, half the work."
+    @mx.custom_function
+    def loss(h, w, t, m):
+        total, dhs, dw = mx.array(0.0), [], mx.zeros(() if frozen else w.shape)       # float32, also where w is narrower
+        for c in _chunks(h.shape[0], w.shape[0]):
+            rows = mx.depends([h[c]], [total, dw, *dhs[-1:]])[0]          # (rows, D), read only when the chunk before is done
+            part, dh, dwi = _chunk_loss(rows, w, t[c], m[c])
+            total, dw = total + part, dw if frozen else dw + dwi
+            dhs.append(dh)
+        return total, mx.concatenate(dhs), dw
+
+    @loss.vjp
+    def vjp(primals, cotangents, outputs):
+        (h, w, t, m), (_, dh, dw) = primals, outputs
+        dw = mx.zeros_like(w) if frozen else (cotangents[0] * dw).astype(w.dtype)
+        return (cotangents[0] * dh).astype(h.dtype), dw, mx.zeros_like(t), mx.zeros_like(m)
+    return loss
 
 
-@_fused_loss.vjp
-def _fused_loss_vjp(primals, cotangents, outputs):
-    h, w, t, m = primals
-    _, dh, dw = outputs
-    return (cotangents[0] * dh).astype(h.dtype), (cotangents[0] * dw).astype(w.dtype), mx.zeros_like(t), mx.zeros_like(m)
+_fused_loss, _fused_loss_frozen = _fused(False), _fused(True)
 
 # %% ../nbs/13_ops.ipynb #e9534485
 def _forward_loss(h, w, t, m):
@@ -204,10 +208,11 @@ def head_loss(
     targets: mx.array, # (…) int32: the token that came, in [0, V); not checked here
     loss_mask: mx.array, # (…) bool: True means "counts"
     train: bool = True, # False skips the gradients that are made on the way (it stays differentiable, only slower)
+    frozen: bool = False, # is the weight not trained? its gradient is zero then, and costs nothing
 ) -> tuple[mx.array, mx.array]: # (summed negative log-likelihood in nats, float32; how many tokens count, int32)
     "Cross-entropy of the next token, some rows at a time, so that memory does not grow with tokens × vocabulary."
     h, t, m = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), loss_mask.reshape(-1)    # (N, D), (N,), (N,)
-    if train: return _fused_loss(h, weight, t, m)[0], m.sum()
+    if train: return (_fused_loss_frozen if frozen else _fused_loss)(h, weight, t, m)[0], m.sum()
     total = mx.array(0.0)
     for c in _chunks(h.shape[0], weight.shape[0]):
         total = total + _forward_loss(mx.depends([h[c]], [total])[0], weight, t[c], m[c])

@@ -15,7 +15,6 @@ import numpy as np
 from .config import ConfigError
 from .data import Batch, DataConfig, Windows, batch_indices, cached_windows, make_tokenizer
 from .model import Llama
-from .ops import head_loss
 from .stage import StageConfig, StageTrainer, data_file, loss_metrics, run_stage
 from .tokenizer import Tokenizer
 
@@ -25,7 +24,7 @@ def next_token_loss(
     batch: Batch, # inputs, targets and mask, (B, T) each
 ) -> tuple[mx.array, mx.array]: # (summed loss in nats, number of tokens)
     "Cross-entropy of the next token over the tokens that count."
-    return head_loss(model.hidden(batch.inputs), model.head_weight, batch.targets, batch.loss_mask, train=model.training)
+    return model.loss(model.hidden(batch.inputs), batch.targets, batch.loss_mask)
 
 # %% ../nbs/02_pretrain.ipynb #9262cd62
 class PretrainConfig(StageConfig):

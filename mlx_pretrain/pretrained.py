@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from .config import UserError
 from .core import fsync
+from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_split, merge
 from .model import Llama, LlamaArgs
 from .prompt import PromptFormat, chat_template
 from .run import Saved, _swap_in, _writing, checkpoints, is_run, load_checkpoint, read_metadata
@@ -104,10 +105,8 @@ def args_from_hf(
 def _usual_layout(model: Llama) -> dict[str, mx.array]: # name → float32 weight
     "The model's weights in the half-split layout."
     args, weights = model.args, {}
-    for name, w in tree_flatten(model.parameters()):
-        if args.rope_traditional and re.search(r"self_attn\.[qk]_proj\.", name):
-            pairs = w.reshape(-1, args.head_dim // 2, 2, w.size // w.shape[0])        # (heads, head_dim/2, 2, D); D = 1 for a bias
-            w = pairs.swapaxes(1, 2).reshape(w.shape)                     # (heads · head_dim, D): first halves, then second halves
+    for name, w in tree_flatten(merge(model).parameters()):
+        if args.rope_traditional and re.search(r"self_attn\.[qk]_proj\.", name): w = half_split(w, args.head_dim)
         weights[name] = w.astype(mx.float32)
     return weights
 
@@ -274,7 +273,20 @@ def open_checkpoint(
     tokenizer = load_tokenizer(place)
     _check_sizes(args, tokenizer, directory)
     fmt = _read_format(state.get("format"), directory / "state.json")
-    return Pretrained(_fill(Llama(args), arrays.get("model", {}), directory / "model.safetensors"), tokenizer, directory, fmt)
+    weights, file = arrays.get("model", {}), directory / "model.safetensors"
+    model = _with_adapters(saved, weights, file) if state.get("base") else _fill(Llama(args), weights, file)
+    return Pretrained(model, tokenizer, directory, fmt)
+
+
+def _with_adapters(saved: Saved, weights: dict[str, mx.array], file: Path) -> Llama:
+    "The model of a checkpoint that holds adapters only: theirs, merged into the one they were trained beside."
+    path, identity = (saved.state["base"].get(key, "") for key in ("path", "identity"))
+    if not Path(path).is_dir(): raise PretrainedError(f"{file} holds adapters to the model in {path}, which is not there; bring it back")
+    model = load(path).model
+    if base_identity(model) != identity: raise PretrainedError(f"{file} holds adapters to another model than that in {path} now")
+    model = apply_lora(model, LoRAConfig.model_validate_json(json.dumps(saved.state["base"]["lora"])))
+    fill_adapters(model, weights, file)
+    return merge(model)
 
 # %% ../nbs/17_pretrained.ipynb #2c6da97a
 def find_model(

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .config import ConfigError
 from .data import make_tokenizer
 from .generate import generate_text
+from .lora import LoRAConfig, apply_lora, base_identity
 from .model import Llama, ModelConfig
-from .ops import head_loss
 from .pretrained import Pretrained, find_model, load, open_checkpoint
 from .prompt import (
     Examples, PromptConfig, PromptFormat, RowBatch, Truncation, epoch_batches, read_examples, read_first_row, resolve_format)
@@ -34,7 +34,7 @@ def response_loss(
     "Cross-entropy of the trained tokens. The head is applied at their places only."
     hidden = model.hidden(batch.inputs)                                   # (B, T, D)
     hidden = hidden.reshape(-1, hidden.shape[-1])[batch.positions]        # (N, D)
-    return head_loss(hidden, model.head_weight, batch.targets, batch.loss_mask, train=model.training)
+    return model.loss(hidden, batch.targets, batch.loss_mask)
 
 # %% ../nbs/03_sft.ipynb #d10fd26e
 class SFTData(PromptConfig):
@@ -57,6 +57,14 @@ class SFTTraining(TrainingConfig):
     "The `training:` section of a configuration."
     hyperparameters: SFTHyperparameters = SFTHyperparameters()
     "The numbers people turn first."
+    lora: LoRAConfig = LoRAConfig()
+    "Adapters instead of the weights themselves."
+
+    @model_validator(mode="after")
+    def _adapters_alone(self):
+        if self.lora.rank and (self.freeze or self.train_only):
+            raise ValueError("with adapters (lora.rank above 0) nothing else is trained; take freeze and train_only out")
+        return self
 
 
 class SFTConfig(StageConfig):
@@ -99,6 +107,13 @@ def _complete(cfg: SFTConfig, model: Llama) -> SFTConfig:
     return cfg.model_copy(update={"model": ModelConfig.of(model.args)})
 
 # %% ../nbs/03_sft.ipynb #b62e04ff
+def _base(cfg: SFTConfig, pretrained: Pretrained | None) -> dict:
+    "What adapters are trained beside. Raises `ConfigError` if that is a new model."
+    if pretrained is None: raise ConfigError('"training.lora": adapters need a model that knows something; name it in "pretrained_model"')
+    identity, lora = base_identity(pretrained.model), cfg.training.lora.model_dump(mode="json")
+    return {"path": str(pretrained.path.resolve()), "identity": identity, "lora": lora}
+
+
 class SFTTrainer(StageTrainer):
     """Fine-tuning as an object to step.
 
@@ -124,6 +139,9 @@ class SFTTrainer(StageTrainer):
             model.unfreeze()                                              # whatever an earlier trainer has frozen
             _tell_differences(cfg, pretrained)
         cfg = _complete(cfg, model)
+        if cfg.training.lora.rank:
+            self.base = _base(cfg, pretrained)
+            model = apply_lora(model, cfg.training.lora, cfg.system.seed)
         fmt = resolve_format(cfg.data, read_first_row(path, cfg.data), pretrained and pretrained.format)
         if fmt.input_field: cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
         elif pretrained: self.format = pretrained.format                      # plain texts teach no other
@@ -191,5 +209,6 @@ def sft(
         if cfg.pretrained_model and not goes_on and place in ((begins := find_model(cfg.pretrained_model).resolve()), *begins.parents):
             raise ConfigError(f'"pretrained_model" is {cfg.pretrained_model}, and the run called {cfg.name!r} would replace it; '
                               'choose another "name"')
-        return SFTTrainer(cfg, open_checkpoint(saved) if saved else None, **kwargs)  # it holds all that the pretrained model gave
+        whole = saved and not saved.state.get("base")                     # it holds all that the pretrained model gave
+        return SFTTrainer(cfg, open_checkpoint(saved) if whole else None, **kwargs)
     return run_stage(cfg, build, root)

@@ -19,6 +19,7 @@ from pydantic import field_validator
 
 from .config import ConfigError, Section, to_yaml
 from .data import DataConfig
+from .lora import save_adapters
 from .model import Llama, ModelConfig, parameter_count
 from .pretrained import export
 from .prompt import PromptFormat
@@ -84,6 +85,7 @@ class StageTrainer(Trainer):
     """
     stage = "stage" # its name, for its checkpoints
     format: PromptFormat | None = None
+    base: dict | None = None # of adapters: `path` and `identity` of the model they are trained beside, and how they are made (`lora`)
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class StageTrainer(Trainer):
         model.model.checkpointing = cfg.system.gradient_checkpointing
         super().__init__(
             model, self.loss, self.draw, total_steps, cfg.training, validate=self.measure if held_out else None,
-            validation_interval=cfg.logging.steps.validation_interval, **kwargs)
+            validation_interval=cfg.logging.steps.validation_interval, seed=cfg.system.seed, **kwargs)
 
     def draw(
         self,
@@ -131,7 +133,7 @@ logger = logging.getLogger("mlx_pretrain")
 
 def _identity(trainer: StageTrainer) -> dict:
     "What a checkpoint says about where it comes from."
-    return {"stage": trainer.stage, "format": trainer.format and trainer.format.model_dump(),
+    return {"stage": trainer.stage, "format": trainer.format and trainer.format.model_dump(), "base": trainer.base,
             "args": trainer.model.args.model_dump(), "tokenizer": trainer.tokenizer.fingerprint,
             "reset": trainer.cfg.resume.reset_optimizer,
             "data": trainer.data.identity, "held_out": trainer.held_out and trainer.held_out.identity}
@@ -147,6 +149,10 @@ def _check_identity(now: dict, saved: Saved):
         raise RunError(f'{saved.path} was trained with another tokenizer; set "data.tokenizer_path" to the copy in its run directory')
     if changed := [f"{key} was {sizes.get(key)} and is {v}" for key, v in now["args"].items() if sizes.get(key) != v]:
         raise RunError(f'{saved.path} does not fit the section "model": {", ".join(changed)}; make it as it was, or start a new run')
+    was, base = then.get("base") or {}, now["base"] or {}
+    if was.get("lora") != base.get("lora"): raise RunError(f'{saved.path}: make "training.lora" what it was there, or start a new run')
+    if was.get("identity") != base.get("identity"):
+        raise RunError(f'{saved.path} holds adapters to another model than "pretrained_model" is now; give it {was["path"]} as it was')
 
 
 def _go_on(trainer: StageTrainer, saved: Saved):
@@ -168,8 +174,10 @@ def _say_ahead(trainer: StageTrainer, place: Path) -> str:
     needed = check_memory(trainer) * (cfg.logging.keep_last + 2)          # on the disk; with the best, and the one being written
     count, free = parameter_count(trainer.model.args), shutil.disk_usage(place).free
     trained = sum(w.size for _, w in tree_flatten(trainer.model.trainable_parameters()))
+    which = f", {trained:,} of them trained" if trained < count else ""
+    if trainer.base: which = f", and {trained:,} in adapters, which are trained"
     about = trainer.data.describe() + (f"\nHeld out: {trainer.held_out.describe()}" if trainer.held_out else "")
-    said = (f"{count:,} parameters{f', {trained:,} of them trained' if trained < count else ''}. {about}\n"
+    said = (f"{count:,} parameters{which}. {about}\n"
             f"{left:,} steps to go of {steps:,}: {float(steps / trainer.epoch):.3g} epochs. "
             f"Checkpoints take up to {short(needed)}B; {short(free)}B are free.")
     print(said, flush=True)
@@ -219,5 +227,9 @@ def run_stage(
             return place
     ahead = _say_ahead(trainer, next(p for p in (place, *place.absolute().parents) if p.is_dir()))
     run = trainer.run_dir = _start(trainer, saved, root, ahead)
-    train_run(trainer, run, lambda: export(trainer.model, trainer.tokenizer, run.path / "model", trainer.format), **_identity(trainer))
+
+    def write():
+        export(trainer.model, trainer.tokenizer, run.path / "model", trainer.format)
+        if trainer.base: save_adapters(trainer.model, run.path / "adapters")
+    train_run(trainer, run, write, **_identity(trainer))
     return run.path

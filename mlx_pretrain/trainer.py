@@ -31,6 +31,8 @@ from mlx.utils import tree_flatten, tree_map
 from pydantic import Field, field_validator, model_validator
 
 from .config import ConfigError, Section, UserError
+from .core import key_for
+from .lora import adapters, dropping
 from .optim import Optimization, SchedulerConfig, check_optimizer, make_optimizer, make_schedule
 from .run import Journal, Run, RunError, Saved, checkpoints, read_metadata, short
 
@@ -161,9 +163,9 @@ class Update:
         state, value_and_grad = [model.state, optimizer.state], nn.value_and_grad(model, lambda batch: loss(model, batch))
 
         @partial(mx.compile, inputs=model.state)
-        def gradient(batch):
+        def gradient(batch, key=None):
             weights = model.parameters()
-            sums = value_and_grad(batch)
+            with dropping(model, key): sums = value_and_grad(batch)
             model.update(weights)                                         # differentiating left its own stand-ins there
             return sums
 
@@ -185,12 +187,14 @@ class Update:
         self,
         batches: list[NamedTuple], # one or more, of any sizes; together they are the step
         rate: float, # learning rate
+        key: mx.array | None = None, # for dropout, (2,) uint32
     ) -> tuple[mx.array, ...]: # (mean loss, count, norm of the gradient before clipping, was it finite?), scalars, lazy
         "Take the step."
-        sums = self.gradient(batches[0])
-        for batch in batches[1:]:
+        keys = [None] * len(batches) if key is None else mx.random.split(key, len(batches))
+        sums = self.gradient(batches[0], keys[0])
+        for batch, key in zip(batches[1:], keys[1:]):
             mx.eval(sums)                                                 # one batch's activations at a time
-            sums = tree_map(mx.add, sums, self.gradient(batch))
+            sums = tree_map(mx.add, sums, self.gradient(batch, key))
         return self.apply(sums, mx.array(rate))
 
 # %% ../nbs/18_trainer.ipynb #286af17e
@@ -345,11 +349,12 @@ class Trainer(Progress):
         run: Journal | None = None, # where events go
         optimizer: optim.Optimizer | None = None, # your own, instead of the configured one
         schedule: Callable[[int], float] | None = None, # your own: step (from 0) → learning rate
+        seed: int = 0, # dropout follows from it and the step
     ):
         super().__init__()
         h = cfg.hyperparameters
         self.model, self.batch_at, self.total_steps, self.run_dir = model, batch_at, total_steps, run
-        self.validate, self.validation_interval, self.callbacks = validate, validation_interval, list(callbacks)
+        self.validate, self.validation_interval, self.callbacks, self.seed = validate, validation_interval, list(callbacks), seed
         self.schedule = schedule or make_schedule(cfg.scheduler, h.learning_rate, total_steps)
         if optimizer is not None: check_optimizer(optimizer)
         choose_parameters(model, cfg.freeze, cfg.train_only)
@@ -378,7 +383,7 @@ class Trainer(Progress):
         "One step in pieces; returns its metrics."
         start, knobs = time.perf_counter(), self.read_knobs()
         rate = float(self.schedule(self.steps_done)) * knobs["learning_rate_factor"]
-        values = self.update(self.batches(self.steps_done), rate)
+        values = self.update(self.batches(self.steps_done), rate, key_for(self.seed, self.steps_done, "dropout"))
         self.steps_done += 1
         try: mx.eval(self.model.state, self.optimizer.state, values)
         finally:                                                          # Ctrl-C comes when all is computed, and cannot undo it: count
@@ -432,8 +437,9 @@ class Trainer(Progress):
         if self.in_a_row == 0: logger.warning(said)
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
-        "What a checkpoint must hold: weights and the optimizer's memory, by name."
-        return {"model": dict(tree_flatten(self.model.parameters())), "optimizer": dict(tree_flatten(self.optimizer.state))}
+        "What a checkpoint must hold: weights (of a model with adapters only these) and the optimizer's memory, by name."
+        weights = adapters(self.model) or dict(tree_flatten(self.model.parameters()))
+        return {"model": weights, "optimizer": dict(tree_flatten(self.optimizer.state))}
 
     def state(self) -> dict:
         "The rest of a checkpoint: where we are, and how the knobs stand."
@@ -579,12 +585,12 @@ def _machine_memory() -> int:
 
 def check_memory(
     trainer: Trainer, # ready to go
-) -> int: # bytes of weights and of the optimizer's memory
+) -> int: # bytes of a checkpoint
     "Raise `TrainingError` if weights, gradients and the optimizer's memory alone are more than the machine has."
-    arrays, machine = trainer.arrays(), _machine_memory()
-    held = sum(a.nbytes for _, a in tree_flatten(arrays))
-    needed = held + sum(a.nbytes for a in arrays["model"].values())
-    if needed <= machine: return held
+    model, machine = trainer.model, _machine_memory()
+    trees = model.parameters(), model.trainable_parameters(), trainer.optimizer.state
+    needed = sum(a.nbytes for tree in trees for _, a in tree_flatten(tree))
+    if needed <= machine: return sum(a.nbytes for _, a in tree_flatten(trainer.arrays()))
     raise TrainingError(f"weights, gradients and the optimizer need {short(needed)}B of memory, and this machine has {short(machine)}B: "
                         'make "model.dimensions" smaller')
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_pretrain import cli, sft as sft_module
+from mlx_pretrain import cli, model as model_module
 from mlx_pretrain import prompt as prompts
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import ConfigError
@@ -182,8 +182,8 @@ def test_each_row_once_an_epoch(config, batch_size, accumulate, epochs):
 
 
 def test_the_head_is_applied_where_tokens_are_trained_only(config, monkeypatch):
-    rows, original = [], sft_module.head_loss
-    monkeypatch.setattr(sft_module, "head_loss", lambda hidden, *rest, **more: rows.append(len(hidden)) or original(hidden, *rest, **more))
+    rows, original = [], model_module.head_loss
+    monkeypatch.setattr(model_module, "head_loss", lambda hidden, *rest, **more: rows.append(len(hidden)) or original(hidden, *rest, **more))
     trainer = SFTTrainer(config())
     [batch] = trainer.draw(0)
     trainer.loss(trainer.model, batch)

@@ -71,7 +71,8 @@ def write(file, folder):
     "The whole directory, from the GGUF file."
     arrays, about = mx.load(str(file), return_metadata=True)
     said = {key.removeprefix("llama."): value for key, value in about.items()}
-    tokens, (bos, eos, pad) = about["tokenizer.ggml.tokens"], (said[f"tokenizer.ggml.{x}_token_id"].item() for x in ("bos", "eos", "padding"))
+    tokens = about["tokenizer.ggml.tokens"]
+    bos, eos, pad = (said[f"tokenizer.ggml.{name}_token_id"].item() for name in ("bos", "eos", "padding"))
     heads, kv_heads = said["attention.head_count"].item(), said["attention.head_count_kv"].item()
     theta = said["rope.freq_base"].item()
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
