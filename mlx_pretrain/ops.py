@@ -38,7 +38,7 @@ def linear_add(
     residual: mx.array, # (…, D_out)
 ) -> mx.array: # (…, D_out)
     "`residual + x @ w.T`."
-    return residual + x @ w.T
+    return mx.addmm(residual, x, w.T)
 
 # %% ../nbs/13_ops.ipynb #19d84f6f
 @mx.custom_function
