@@ -25,7 +25,8 @@ from .generate import stream_text
 from .plot import plot_runs, save_figure
 from .pretrain import PretrainConfig, pretrain
 from .pretrained import Pretrained, load
-from .prompt import PromptFormat, render_chat
+from .chat import render_chat
+from .prompt import PromptFormat
 from .run import is_run, list_runs, read_metadata, runs_table
 from .sft import SFTConfig
 from .sft import sft as fine_tune
@@ -177,8 +178,8 @@ def _open(cfg: _Writing) -> tuple[Pretrained, Callable[..., Iterator[str]]]:
 def _format(opened: Pretrained) -> PromptFormat:
     "How a model wants to be asked. Raises `ConfigError` if nobody taught it."
     if opened.format is not None: return opened.format
-    raise ConfigError(f"{opened.path} was not fine-tuned here, so there is no form to ask it in; fine-tune it with `mlx-pretrain sft`, "
-                      "or let it write with `mlx-pretrain generate --prompt`")
+    raise ConfigError(f"{opened.path} was not fine-tuned and has no chat template, so there is no form to ask it in; fine-tune it with "
+                      "`mlx-pretrain sft`, or let it write with `mlx-pretrain generate --prompt`")
 
 
 def _say(pieces: Iterable[str]) -> None:
@@ -205,7 +206,7 @@ def generate(
     cfg = tyro.cli(GenerateConfig, prog="mlx-pretrain generate", args=args, use_underscores=True)
     if cfg.prompt and cfg.instruction is not None: raise ConfigError("--prompt and --instruction are two ways to begin; keep one of them")
     opened, write = _open(cfg)
-    prompt = cfg.prompt if cfg.instruction is None else _format(opened).ask(cfg.instruction)
+    prompt = cfg.prompt if cfg.instruction is None else render_chat(_format(opened), opened.tokenizer, [], cfg.instruction)
     for i in range(cfg.num_samples):
         if cfg.num_samples > 1: print(f"--- {i + 1}")
         pieces = write(prompt, cfg.seed + i)
@@ -240,7 +241,7 @@ def chat(
     cfg = tyro.cli(ChatConfig, prog="mlx-pretrain chat", args=args, use_underscores=True)
     opened, write = _open(cfg)
     fmt, turns, room = _format(opened), [], opened.model.args.max_position_embeddings - cfg.max_new_tokens
-    fmt.ask("")                                                           # can it be asked at all?
+    render_chat(fmt, opened.tokenizer, [], "?")                           # can it be asked at all?
     print("An empty line ends it." + (" /new begins a new conversation." if cfg.turns else ""))
     for n, line in enumerate(_lines()):
         if line == "/new":

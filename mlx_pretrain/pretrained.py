@@ -21,7 +21,8 @@ from .config import UserError
 from .core import fsync
 from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_split, merge
 from .model import Llama, LlamaArgs
-from .prompt import PromptFormat, chat_template
+from .chat import chat_template
+from .prompt import PromptFormat
 from .run import Saved, _swap_in, _writing, checkpoints, is_run, load_checkpoint, read_metadata
 from .tokenizer import Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer
 
@@ -150,7 +151,7 @@ def export(
             _write_json(new / "config.json", {**args_to_hf(model.args, tokenizer), **({_FORMAT: fmt.model_dump()} if fmt else {})})
             _write_json(new / "generation_config.json", _control_ids(tokenizer))
             tokenizer.save(new)
-            if fmt: _write_files(new, _without_chat(tokenizer._files))    # a template that came along asks in another form
+            if fmt and fmt.prompt_format is not None: _write_files(new, _without_chat(tokenizer._files))   # it asks in another form
             if fmt and (template := chat_template(fmt, tokenizer)): (new / "chat_template.jinja").write_text(template, encoding="utf-8")
             for path in [*new.iterdir(), new]: fsync(path)
             _swap_in(new, directory)
@@ -232,7 +233,7 @@ class Pretrained(NamedTuple):
     """A model that was opened.
 
     `model`: a `Llama` with float32 weights; `tokenizer`: its tokenizer; `path`: the directory it was read from; `format`: how it
-    wants to be asked, if it was fine-tuned here.
+    wants to be asked, if it was fine-tuned here, or has a chat template.
     """
     model: Llama
     tokenizer: Tokenizer
@@ -257,6 +258,7 @@ def _load_hf(directory: Path) -> Pretrained:
     tokenizer = load_tokenizer(directory)
     _check_sizes(args, tokenizer, directory)
     fmt = _read_format(config.get(_FORMAT), directory / "config.json")
+    if fmt is None and tokenizer.chat_template is not None: fmt = PromptFormat(prompt_format=None)
     return Pretrained(_fill(Llama(args), weights, files[0] if len(files) == 1 else directory), tokenizer, directory, fmt)
 
 

@@ -21,8 +21,8 @@ from .generate import generate_text
 from .lora import LoRAConfig, apply_lora, base_identity
 from .model import Llama, ModelConfig
 from .pretrained import Pretrained, find_model, load, open_checkpoint
-from .prompt import (
-    Examples, PromptConfig, PromptFormat, RowBatch, Truncation, epoch_batches, read_examples, read_first_row, resolve_format)
+from .prompt import PromptFormat
+from .rows import Examples, PromptConfig, RowBatch, Truncation, epoch_batches, read_examples, read_first_row, resolve_format
 from .stage import StageConfig, StageTrainer, data_file, run_stage
 from .trainer import Hyperparameters, TrainingConfig
 

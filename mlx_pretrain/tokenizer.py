@@ -126,7 +126,7 @@ def _without_chat(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 class Tokenizer:
-    "What all tokenizers share. Each kind adds `_encode_batch` (an array of ids for each text), `_decode`, `_name` and its files, `_files`."
+    "What all tokenizers share. Each kind adds `_encode_batch` (arrays of ids), `_decode`, `_name`, `_control` and `_files`."
     vocab_size: int
     pad_id: int
     bos_id: int | None # some published tokenizers have none
@@ -167,6 +167,20 @@ class Tokenizer:
         return self._name(int(id)) if 0 <= id < self.vocab_size else f"<{id}>"
 
     @property
+    def control(self) -> dict[str, int]:
+        "Control tokens by their names. Only whoever builds a document may use them; in a text, a name is text."
+        return {self._name(self.eos_id): self.eos_id, **self._control()}
+
+    @property
+    def chat_template(self) -> str | None:
+        "The Jinja program by which a chat model wants to be asked, if one came along with its tokenizer."
+        files = self._files
+        if "chat_template.jinja" in files: return files["chat_template.jinja"].decode("utf-8", errors="replace")
+        said = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+        if isinstance(said, list): said = {t.get("name"): t.get("template") for t in said if isinstance(t, dict)}.get("default")
+        return said if isinstance(said, str) else None
+
+    @property
     def fingerprint(self) -> str:
         "SHA-256 over the names and contents of the files that make tokens (a chat template makes none): one tokenizer, one fingerprint."
         digest = hashlib.sha256()
@@ -202,6 +216,8 @@ class ByteTokenizer(Tokenizer):
     def _encode_batch(self, texts): return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def _decode(self, ids): return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def _control(self): return {self._name(i): i for i in (self.pad_id, self.bos_id, self.eos_id)}
 
     def _name(self, i):
         special = self.special_tokens
@@ -321,6 +337,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _decode(self, ids): return self._sp.decode([i for i in ids if not self._sp.is_unknown(i)])
 
+    def _control(self): return {self._sp.id_to_piece(i): i for i in range(self.vocab_size) if self._sp.is_control(i)}
+
     def _name(self, i): return self._sp.id_to_piece(i).replace("▁", " ")
 
 # %% ../nbs/23_tokenizer.ipynb #c3e23f83
@@ -411,6 +429,8 @@ class HFTokenizer(Tokenizer):
 
     def _decode(self, ids):
         with _foreign(f"{self._path} cannot decode tokens"): return self._tok.decode(ids, skip_special_tokens=True)
+
+    def _control(self): return {token.content: i for i, token in self._tok.get_added_tokens_decoder().items() if token.special}
 
     def _name(self, i):
         name = self._tok.id_to_token(i) or f"<{i}>"

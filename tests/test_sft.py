@@ -13,10 +13,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_pretrain import cli, model as model_module
-from mlx_pretrain import prompt as prompts
+from mlx_pretrain import rows as row_files
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import ConfigError
-from mlx_pretrain.prompt import Example, Examples
+from mlx_pretrain.prompt import Example, Piece, PromptFormat
+from mlx_pretrain.rows import Examples
 from mlx_pretrain.pretrain import PretrainConfig, pretrain
 from mlx_pretrain.pretrained import PretrainedError, export, load
 from mlx_pretrain.run import RunError, checkpoints, read_metadata, read_metrics
@@ -90,20 +91,23 @@ def test_the_response_and_its_end_are_trained_and_nothing_else(config):
     assert trained(config) == sorted(expected(ROWS))
 
 
-def loss_on_the_prompt(monkeypatch):
-    monkeypatch.setattr(Examples, "starts", property(lambda self: np.ones_like(self.prompts)))
+def laid_out(monkeypatch, change):
+    "Change the pieces of each row: what begins a text, the prompt, the response, what ends it."
+    original = row_files.row_pieces
+    monkeypatch.setattr(row_files, "row_pieces", lambda *args: change(*original(*args)))
 
 
-def remade(monkeypatch, change):
-    "Change what `_encoded` makes of each row."
-    original = prompts._encoded
-    monkeypatch.setattr(prompts, "_encoded", lambda *args: [(line, change(example)) for line, example in original(*args)])
+def loss_on_the_prompt(monkeypatch): laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, Piece(ask.what, True), say, eos])
+def no_eos(monkeypatch): laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, say])
+def eos_only_read(monkeypatch): laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, say, Piece(eos.what)])
+def bos_twice(monkeypatch): laid_out(monkeypatch, lambda bos, *rest: [bos, bos, *rest])
+def bos_before_the_response(monkeypatch): laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, bos, say, eos])
 
 
-def no_eos(monkeypatch): remade(monkeypatch, lambda e: Example(e.ids[:-1], e.start))
-def bos_twice(monkeypatch): remade(monkeypatch, lambda e: Example([257, *e.ids], e.start + 1))
-def bos_before_the_response(monkeypatch): remade(monkeypatch, lambda e: Example([*e.ids[:e.start], 257, *e.ids[e.start:]], e.start + 1))
-def response_one_late(monkeypatch): remade(monkeypatch, lambda e: Example(e.ids, e.start + 1))
+def response_one_late(monkeypatch):
+    original = row_files.encode_pieces
+    late = lambda e: Example(e.ids, [n > e.start for n in range(len(e.ids))])  # noqa: E731
+    monkeypatch.setattr(row_files, "encode_pieces", lambda *args: [*map(late, original(*args))])
 
 
 def one_pad_token(monkeypatch):
@@ -128,7 +132,8 @@ def one_place_off(monkeypatch):
     monkeypatch.setattr(Examples, "batch", lambda self, rows: (b := original(self, rows))._replace(positions=b.positions + 1))
 
 
-BUGS = [loss_on_the_prompt, no_eos, bos_twice, bos_before_the_response, response_one_late, one_pad_token, text_becomes_eos, one_place_off]
+BUGS = [loss_on_the_prompt, no_eos, eos_only_read, bos_twice, bos_before_the_response, response_one_late, one_pad_token, text_becomes_eos,
+        one_place_off]
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -148,9 +153,9 @@ def cut(row, context, how):
 @pytest.mark.parametrize("planted", [False, True])
 def test_the_right_end_is_cut(config, monkeypatch, how, planted):
     if planted:
-        original = prompts.truncate
+        original = row_files.truncate
         other = {"keep_start": "keep_end", "keep_end": "keep_start"}
-        monkeypatch.setattr(prompts, "truncate", lambda example, context, how, bos: original(example, context, other[how], bos))
+        monkeypatch.setattr(row_files, "truncate", lambda example, context, how, bos: original(example, context, other[how], bos))
     data = SFTTrainer(config(data={"truncation": how, "preprocessing": {"max_context_size": 64}})).data
     right = [read + said for read, said in (cut(row, 64, how) for row in ROWS)]
     assert ([data[i].ids for i in range(len(data))] == right) != planted
@@ -201,7 +206,7 @@ def test_a_tokenizer_without_a_beginning(tmp_path, how, want):
     tok.bos_id = None
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "R", "response": "two"}\n')
-    rows = prompts.read_examples(path, tok, prompts.PromptFormat(prompt_format="{instruction}e:"), 6, how)
+    rows = row_files.read_examples(path, tok, PromptFormat(prompt_format="{instruction}e:"), 6, how)
     assert rows[0].ids == want and rows[0].start == len(want) - (4 if how == "keep_end" else 3)
 
 
@@ -529,7 +534,7 @@ def test_asked_in_the_runs_own_form(tuned, base, capsys, monkeypatch):
     ask = ["generate", "--temperature", "0", "--max_new_tokens", "30", "--instruction", "Count 2", "--run"]
     assert main([*ask, "tuned"]) == 0
     assert capsys.readouterr().out == "one one </s><eos>\n"
-    assert main([*ask, "base"]) == 2 and "was not fine-tuned here" in capsys.readouterr().err
+    assert main([*ask, "base"]) == 2 and "was not fine-tuned" in capsys.readouterr().err
     assert main([*ask, "tuned", "--prompt", "x"]) == 2 and "keep one of them" in capsys.readouterr().err
 
     typed = iter(["Count 2", "x" * 3000, "Count 3", ""])

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mlx_pretrain.generate import generate_text
 from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.pretrained import export, load
-from mlx_pretrain.prompt import PromptFormat, prompt_ids, read_examples, render_chat
+from mlx_pretrain.chat import render_chat
+from mlx_pretrain.prompt import PromptFormat, prompt_ids
+from mlx_pretrain.rows import read_examples
 from mlx_pretrain.sft import SFTConfig, response_loss, sft
 from mlx_pretrain.tokenizer import ByteTokenizer, train_sentencepiece
 
