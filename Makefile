@@ -5,7 +5,7 @@
 BIN = .venv/bin
 PYTHONS = python3.13 python3.12 python3.11 python3
 DEVICE = $(shell [ `uname -s` = Linux ] && { nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu; })
-LEFT_OUT = `make test` left out interop, demo and docs: run `make check` for all of it.
+LEFT_OUT = `make test` left out interop, demo, tutorials and docs: run `make check` for all of it.
 
 .DEFAULT_GOAL = help
 .NOTPARALLEL:
@@ -16,7 +16,7 @@ help:
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make test      run the notebooks, the tests and the checks"
 	@echo "make interop   compare with mlx-lm, transformers and torch (a large download)"
-	@echo "make docs      build the site in _docs/ and README.md"
+	@echo "make docs      run the tutorials, and build the site in _docs/ and README.md"
 	@echo "make check     everything above but lab"
 	@echo "make clean     remove what was built; your runs, data and .venv stay"
 

@@ -1,6 +1,6 @@
 """Run the notebooks, and check that the library is what they say.
 
-    python tools/notebooks.py execute    every notebook in a kernel of its own, into _exec/
+    python tools/notebooks.py execute    every notebook but the tutorials, in a kernel of its own, into _exec/ (or those that are named)
     python tools/notebooks.py sync       notebooks are clean, mlx_pretrain/ and README.md come from them
     python tools/notebooks.py export     clean the notebooks, write mlx_pretrain/ and README.md
 """
@@ -65,7 +65,7 @@ def run_one(name):
     # without folders to search, "python3" is the kernel of sys.executable, whatever else is installed
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     client = NotebookClient(nb, kernel, timeout=TIMEOUT, resources={"metadata": {"path": str((NBS / name).parent)}},
-                            store_widget_state=True, record_timing=False, extra_arguments=["--log-level=40"])
+                            store_widget_state=True, coalesce_streams=True, record_timing=False, extra_arguments=["--log-level=40"])
     try: client.execute()
     except (CellExecutionError, DeadKernelError) as error: sys.exit(str(error))
     for cell in nb.cells: cell.metadata.pop("tags", None)
@@ -74,9 +74,9 @@ def run_one(name):
     nbformat.write(nb, EXEC / name)
 
 
-def run_in_child(name):
-    "Run one notebook in a process that can be stopped: seconds it took, and what went wrong."
-    start, threads = time.perf_counter(), str(max(1, (os.cpu_count() or 1) // WORKERS))
+def run_in_child(name, workers):
+    "Run one of several notebooks in a process that can be stopped: seconds it took, and what went wrong."
+    start, threads = time.perf_counter(), str(max(1, (os.cpu_count() or 1) // workers))
     env = os.environ | {"IN_TEST": "1", "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
     command = [sys.executable, __file__, "run-one", str(name)]
     try: done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
@@ -89,10 +89,10 @@ def execute(names=None, only_stale=False):
     names = [name for name in names or notebooks() if not (only_stale and is_fresh(name))]
     for name in notebooks(EXEC):
         if name in names or not (NBS / name).exists(): (EXEC / name).unlink()
-    failures = {}
-    with ThreadPoolExecutor(WORKERS) as pool:
+    failures, workers = {}, min(WORKERS, len(names)) or 1
+    with ThreadPoolExecutor(workers) as pool:
         try:
-            for name, (seconds, problem) in zip(names, pool.map(run_in_child, names), strict=True):
+            for name, (seconds, problem) in zip(names, pool.map(lambda name: run_in_child(name, workers), names), strict=True):
                 print(f"{'FAILED' if problem else 'ok':6} {seconds:6.1f} s  nbs/{name}", flush=True)
                 if problem: failures[name] = problem
         except KeyboardInterrupt:
@@ -189,7 +189,7 @@ def main():
     parser.add_argument("command", choices=["execute", "sync", "export", "run-one"])
     parser.add_argument("names", nargs="*", type=Path, help="notebooks, relative to nbs/ (default: all)")
     args = parser.parse_args()
-    if args.command == "execute": execute(args.names)
+    if args.command == "execute": execute(args.names or [name for name in notebooks() if len(name.parts) == 1])
     elif args.command == "run-one": run_one(args.names[0])
     else: {"sync": sync, "export": export}[args.command]()
 
