@@ -33,9 +33,10 @@ def _message(value: Any, n: int) -> dict[str, Any]:
 
 
 def read_messages(
-    value: list[Any], # what a row has there
+    value: Any, # what a row has there
 ) -> list[dict[str, Any]]: # each with `role`, `content`, and `trained`; the last one is trained
     "Check a conversation. Raises `DataError` with the number of the message that cannot be used, or if nothing is to be learned."
+    if not isinstance(value, list): raise DataError("a conversation must be a list of messages, each with a role and a content")
     messages = [_message(entry, n) for n, entry in enumerate(value)]
     while messages and not messages[-1]["trained"]: messages.pop()
     if not messages: raise DataError("no message is an answer to be trained; add one with the role assistant")
@@ -83,10 +84,15 @@ def _control(tokenizer: Tokenizer) -> tuple[dict[str, int], re.Pattern]:
 
 def _marked(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[dict], str]:
     "Messages in which no control token is spelt, and the mark that prevents it."
-    _, names = _control(tokenizer)
-    text = "".join(m["content"] for m in messages)
-    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
-    return [{**m, "content": names.sub(lambda found: found[0][0] + mark + found[0][1:], m["content"])} for m in messages], mark
+    control, names = _control(tokenizer)
+    texts = [m["content"] for m in messages]
+    seen = {*tokenizer.chat_template}.union(*texts)
+    mark = next((c for c in map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))) if c not in seen), None)
+    if mark is None: raise DataError("the messages hold all of Unicode's private characters; leave one out")
+    while any(map(names.search, texts)): texts = [names.sub(lambda found: found[0][0] + mark + found[0][1:], text) for text in texts]
+    begun = tuple({name[:n] for name in control for n in range(1, len(name))})
+    texts = [text + mark if text.endswith(begun) else text for text in texts]     # what the template writes behind could complete it
+    return [{**m, "content": text} for m, text in zip(messages, texts)], mark
 
 
 def _split(tokenizer: Tokenizer, text: str, mark: str) -> list[str | int]:
@@ -96,13 +102,13 @@ def _split(tokenizer: Tokenizer, text: str, mark: str) -> list[str | int]:
     return [control[part] if n % 2 else part.replace(mark, "") for n, part in enumerate(parts) if part]
 
 # %% ../nbs/25_chat.ipynb #d33a6865
-def _answer(tokenizer: Tokenizer, parts: list[str | int], trained: bool) -> list[Piece]:
+def _answer(tokenizer: Tokenizer, parts: list[str | int]) -> list[Piece]:
     "The pieces of an answer. Raises `DataError` if nothing ends it."
     ends = [n for n, what in enumerate(parts) if what == tokenizer.eos_id]
     if not ends:
         end = tokenizer.piece(tokenizer.eos_id)
         raise DataError(f"the chat template does not end answers with {end}, so the model would not learn to stop; {_INSTEAD}")
-    return [Piece(what, trained and n <= ends[-1]) for n, what in enumerate(parts)]
+    return [Piece(what, n <= ends[-1]) for n, what in enumerate(parts)]
 
 
 def template_pieces(
@@ -114,12 +120,12 @@ def template_pieces(
     def split(text): return _split(tokenizer, text, mark)
     pieces, done, whole = [], 0, render(tokenizer, safe, ask=messages[-1]["role"] == "user")
     for n, message in enumerate(safe):
-        if message["role"] != "assistant": continue
+        if not message["trained"]: continue
         before, after = render(tokenizer, safe[:n], ask=True), render(tokenizer, safe[:n + 1])
         if not (whole.startswith(after) and after.startswith(before) and done <= len(before)):
             raise DataError("the chat template writes an answer in another form later than when it asks for it; train one answer a row, or "
                             + _INSTEAD)
-        pieces += [*map(Piece, split(whole[done:len(before)])), *_answer(tokenizer, split(after[len(before):]), message["trained"])]
+        pieces += [*map(Piece, split(whole[done:len(before)])), *_answer(tokenizer, split(after[len(before):]))]
         done = len(after)
     return pieces + [*map(Piece, split(whole[done:]))]
 
@@ -151,7 +157,7 @@ def row_pieces(
 ) -> list[Piece]: # in order
     "What a row is made of. Raises `DataError` if it cannot be used."
     value = row.get(fmt.input_field)
-    if isinstance(value, list): messages = read_messages(value)
+    if isinstance(value, list) or fmt.input_field == fmt.output_field: messages = read_messages(value)
     elif fmt.prompt_format is not None: return pair_pieces(tokenizer, fmt.prompt(row), fmt.response(row))
     else: messages = [_said("user", fmt.instruction(row)), {**_said("assistant", fmt.response(row)), "trained": True}]
     return template_pieces(tokenizer, _introduced(fmt, messages)) if fmt.prompt_format is None else _format_pieces(fmt, tokenizer, messages)

@@ -240,13 +240,15 @@ def load_adapters(
         keys = lora.get("keys") or {name.split(".", 3)[3].rpartition(".")[0] for name in weights}
         cfg = LoRAConfig(rank=lora["rank"], alpha=lora["scale"] * lora["rank"], dropout=lora["dropout"], targets=[*keys],
                          num_layers=len({name.split(".")[2] for name in weights}))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-        raise AdapterError(f"{directory} holds no adapters that can be read ({type(e).__name__}: {e}); copy them again") from None
+        model = apply_lora(model, cfg)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, ConfigError) as e:
+        why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise AdapterError(f"{directory} holds no adapters that can be read for this model ({why}); copy them again") from None
     if about.get("fine_tune_type", "lora") != "lora":
         raise AdapterError(f"{directory} holds {about['fine_tune_type']!r}; this library reads lora only")
     if model.args.rope_traditional:
         raise AdapterError("adapters on disk are for models that rotate halves; open this model from its exported directory")
-    fill_adapters(model := apply_lora(model, cfg), weights, directory)
+    fill_adapters(model, weights, directory)
     return model
 
 # %% ../nbs/16_lora.ipynb #f793b086

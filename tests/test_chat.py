@@ -1,0 +1,393 @@
+"Conversations: which tokens a row of messages is made of, which of them are trained, and that nobody's text becomes a control token."
+import json
+from pathlib import Path
+
+import pytest
+from common import forall
+from hypothesis import strategies as st
+
+import mlx_pretrain  # noqa: F401, I001 (before MLX)
+
+from mlx_pretrain import chat, cli
+from mlx_pretrain.chat import read_messages, render, render_chat, row_pieces, template_pieces
+from mlx_pretrain.cli import main
+from mlx_pretrain.model import Llama, LlamaArgs
+from mlx_pretrain.pretrained import export, load
+from mlx_pretrain.prompt import Piece, PromptFormat, encode_pieces
+from mlx_pretrain.run import checkpoints, read_metadata
+from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
+from mlx_pretrain.tokenizer import ByteTokenizer, DataError, SpecialTokens, load_tokenizer
+
+CHATML = """{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+TRIMMED = CHATML.replace("message['content']", "message['content'] | trim")
+ASK = "### Instruction:\n{}\n\n### Response:"
+START, END = 257, 258
+BY_TEMPLATE = PromptFormat(prompt_format=None)
+FORM = pytest.mark.parametrize("form", ["chat_template.jinja", "string", "list"])
+
+
+def said(role, content, **more): return {"role": role, "content": content, **more}
+
+
+TALK = [said("system", "Be brief."), said("user", "Who is there?"), said("assistant", "The gulls."), said("user", "And?"),
+        said("assistant", "Boats & <|im_end|>"), said("user", "Thanks!")]
+TALKS = [TALK, TALK[1:3], [*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:]], [*TALK[:3], said("assistant", "Many."), TALK[1]]]
+
+
+def make_tokenizer(folder, template=CHATML, form="chat_template.jinja", **names):
+    "A tokenizer as Hugging Face has it, in which each byte is a token, with a chat template in one of its three places."
+    special = SpecialTokens(**{"pad": "<pad>", "bos": "<|im_start|>", "eos": "<|im_end|>", **names})
+    ByteTokenizer(special_tokens=special).save(folder)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{key}_token": name for key, name in special.model_dump().items()}}
+    if form == "string": about["chat_template"] = template
+    if form == "list": about["chat_template"] = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
+    Path(folder, "tokenizer_config.json").write_text(json.dumps(about))
+    if form == "chat_template.jinja": Path(folder, form).write_text(template)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def tok(tmp_path): return make_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_base(template=CHATML, form="chat_template.jinja"):
+    "A chat model that has learned nothing, as somebody else would publish it: hf/."
+    tokenizer = make_tokenizer("tokens", template, form)
+    args = LlamaArgs(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                     num_key_value_heads=2, head_dim=16, max_position_embeddings=256)
+    export(Llama(args), tokenizer, "hf")
+
+
+def write(rows): Path("rows.jsonl").write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def config(data={}, training={}, **sections):  # noqa: B006 (read only)
+    hyper = {"batch_size": 4, "learning_rate": 1e-2}
+    return SFTConfig.model_validate_json(json.dumps({
+        "name": "run", "data": {"input_file": "rows.jsonl", "preprocessing": {"max_context_size": 200}, **data},
+        "training": {"hyperparameters": hyper, **training}, **sections}))
+
+
+def read_or_learn(messages):
+    "The messages up to the last answer that is trained, and for each whether it is one."
+    learn = [m["role"] == "assistant" and m.get("weight", 1) == 1 for m in messages]
+    return [*zip(messages, learn)][:len(messages) - learn[::-1].index(True)]
+
+
+def in_chatml(messages):
+    "Each token of a conversation, and whether it is trained, by hand."
+    for m, learn in read_or_learn(messages):
+        yield from [(START, False), *((byte, False) for byte in f"{m['role']}\n".encode())]
+        yield from [*((byte, learn) for byte in m["content"].encode()), (END, learn), (10, False)]
+
+
+def asked_in_chatml(messages):
+    "The tokens of a question, by hand."
+    answer = list(in_chatml([*messages, said("assistant", "")]))
+    return [i for i, _ in answer[:-2]]
+
+
+def in_format(messages):
+    "The same in the default prompt format."
+    yield START, False
+    for m, learn in read_or_learn(messages):
+        if m["role"] == "assistant": yield from [*((byte, learn) for byte in m["content"].encode()), (END, learn)]
+        else: yield from ((byte, False) for byte in (f"{m['content']}\n\n" if m["role"] == "system" else ASK.format(m["content"])).encode())
+
+
+def rows_of(trainer): return [[*zip(*trainer.data[i])] for i in range(len(trainer.data))]
+
+
+# What is trained
+
+
+@FORM
+@pytest.mark.parametrize("lora", [0, 2])
+def test_every_answer_and_its_end_are_trained_and_nothing_else(place, form, lora):
+    make_base(form=form)
+    write([{"messages": talk} for talk in TALKS])
+    trainer = SFTTrainer(config(pretrained_model="hf", training={"lora": {"rank": lora}}))
+    assert rows_of(trainer) == [[*in_chatml(talk)] for talk in TALKS] and trainer.format.prompt_format is None
+    assert trainer.step()["tokens"] == sum(trained for talk in TALKS for _, trained in in_chatml(talk))
+
+
+def test_without_a_template_in_the_prompt_format(place):
+    make_base(form="none")
+    write([{"messages": talk} for talk in TALKS[:3]])
+    for name in ("hf", None):
+        data = {} if name else {"tokenizer_path": "tokens"}
+        trainer = SFTTrainer(config(pretrained_model=name, data=data))
+        assert rows_of(trainer) == [[*in_format(talk)] for talk in TALKS[:3]]
+
+
+def header_trained(monkeypatch):
+    monkeypatch.setattr(chat, "render", lambda tokenizer, messages, ask=False: render(tokenizer, messages))
+
+
+def answers(monkeypatch, trained):
+    "Choose what of an answer is trained, from its parts and the place of its end."
+    def answer(tokenizer, parts): return [Piece(what, trained(n, parts.index(tokenizer.eos_id))) for n, what in enumerate(parts)]
+    monkeypatch.setattr(chat, "_answer", answer)
+
+
+def end_only_read(monkeypatch): answers(monkeypatch, lambda n, end: n < end)
+def end_alone(monkeypatch): answers(monkeypatch, lambda n, end: n == end)
+def line_break_trained(monkeypatch): answers(monkeypatch, lambda n, end: True)
+
+
+def messages_with(monkeypatch, trained):
+    def read(value): return [{**m, "trained": trained(m, m is messages[-1])} for messages in [read_messages(value)] for m in messages]
+    monkeypatch.setattr(chat, "read_messages", read)
+
+
+def only_the_last(monkeypatch): messages_with(monkeypatch, lambda m, last: last)
+def weight_ignored(monkeypatch): messages_with(monkeypatch, lambda m, last: m["role"] == "assistant")
+
+
+def text_becomes_control(monkeypatch):
+    monkeypatch.setattr(chat, "_marked", lambda tokenizer, messages: (messages, "\ue000"))
+
+
+BUGS = [header_trained, end_only_read, end_alone, line_break_trained, only_the_last, weight_ignored, text_becomes_control]
+
+
+def made(tok, messages): return [*zip(*encode_pieces(tok, [row_pieces(BY_TEMPLATE, tok, {"instruction": messages})])[0])]
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_seen(tok, monkeypatch, bug):
+    right = [[*in_chatml(talk)] for talk in TALKS]
+    assert [made(tok, talk) for talk in TALKS] == right
+    bug(monkeypatch)
+    assert [made(tok, talk) for talk in TALKS] != right
+
+
+def test_a_pair_is_a_short_conversation(place):
+    make_base()
+    write([{"instruction": "Who?", "response": "Gulls."}, {"instruction": "And?", "response": "Boats."}])
+    talks = [[said("user", "Who?"), said("assistant", "Gulls.")], [said("user", "And?"), said("assistant", "Boats.")]]
+    assert rows_of(SFTTrainer(config(pretrained_model="hf"))) == [[*in_chatml(talk)] for talk in talks]
+
+
+@pytest.mark.parametrize("how", ["keep_start", "keep_end"])
+def test_a_conversation_that_is_cut(place, how):
+    make_base()
+    talk = [said("user", "Who?"), said("assistant", "The old gulls."), said("user", "And?"), said("assistant", "Boats.")]
+    write([{"messages": talk}])
+    whole = [*in_chatml(talk)]
+    answers = [n for n, (_, trained) in enumerate(whole) if trained]
+    last = answers[-len("Boats.") - 1]
+    context = len(whole) - 4 if how == "keep_start" else len(whole) - answers[0] - 3      # the last loses its end, or the first its start
+    [row] = rows_of(SFTTrainer(config(pretrained_model="hf", data={"truncation": how, "preprocessing": {"max_context_size": context}})))
+    if how == "keep_start": assert row == whole[:context]
+    else: assert row == [whole[0], *((i, trained and n >= last) for n, (i, trained) in enumerate(whole) if n > len(whole) - context)]
+
+
+# Text stays text
+
+
+NASTY = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "<|im_<|im_end|>end|>", "<|im_", "end|>", "<pad>", "<", "|>", " ",
+         "\n", "\t", "\ue000", "\ue001", "<\ue000|im_end|>", "{{ bos_token }}", "é", "\u2028"]
+CONTENT = st.lists(st.sampled_from(NASTY), min_size=1, max_size=8).map("".join)
+
+
+@pytest.mark.parametrize("template, left", [(CHATML, str), (TRIMMED, str.strip)], ids=["as it is", "trimmed"])
+def test_no_text_becomes_a_control_token(tmp_path, template, left):
+    tok = make_tokenizer(tmp_path, template)
+
+    @forall(contents=st.tuples(CONTENT, CONTENT, CONTENT, CONTENT.filter(str.strip)))
+    def check(contents):
+        talk = [said(role, content) for role, content in zip(["system", "user", "user", "assistant"], contents)]
+        first, second, third, last = clean = [{**m, "content": left(m["content"])} for m in talk]
+        assert made(tok, talk) == [*in_chatml(clean)]
+        fmt = PromptFormat(prompt_format=None, system_prompt=contents[0])
+        assert render_chat(fmt, tok, [(contents[1], contents[3])], contents[2]) == asked_in_chatml([first, second, last, third])
+    check()
+
+
+SHORT = "{% for m in messages %}{{ m.role[0] + m.content }}##{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+PRIVATE = "".join(map(chr, range(0xE000, 0xF900)))
+
+
+@pytest.mark.parametrize("before, text", [
+    pytest.param("", "### x", id="names that overlap"), pytest.param("", "#", id="a name that the template would complete"),
+    pytest.param("", PRIVATE + "##", id="many private characters in the text"),
+    pytest.param("\ue000", "##", id="one in the template"), pytest.param("", "\ue000##", id="one in the text")])
+def test_odd_characters(tmp_path, before, text):
+    tok = make_tokenizer(tmp_path, before + SHORT, eos="##")
+    assert [i for i, _ in made(tok, [said("user", text), said("assistant", "x")])] == [*f"{before}u{text}".encode(), END, *b"ax", END]
+
+
+# Other people's programs
+
+
+HOSTILE = {
+    "{{ ''.__class__.__mro__ }}": "is unsafe", "{{ messages.append(1) }}": "is unsafe", "{{ messages[0].update(role='x') }}": "is unsafe",
+    "{{ cycler.__init__.__globals__.os.system('x') }}": "is unsafe", "{{ (messages | attr('append'))(1) }}": "is unsafe",
+    "{% for i in range(10**9) %}x{% endfor %}": "Range too big", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
+    "{{ 'x' * 10**18 }}": "refuses these messages", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}": "recursion",
+    "{{ messages[9].content }}": "refuses these messages", "{{ messages[0].content.no.such }}": "refuses these messages",
+    "{% include '/etc/passwd' %}": "refuses these messages", "{% import 'os' as os %}": "refuses these messages",
+    "{{ raise_exception('roles\nmust\nalternate') }}": "(roles must alternate)",
+    "{% for %}": "is no Jinja program", "{% nonsense %}": "is no Jinja program",
+    "{{ 1 / 0 }}": "division", "{{ '%d' % 'x' }}": "refuses these messages", "": "does not end answers with <|im_end|>",
+    CHATML.replace("+ '<|im_end|>' +", "+"): "does not end answers with <|im_end|>",
+    CHATML.replace("<|im_start|>assistant", "<|im_start|>assistant (thinks)"): "in another form later",
+    CHATML + "{% if not add_generation_prompt %}The end.{% endif %}": "in another form later",
+}
+
+
+@pytest.mark.parametrize("template", HOSTILE)
+def test_a_hostile_template_is_one_sentence(tmp_path, template):
+    tok = make_tokenizer(tmp_path, template)
+    with pytest.raises(DataError) as error: template_pieces(tok, read_messages(TALK))
+    said = str(error.value)
+    assert HOSTILE[template] in said and "\n" not in said and len(said) < 500 and said.endswith('say how to ask in "data.prompt_format"')
+
+
+THOUGHTS = [said("user", "Who?"), said("assistant", "<think>Hm.</think>Gulls."), said("user", "And?"),
+            said("assistant", "<think>Ah.</think>Boats.")]
+FORGOTTEN = [THOUGHTS[0], said("assistant", "Gulls."), *THOUGHTS[2:]]
+
+
+@pytest.fixture
+def thinker(tmp_path):
+    "A template that leaves out what was thought before."
+    left = "(message.content if loop.last else message.content.split('</think>')[-1])"
+    return make_tokenizer(tmp_path, CHATML.replace("message['content']", left))
+
+
+def test_a_template_that_forgets_thoughts(thinker):
+    with pytest.raises(DataError, match="in another form later than when it asks for it; train one answer a row"): made(thinker, THOUGHTS)
+    assert made(thinker, FORGOTTEN) == [*in_chatml(FORGOTTEN)]            # the last ones are trained
+
+
+def test_thoughts_of_an_answer_that_is_not_trained(thinker):
+    silent, forgotten = ([talk[0], {**talk[1], "weight": 0}, *talk[2:]] for talk in (THOUGHTS, FORGOTTEN))
+    assert made(thinker, silent) == [*in_chatml(forgotten)]
+
+
+def test_a_talk_with_a_model_that_thinks(thinker):
+    assert render_chat(BY_TEMPLATE, thinker, [("Who?", THOUGHTS[1]["content"])], "And?") == asked_in_chatml(FORGOTTEN[:3])
+
+
+# Rows that cannot be used
+
+
+FIRST = [
+    ("hi", "message 1 is no object with a role and a content"), ({"from": "human", "value": "x"}, "message 1 has the role None"),
+    (said("tool", "4"), "message 1 has the role 'tool'; it must be system, user or assistant"),
+    (said(["user"], "x"), "message 1 has the role ['user']"), (said("user", None), "message 1 has no text as its content"),
+    (said("user", [{"type": "text", "text": "x"}]), "message 1 has no text"), (said("assistant", " \n"), "message 1 is an empty answer"),
+    (said("assistant", "x", weight=0.5), "message 1 has the weight 0.5; it must be 0 or 1"),
+    (said("assistant", "", tool_calls=[1]), "message 1 calls a tool"), (said("user", "half \ud83d"), "half a character"),
+]
+WHOLE = [
+    ([], "no message is an answer to be trained"), (TALK[:2], "no message is an answer"),
+    ([said("assistant", "x", weight=0)], "no message is an answer"), (None, "messages"), ({"role": "user"}, "messages"),
+    ([TALK[1], TALK[0], TALK[2]], "message 2 is of the system, which speaks first or not at all"),
+    ([said("user", "long " * 60), TALK[2]], "the prompt has 3"),
+]
+FORMATTED = [([TALK[1], TALK[1], TALK[2]], "user and assistant must take turns"), (TALK[2:3], "user and assistant must take turns")]
+ALL = [([first, *TALK[1:3]], sentence) for first, sentence in FIRST] + WHOLE
+
+
+@pytest.mark.parametrize("form", ["chat_template.jinja", "none"])
+def test_a_bad_row_has_its_line(place, form):
+    make_base(form=form)
+    for messages, sentence in ALL + (FORMATTED if form == "none" else []):
+        write([{"messages": TALK}, {"messages": messages}])
+        with pytest.raises(DataError) as error: SFTTrainer(config(pretrained_model="hf"))
+        assert str(error.value).startswith("rows.jsonl, line 2: ") and sentence in str(error.value) and "\n" not in str(error.value)
+        source = SFTTrainer(config(pretrained_model="hf", data={"on_bad_row": "skip"})).data.source
+        assert (source["rows"], source["kept"], source["skipped"]) == (2, 1, 1), messages
+
+
+@pytest.mark.parametrize("form", ["chat_template.jinja", "none"])
+def test_messages_that_are_a_text(place, form):
+    "Nobody learns to say again what was asked."
+    make_base(form=form)
+    write([{"messages": TALK}, {"messages": "hello"}])
+    with pytest.raises(DataError, match="rows.jsonl, line 2: .*messages"): SFTTrainer(config(pretrained_model="hf"))
+
+
+def test_a_template_that_refuses_a_row_says_so(place, capsys):
+    make_base("{% if messages[0].role != 'user' %}{{ raise_exception('Only users begin') }}{% endif %}" + CHATML)
+    write([{"messages": TALK[1:]}, {"messages": TALK}])
+    Path("run.yaml").write_text(json.dumps({"pretrained_model": "hf", "data": {"input_file": "rows.jsonl"}}))
+    assert main(["sft", "--config", "run.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "mlx-pretrain: rows.jsonl, line 2: the chat template refuses these messages (Only users begin); change them, "
+        'or say how to ask in "data.prompt_format"')
+
+
+# From rows to a model that talks
+
+
+@pytest.fixture
+def tuned(place):
+    "A chat model that has learned three short talks, with adapters."
+    make_base(form="string")
+    talks = [[said("user", "Who?"), said("assistant", "Gulls."), said("user", "And?"), said("assistant", "Boats & <|im_end|>")],
+             [said("user", "And?"), said("assistant", "Sand.")]]
+    write([{"messages": talk} for talk in talks])
+    return sft(config(pretrained_model="hf", data={"system_prompt": "Be brief."},
+                      training={"epochs": 150, "lora": {"rank": 16, "alpha": 64}}))
+
+
+def test_it_answers_in_the_form_of_its_template(tuned, capsys, monkeypatch):
+    prompts, original = [], cli.render_chat
+    monkeypatch.setattr(cli, "render_chat", lambda *args: prompts.append(original(*args)) or prompts[-1])
+    system, greedy = said("system", "Be brief."), ["--temperature", "0", "--max_new_tokens", "40"]
+    for run in (tuned, checkpoints(tuned)[-1], tuned / "model"):
+        assert main(["generate", "--run", str(run), "--instruction", "And?", *greedy]) == 0
+        assert capsys.readouterr().out == "Sand.\n" and prompts[-1] == asked_in_chatml([system, said("user", "And?")])
+    typed = iter(["Who?", "And?", "/new", "And?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert main(["chat", "--run", str(tuned), "--turns", "2", *greedy]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["Gulls.", "Boats & <|im_end|>", "Sand."]
+    assert asked_in_chatml([system, said("user", "Who?"), said("assistant", "Gulls."), said("user", "And?")]) in prompts
+    assert main(["generate", "--run", "hf", "--instruction", "And?", *greedy]) == 0      # whoever trained it
+    assert prompts[-1] == asked_in_chatml([said("user", "And?")])
+
+
+def test_its_own_template_stays(tuned):
+    assert (tuned / "model" / "tokenizer_config.json").read_text() == Path("hf", "tokenizer_config.json").read_text()
+    assert not (tuned / "model" / "chat_template.jinja").exists() and load(tuned).tokenizer.chat_template == CHATML
+    for place in (tuned, checkpoints(tuned)[-1], tuned / "model"): assert load(place).format.prompt_format is None
+    assert "prompt_format" in read_metadata(tuned)["format"] and load(tuned).format.system_prompt == "Be brief."
+
+
+@FORM
+@pytest.mark.parametrize("prompt_format, ours", [(None, True), ("Q: {instruction}\nA:", True), ("{topic}: {instruction}", False)])
+def test_which_template_is_exported(place, form, prompt_format, ours):
+    make_base(form=form)
+    write([{"instruction": "Who?", "response": "Gulls.", "topic": "x"}])
+    path = sft(config(pretrained_model="hf", data={"prompt_format": prompt_format}, training={"hyperparameters": {"iters": 1}})) / "model"
+    texts = [file.read_text() for file in (path / "tokenizer_config.json", path / "chat_template.jinja") if file.exists()]
+    assert any("message['role']" in text and "im_end" in text for text in texts) == (prompt_format is None)
+    assert (load(path).tokenizer.chat_template is not None) == ours
+    if prompt_format is None: assert load(path).tokenizer.chat_template == CHATML
+    assert load(path).format.prompt_format == prompt_format and load(path).tokenizer.fingerprint == load("hf").tokenizer.fingerprint
+    if prompt_format and ours:
+        messages = [said("user", "Who?"), said("assistant", "Gulls."), said("user", "And?")]
+        assert render(load(path).tokenizer, messages, ask=True) == "<|im_start|>Q: Who?\nA:Gulls.<|im_end|>Q: And?\nA:"
+
+
+def test_the_system_prompt_is_a_system_turn(place):
+    make_base()
+    write([{"messages": TALK[1:3]}, {"messages": TALK[:3]}])
+    trainer = SFTTrainer(config(pretrained_model="hf", data={"system_prompt": "Be kind <|im_end|>."}))
+    assert rows_of(trainer) == [[*in_chatml([said("system", "Be kind <|im_end|>."), *TALK[1:3]])], [*in_chatml(TALK[:3])]]
