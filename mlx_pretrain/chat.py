@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import Template, TemplateError
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .prompt import Piece, PromptFormat, _begin, encode_pieces, pair_pieces, split_format
@@ -46,15 +47,24 @@ def read_messages(
 _INSTEAD = 'say how to ask in "data.prompt_format"'
 
 
+class _Generation(Extension):
+    "A tag by which some templates mark answers; what it holds is written as it is."
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _refuse(message: str): raise TemplateError(message)
 
 
 @lru_cache(8)
 def _compiled(source: str) -> Template:
     "A template, ready to run. Raises `DataError` if it is no Jinja program."
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
     jinja.globals["raise_exception"] = _refuse
-    jinja.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
+    jinja.filters["tojson"] = lambda value, ensure_ascii=False, **how: json.dumps(value, ensure_ascii=ensure_ascii, **how)
     try: return jinja.from_string(source)
     except TemplateError as e: raise DataError(f"the chat template is no Jinja program ({e}); {_INSTEAD}") from None
 
@@ -68,7 +78,7 @@ def render(
     names = {name: tokenizer.piece(i) for name in ("bos", "eos", "pad") if (i := getattr(tokenizer, f"{name}_id")) is not None}
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     try: return _compiled(tokenizer.chat_template).render(
-        messages=plain, add_generation_prompt=ask, **{f"{name}_token": text for name, text in names.items()})
+        messages=plain, tools=None, documents=None, add_generation_prompt=ask, **{f"{name}_token": text for name, text in names.items()})
     except DataError: raise
     except Exception as e:                                                # whatever somebody's program does
         said = " ".join(str(e).split())[:200]
@@ -86,6 +96,8 @@ def _marked(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[dict], str
     "Messages in which no control token is spelt, and the mark that prevents it."
     control, names = _control(tokenizer)
     texts = [m["content"] for m in messages]
+    if found := [name for name in control if len(name) == 1 and any(name in text for text in texts)]:
+        raise DataError(f"the messages hold {found[0]!r}, which is a control token and cannot be told from text; leave it out")
     seen = {*tokenizer.chat_template}.union(*texts)
     mark = next((c for c in map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))) if c not in seen), None)
     if mark is None: raise DataError("the messages hold all of Unicode's private characters; leave one out")
@@ -108,7 +120,7 @@ def _answer(tokenizer: Tokenizer, parts: list[str | int]) -> list[Piece]:
     if not ends:
         end = tokenizer.piece(tokenizer.eos_id)
         raise DataError(f"the chat template does not end answers with {end}, so the model would not learn to stop; {_INSTEAD}")
-    return [Piece(what, n <= ends[-1]) for n, what in enumerate(parts)]
+    return [Piece(what, n <= ends[0]) for n, what in enumerate(parts)]
 
 
 def template_pieces(

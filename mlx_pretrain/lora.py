@@ -221,6 +221,7 @@ def fill_adapters(
         if name not in weights: problem = f"lacks {name}"
         elif name not in here: problem = f"holds {name}, for which there is no place in the model"
         elif (shape := weights[name].shape) != here[name].shape: problem = f"{name} is {shape}, but {here[name].shape} is needed"
+        elif not mx.issubdtype(weights[name].dtype, mx.floating): problem = f"{name} holds {weights[name].dtype}"
         elif not mx.isfinite(weights[name]).all(): problem = f"{name} holds NaN or infinity"
         else: continue
         raise AdapterError(f"{source}: {problem}; do these adapters belong to this model?")
@@ -235,6 +236,8 @@ def load_adapters(
     directory = Path(directory)
     try:
         about = json.loads((directory / "adapter_config.json").read_bytes())
+        if (kind := about.get("fine_tune_type", "lora")) != "lora":
+            raise AdapterError(f"{directory} holds {kind!r} and not 'lora', which alone this library reads; train adapters anew")
         lora, weights = about["lora_parameters"], mx.load(str(directory / "adapters.safetensors"))
         mx.eval(weights)
         keys = lora.get("keys") or {name.split(".", 3)[3].rpartition(".")[0] for name in weights}
@@ -244,8 +247,6 @@ def load_adapters(
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, ConfigError) as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise AdapterError(f"{directory} holds no adapters that can be read for this model ({why}); copy them again") from None
-    if about.get("fine_tune_type", "lora") != "lora":
-        raise AdapterError(f"{directory} holds {about['fine_tune_type']!r}; this library reads lora only")
     if model.args.rope_traditional:
         raise AdapterError("adapters on disk are for models that rotate halves; open this model from its exported directory")
     fill_adapters(model, weights, directory)

@@ -283,6 +283,9 @@ def open_checkpoint(
 def _with_adapters(saved: Saved, weights: dict[str, mx.array], file: Path) -> Llama:
     "The model of a checkpoint that holds adapters only: theirs, merged into the one they were trained beside."
     path, identity = (saved.state["base"].get(key, "") for key in ("path", "identity"))
+    tails = [Path(*Path(path).parts[n:]) for n in range(1, len(Path(path).parts) - 1)]   # such as base/model
+    moved = (place / tail for tail in tails for place in saved.path.resolve().parents)
+    path = next(filter(Path.is_dir, (Path(path), *moved)), path)          # where it was, or beside the run when both were moved
     if not Path(path).is_dir(): raise PretrainedError(f"{file} holds adapters to the model in {path}, which is not there; bring it back")
     model = load(path).model
     if base_identity(model) != identity: raise PretrainedError(f"{file} holds adapters to another model than that in {path} now")

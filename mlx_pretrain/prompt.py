@@ -166,12 +166,25 @@ def encode_pieces(
     rows: list[list[Piece]], # any number of rows
 ) -> list[Example]: # each in tokens
     "Tokenise rows, all their texts at once, each text by itself."
+    if tokenizer.begins_anew: return [_going_on(tokenizer, row) for row in rows]
     encoded = iter(tokenizer.encode_batch([piece.what for row in rows for piece in row if isinstance(piece.what, str)]))
     examples = []
     for row in rows:
         parts = [([what] if isinstance(what, int) else next(encoded), trained) for what, trained in row]
         examples.append(Example([i for ids, _ in parts for i in ids], [trained for ids, trained in parts for _ in ids]))
     return examples
+
+
+def _going_on(tokenizer: Tokenizer, row: list[Piece]) -> Example:
+    "A row in tokens, its texts as the tokenizer writes on behind what stands before them, unless it would join the two in a token."
+    ids, mask, before = [], [], ""
+    for what, trained in row:
+        if isinstance(what, int): new, before = [what], ""
+        else:
+            head, both = tokenizer.encode_batch([before, before + what])
+            new, before = both[len(head):] if both[:len(head)] == head else tokenizer.encode(what), before + what
+        ids, mask = ids + new, mask + [trained] * len(new)
+    return Example(ids, mask)
 
 
 def make_example(

@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,14 @@ class Tokenizer:
     @property
     def control(self) -> dict[str, int]:
         "Control tokens by their names. Only whoever builds a document may use them; in a text, a name is text."
-        return {self._name(self.eos_id): self.eos_id, **self._control()}
+        return {self._name(i): i for i in (self.bos_id, self.eos_id) if i is not None} | self._control()
 
-    @property
+    @cached_property
+    def begins_anew(self) -> bool:
+        "Does it treat the beginning of a text as the beginning of a word, as Llama 2 did? Texts that follow each other then need care."
+        return self.encode("\na")[-1:] != self.encode("a")
+
+    @cached_property
     def chat_template(self) -> str | None:
         "The Jinja program by which a chat model wants to be asked, if one came along with its tokenizer."
         files = self._files

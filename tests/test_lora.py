@@ -325,6 +325,12 @@ def test_no_checkpoint_without_its_base(tuned, spoil, opened, resumed):
     assert load(tuned).format                                             # the merged model needs nobody
 
 
+def test_run_and_base_may_move_together(tuned):
+    said = load(tuned).model(IDS)
+    Path("runs").rename("moved")
+    assert np.allclose(load(checkpoints(Path("moved") / "tuned")[-1]).model(IDS), said, atol=1e-5)
+
+
 @pytest.mark.parametrize("lora", [
     {"rank": 0}, {"rank": 4}, {"alpha": 1}, {"dropout": 0.1}, {"targets": ["q_proj"]}, {"num_layers": 1}], ids=str)
 def test_no_going_on_with_other_adapters(tuned, lora):

@@ -47,9 +47,9 @@ def labelled(examples, n, pad):
     rows = [examples[i] for i in range(n)]
     width = max(len(row.ids) for row in rows)
     ids, labels = np.full((n, width), pad), np.full((n, width), -100)
-    for r, (row, start) in enumerate(rows):
+    for r, (row, trained) in enumerate(rows):
         ids[r, :len(row)] = row
-        labels[r, start:len(row)] = row[start:]
+        labels[r, :len(row)] = np.where(trained, row, -100)
     return torch.tensor(ids), torch.tensor(labels), torch.tensor([[i < len(row.ids) for i in range(width)] for row in rows]).long()
 
 
