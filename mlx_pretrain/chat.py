@@ -26,6 +26,8 @@ def _message(value: Any, n: int) -> dict[str, Any]:
     role, content = value.get("role"), value.get("content")
     if role not in ("system", "user", "assistant"): raise wrong(f"has the role {role!r}; it must be system, user or assistant")
     if role == "system" and n: raise wrong("is of the system, which speaks first or not at all")
+    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        content = "".join(part["text"] for part in content)               # the longer form of the same
     if value.get("tool_calls") or value.get("function_call"): raise wrong("calls a tool, which this library does not train; leave it out")
     if not isinstance(content, str): raise wrong("has no text as its content; write one in quotes")
     if role == "assistant" and not content.strip(): raise wrong("is an empty answer; write one, or leave it out")
@@ -39,8 +41,10 @@ def read_messages(
     "Check a conversation. Raises `DataError` with the number of the message that cannot be used, or if nothing is to be learned."
     if not isinstance(value, list): raise DataError("a conversation must be a list of messages, each with a role and a content")
     messages = [_message(entry, n) for n, entry in enumerate(value)]
+    if [m["role"] for m in messages if m["role"] != "system"][:1] == ["assistant"]:
+        raise DataError("the conversation begins with an answer; begin with a message of the user")
     while messages and not messages[-1]["trained"]: messages.pop()
-    if not messages: raise DataError("no message is an answer to be trained; add one with the role assistant")
+    if not messages: raise DataError("no message is an answer to be trained; add one with the role assistant, and without the weight 0")
     return messages
 
 # %% ../nbs/25_chat.ipynb #22fcdbde
@@ -165,10 +169,12 @@ def _later(fmt: PromptFormat, turn: int) -> PromptFormat:
 def row_pieces(
     fmt: PromptFormat, # how rows look
     tokenizer: Tokenizer, # has the control tokens, and perhaps a chat template
-    row: dict[str, Any], # column → value; a conversation is a list in the column `fmt.input_field`
+    row: dict[str, Any], # column → value; a conversation is a list in `fmt.input_field`, or goes on in `fmt.output_field`
 ) -> list[Piece]: # in order
     "What a row is made of. Raises `DataError` if it cannot be used."
-    value = row.get(fmt.input_field)
+    value, answer = row.get(fmt.input_field), row.get(fmt.output_field)
+    if isinstance(value, list) and isinstance(answer, list) and answer is not value: value = [*value, *answer]
+    if isinstance(value, list) and row.get("tools"): raise DataError('the row has "tools", which are not told of here; leave them out')
     if isinstance(value, list) or fmt.input_field == fmt.output_field: messages = read_messages(value)
     elif fmt.prompt_format is not None: return pair_pieces(tokenizer, fmt.prompt(row), fmt.response(row))
     else: messages = [_said("user", fmt.instruction(row)), {**_said("assistant", fmt.response(row)), "trained": True}]
@@ -206,12 +212,20 @@ def _jinja(pieces: list[tuple[str, str | None]], names: dict[str, str]) -> str:
     return " + ".join(parts) or '""'
 
 
+def _introducing(fmt: PromptFormat, tokenizer: Tokenizer) -> str | None:
+    "A tokenizer's own template, with our system prompt where the messages have none; `None` if it can stay as it is."
+    if not fmt.system_prompt or tokenizer.chat_template is None: return None
+    system = json.dumps(fmt.system_prompt, ensure_ascii=False)
+    return (f"{{%- if messages[0]['role'] != 'system' -%}}{{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}"
+            f"{{%- endif -%}}{tokenizer.chat_template}")
+
+
 def chat_template(
     fmt: PromptFormat, # how prompts and responses look
     tokenizer: Tokenizer, # has it a token that begins a text?
 ) -> str | None: # a Jinja program; `None` if the tokenizer has its own, or prompts need more than an instruction
     "The format as other programs know it: several turns, each ended by the end-of-text token; the system prompt in front."
-    if fmt.prompt_format is None: return None
+    if fmt.prompt_format is None: return _introducing(fmt, tokenizer)
     prompt, response = split_format(fmt.prompt_format, "data.prompt_format"), split_format(fmt.response_format, "data.response_format")
     asks, says = {"instruction", fmt.input_field}, {"response", fmt.output_field}
     names, others = ({name for _, name in pieces} - {None} for pieces in (prompt, response))

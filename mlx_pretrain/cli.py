@@ -134,6 +134,9 @@ def sft(
     path = fine_tune(read_command(SFTConfig, args, "mlx-pretrain sft"))
     asks = f'Ask it:            mlx-pretrain generate --run "{path}" --instruction "…"\nTalk to it:        mlx-pretrain chat --run "{path}"'
     writes = f'Let it write:      mlx-pretrain generate --run "{path}" --prompt "…"'
+    if (about := path / "adapters" / "adapter_config.json").is_file():
+        base = json.loads(about.read_bytes())["model"]
+        asks += f'\nIn mlx-lm:         mlx_lm.generate --model "{base}" --adapter-path "{about.parent}" --prompt "…"'
     print(f'\nThe model is in "{path / "model"}".\n{asks if read_metadata(path).get("format") else writes}\n'
           f'See how it went:   mlx-pretrain plot "{path}"')
 
@@ -216,8 +219,8 @@ def generate(
 # %% ../nbs/21_cli.ipynb #0ad4105d
 class ChatConfig(_Writing):
     "Talk to a fine-tuned model."
-    turns: int = Field(0, ge=0)
-    "Earlier exchanges it is reminded of; with 0 each question stands alone, as the rows of a fine-tuning do."
+    turns: Annotated[int, Field(ge=0)] | None = None
+    "Earlier exchanges it is reminded of; 0: each question stands alone. By default 0 in a prompt format, 8 with a chat template."
 
 
 def _noted(pieces: Iterable[str], said: list[str]) -> Iterator[str]:
@@ -242,12 +245,13 @@ def chat(
     opened, write = _open(cfg)
     fmt, turns, room = _format(opened), [], opened.model.args.max_position_embeddings - cfg.max_new_tokens
     render_chat(fmt, opened.tokenizer, [], "?")                           # can it be asked at all?
-    print("An empty line ends it." + (" /new begins a new conversation." if cfg.turns else ""))
+    reminded = (8 if fmt.prompt_format is None else 0) if cfg.turns is None else cfg.turns
+    print("An empty line ends it." + (" /new begins a new conversation." if reminded else ""))
     for n, line in enumerate(_lines()):
         if line == "/new":
             turns = []
             continue
-        turns = turns[-cfg.turns:] if cfg.turns else []
+        turns = turns[-reminded:] if reminded else []
         try:
             while len(ids := render_chat(fmt, opened.tokenizer, turns, line)) > room and turns: turns = turns[1:]
             said = []                                                     # as the model wrote it, its first blanks included

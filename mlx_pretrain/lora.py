@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from .config import ConfigError, Section, UserError
 from .core import fsync, key_for, write_whole
@@ -89,6 +89,12 @@ class LoRAConfig(Section):
     @field_validator("targets", mode="before")
     @classmethod
     def _one_is_a_list(cls, value): return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _there_are_some(self):
+        if self.rank == 0 and self != LoRAConfig.model_construct():
+            raise ValueError("rank is 0, so there are no adapters; set it to 8, for example")
+        return self
 
     @property
     def scale(self) -> float:
@@ -187,6 +193,7 @@ def half_split(
 def save_adapters(
     model: Llama, # with adapters
     directory: str | Path, # where to
+    base: str | None = None, # where the model is that they belong to, for the reader
 ) -> None:
     "Write a model's adapters as mlx-lm reads them. Raises `AdapterError` if it has none, or the disk refuses."
     layers, directory = lora_layers(model), Path(directory)
@@ -194,7 +201,7 @@ def save_adapters(
     blocks, keys = zip(*(name.removeprefix("model.layers.").split(".", 1) for name in layers))
     one = next(iter(layers.values()))
     lora = {"rank": one.lora_a.shape[1], "scale": one.scale, "dropout": one.drop.share, "keys": sorted({*keys})}
-    about = {"fine_tune_type": "lora", "num_layers": len({*blocks}), "lora_parameters": lora}
+    about = {"model": base, "fine_tune_type": "lora", "num_layers": len({*blocks}), "lora_parameters": lora}
     weights, turned = adapters(model), model.args.rope_traditional
     for name in [name for name in weights if turned and name.endswith(("q_proj.lora_b", "k_proj.lora_b"))]:
         weights[name] = half_split(weights[name].T, model.args.head_dim).T
@@ -236,6 +243,7 @@ def load_adapters(
     directory = Path(directory)
     try:
         about = json.loads((directory / "adapter_config.json").read_bytes())
+        if "peft_type" in about: raise AdapterError(f"{directory} holds adapters of PEFT, which have another form; merge them there first")
         if (kind := about.get("fine_tune_type", "lora")) != "lora":
             raise AdapterError(f"{directory} holds {kind!r} and not 'lora', which alone this library reads; train adapters anew")
         lora, weights = about["lora_parameters"], mx.load(str(directory / "adapters.safetensors"))

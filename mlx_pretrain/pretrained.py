@@ -151,8 +151,10 @@ def export(
             _write_json(new / "config.json", {**args_to_hf(model.args, tokenizer), **({_FORMAT: fmt.model_dump()} if fmt else {})})
             _write_json(new / "generation_config.json", _control_ids(tokenizer))
             tokenizer.save(new)
-            if fmt and fmt.prompt_format is not None: _write_files(new, _without_chat(tokenizer._files))   # it asks in another form
-            if fmt and (template := chat_template(fmt, tokenizer)): (new / "chat_template.jinja").write_text(template, encoding="utf-8")
+            template = fmt and chat_template(fmt, tokenizer)
+            if template or fmt and fmt.prompt_format is not None:         # the template that came along asks in another form
+                _write_files(new, _without_chat(tokenizer._files))
+            if template: (new / "chat_template.jinja").write_text(template, encoding="utf-8")
             for path in [*new.iterdir(), new]: fsync(path)
             _swap_in(new, directory)
         finally: shutil.rmtree(new, ignore_errors=True)
@@ -314,6 +316,7 @@ def load(
     if (path / "manifest.json").is_file() or re.fullmatch(r"step_\d+", path.resolve().name):
         return open_checkpoint(Saved(path, *load_checkpoint(path)))
     if (path / "config.json").is_file(): return _load_hf(path)
+    if (path / "adapter_config.json").is_file(): raise PretrainedError(f"{path} holds adapters alone; give the run that they belong to")
     saved = checkpoints(path)
     if is_run(path) and saved and read_metadata(path).get("outcome") != "finished":
         raise PretrainedError(f"{path} has no finished model yet; give a checkpoint, the latest is {saved[-1]}")

@@ -57,7 +57,7 @@ class PromptConfig(DataConfig):
     tokenizer_path: str | None = None
     "Directory of a tokenizer; by default that of the pretrained model, or, without one, each byte is a token."
     input_file: str | None = None
-    "Training rows: JSON Lines, each with a prompt and a response."
+    "Training rows: JSON Lines, each with a prompt and a response, or with messages, or with a text."
     validation_file: str | None = None
     "Held-out rows, in the same form."
     prompt_format: str | None = None
@@ -86,8 +86,8 @@ class PromptConfig(DataConfig):
         return template
 
 
-_COLUMNS = {("messages", "messages"): INSTRUCTION, ("instruction", "response"): INSTRUCTION, ("prompt", "completion"): VERBATIM,
-            (None, "text"): ""}
+_COLUMNS = {("messages", "messages"): INSTRUCTION, ("instruction", "response"): INSTRUCTION, ("instruction", "output"): INSTRUCTION,
+            ("prompt", "completion"): VERBATIM, (None, "text"): ""}
 
 # %% ../nbs/26_rows.ipynb #0214f223
 logger = logging.getLogger("mlx_pretrain")
@@ -117,6 +117,8 @@ def resolve_format(
     the response.
     """
     question, answer = _columns(cfg, row)
+    if question == "instruction" and row.value.get("input") and cfg.input_field_optional is None:
+        logger.warning('%s: the column "input" is not read; if it belongs to the instruction: "data.input_field_optional: input"', row.file)
     given = {key: value for key in _FORMAT if (value := getattr(cfg, key)) is not None}
     if question is None and given:
         raise ConfigError(f'"data.{min(given)}" is of no use: the rows of {row.file} have a "text", and no prompt and response; '
@@ -127,6 +129,8 @@ def resolve_format(
     by_template = inherited is not None and inherited.prompt_format is None
     if by_template and "prompt_format" not in given: logger.info("Asked in the form of the pretrained model's own chat template.")
     formats = {"prompt_format": None if by_template else _COLUMNS.get((question, answer), INSTRUCTION), **old, **given}
+    if formats["prompt_format"] is None and question == answer and "response_format" in given:
+        raise ConfigError('"data.response_format" is of no use for messages in a chat template; take it out')
     if formats["prompt_format"] and answer != question and answer in _names(formats["prompt_format"], "data.prompt_format"):
         raise ConfigError(f'"data.prompt_format" holds {{{answer}}}, which is the response; take it out')
     return PromptFormat(**formats, input_field=question or "", output_field=answer, input_field_optional=cfg.input_field_optional)
@@ -136,7 +140,13 @@ class _Tally(Counter):
     "Counts what became of rows, and remembers the first complaint."
     def __init__(self, on_bad_row: str):
         super().__init__(rows=0, truncated=0, dropped=0, filtered=0, skipped=0)
-        self.on_bad_row, self.first = on_bad_row, None
+        self.on_bad_row, self.first, self.spelt = on_bad_row, None, False
+
+    def look(self, row: Row, tokenizer: Tokenizer):
+        "Warn, once, of a text that somebody has rendered already."
+        if self.spelt or not (spelt := [name for name in tokenizer.control if name in str(row.value.get("text"))]): return
+        logger.warning('%s, line %d: the text spells %s, and it stays text; give "messages" instead', row.file, row.line, spelt[0])
+        self.spelt = True
 
     def bad(self, error: DataError):
         "A row that cannot be used."
@@ -260,6 +270,7 @@ class Examples:
 def _laid_out(path, fmt: PromptFormat, tokenizer: Tokenizer, edit: _Preprocess | None, tally: _Tally) -> Iterator[tuple[int, list[Piece]]]:
     "Line and pieces of each row that can be used."
     for row in _values(path, edit, tally):
+        if not fmt.input_field: tally.look(row, tokenizer)
         try: yield row.line, row_pieces(fmt, tokenizer, row.value)
         except DataError as e: tally.bad(DataError(f"{row.file}, line {row.line}: {e}"))
 

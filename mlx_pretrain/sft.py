@@ -140,6 +140,8 @@ class SFTTrainer(StageTrainer):
             _tell_differences(cfg, pretrained)
         cfg = _complete(cfg, model)
         if cfg.training.lora.rank:
+            if "learning_rate" not in cfg.training.hyperparameters.model_fields_set:
+                logger.warning("The learning rate is 5e-5, the default for weights; adapters usually want 1e-4 to 5e-4.")
             self.base = _base(cfg, pretrained)
             model = apply_lora(model, cfg.training.lora, cfg.system.seed)
         fmt = resolve_format(cfg.data, read_first_row(path, cfg.data), pretrained and pretrained.format)

@@ -139,6 +139,11 @@ def _identity(trainer: StageTrainer) -> dict:
             "data": trainer.data.identity, "held_out": trainer.held_out and trainer.held_out.identity}
 
 
+def _told(base: dict) -> str:
+    "What is said about adapters."
+    return ", ".join(f"{key} {value}" for key, value in base.get("lora", {}).items() if value) or "left out"
+
+
 def _check_identity(now: dict, saved: Saved):
     "Raise `RunError` if a checkpoint belongs to another model or another tokenizer."
     then, sizes = saved.state, saved.state.get("args", {})
@@ -150,7 +155,8 @@ def _check_identity(now: dict, saved: Saved):
     if changed := [f"{key} was {sizes.get(key)} and is {v}" for key, v in now["args"].items() if sizes.get(key) != v]:
         raise RunError(f'{saved.path} does not fit the section "model": {", ".join(changed)}; make it as it was, or start a new run')
     was, base = then.get("base") or {}, now["base"] or {}
-    if was.get("lora") != base.get("lora"): raise RunError(f'{saved.path}: make "training.lora" what it was there, or start a new run')
+    if was.get("lora") != base.get("lora"):
+        raise RunError(f'{saved.path}: "training.lora" was {_told(was)}, and is {_told(base)}; make it what it was, or start a new run')
     if was.get("identity") != base.get("identity"):
         raise RunError(f'{saved.path} holds adapters to another model than "pretrained_model" is now; give it {was["path"]} as it was')
 
@@ -230,6 +236,6 @@ def run_stage(
 
     def write():
         export(trainer.model, trainer.tokenizer, run.path / "model", trainer.format)
-        if trainer.base: save_adapters(trainer.model, run.path / "adapters")
+        if trainer.base: save_adapters(trainer.model, run.path / "adapters", trainer.base["path"])
     train_run(trainer, run, write, **_identity(trainer))
     return run.path

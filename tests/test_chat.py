@@ -11,6 +11,7 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 from mlx_pretrain import chat, cli
 from mlx_pretrain.chat import read_messages, render, render_chat, row_pieces, template_pieces
 from mlx_pretrain.cli import main
+from mlx_pretrain.config import ConfigError
 from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.pretrained import export, load
 from mlx_pretrain.prompt import Piece, PromptFormat, encode_pieces
@@ -230,6 +231,31 @@ def test_odd_characters(tmp_path, before, text):
     assert [i for i, _ in made(tok, [said("user", text), said("assistant", "x")])] == [*f"{before}u{text}".encode(), END, *b"ax", END]
 
 
+# Other forms of the same
+
+
+def test_other_forms_of_a_conversation(tok):
+    "Content in parts; and TRL's way, in which a prompt is a conversation and its completion goes on."
+    parts = [{**m, "content": [{"type": "text", "text": m["content"][:3]}, {"type": "text", "text": m["content"][3:]}]} for m in TALK[1:3]]
+    assert made(tok, parts) == made(tok, TALK[1:3])
+    trl = PromptFormat(prompt_format=None, input_field="prompt", output_field="completion")
+    assert row_pieces(trl, tok, {"prompt": TALK[1:2], "completion": TALK[2:3]}) == row_pieces(BY_TEMPLATE, tok, {"instruction": TALK[1:3]})
+    with pytest.raises(DataError, match="tools"): row_pieces(BY_TEMPLATE, tok, {"instruction": TALK[1:3], "tools": [{}]})
+
+
+def test_what_a_file_says_is_not_lost_in_silence(place, caplog):
+    make_base()
+    write([{"instruction": "Add.", "input": "1, 2", "output": "3"}])
+    trainer = SFTTrainer(config(pretrained_model="hf"))
+    assert 'the column "input" is not read' in caplog.text and b"1, 2" not in bytes(i for i in trainer.data[0].ids if i < 256)
+    write([{"text": "<|im_start|>user"}, {"text": "<|im_end|>"}])
+    SFTTrainer(config(pretrained_model="hf"))
+    assert caplog.text.count("and it stays text") == 1
+    write([{"messages": TALK}])
+    formatted = config(pretrained_model="hf", data={"response_format": "{response}!"})
+    with pytest.raises(ConfigError, match="of no use for messages"): SFTTrainer(formatted)
+
+
 # Other people's programs
 
 
@@ -290,17 +316,19 @@ FIRST = [
     ("hi", "message 1 is no object with a role and a content"), ({"from": "human", "value": "x"}, "message 1 has the role None"),
     (said("tool", "4"), "message 1 has the role 'tool'; it must be system, user or assistant"),
     (said(["user"], "x"), "message 1 has the role ['user']"), (said("user", None), "message 1 has no text as its content"),
-    (said("user", [{"type": "text", "text": "x"}]), "message 1 has no text"), (said("assistant", " \n"), "message 1 is an empty answer"),
+    (said("user", [{"type": "image_url", "image_url": "x"}]), "message 1 has no text"),
+    (said("assistant", " \n"), "message 1 is an empty answer"),
     (said("assistant", "x", weight=0.5), "message 1 has the weight 0.5; it must be 0 or 1"),
     (said("assistant", "", tool_calls=[1]), "message 1 calls a tool"), (said("user", "half \ud83d"), "half a character"),
 ]
 WHOLE = [
     ([], "no message is an answer to be trained"), (TALK[:2], "no message is an answer"),
-    ([said("assistant", "x", weight=0)], "no message is an answer"), (None, "messages"), ({"role": "user"}, "messages"),
+    ([TALK[1], said("assistant", "x", weight=0)], "no message is an answer"), (TALK[2:3], "the conversation begins with an answer"),
+    (None, "messages"), ({"role": "user"}, "messages"),
     ([TALK[1], TALK[0], TALK[2]], "message 2 is of the system, which speaks first or not at all"),
     ([said("user", "long " * 60), TALK[2]], "the prompt has 3"),
 ]
-FORMATTED = [([TALK[1], TALK[1], TALK[2]], "user and assistant must take turns"), (TALK[2:3], "user and assistant must take turns")]
+FORMATTED = [([TALK[1], TALK[1], TALK[2]], "user and assistant must take turns")]
 ALL = [([first, *TALK[1:3]], sentence) for first, sentence in FIRST] + WHOLE
 
 
@@ -364,8 +392,12 @@ def test_it_answers_in_the_form_of_its_template(tuned, capsys, monkeypatch):
 
 
 def test_its_own_template_stays(tuned):
-    assert (tuned / "model" / "tokenizer_config.json").read_text() == Path("hf", "tokenizer_config.json").read_text()
-    assert not (tuned / "model" / "chat_template.jinja").exists() and load(tuned).tokenizer.chat_template == CHATML
+    "With the system prompt that was trained in front, where the messages have none; for others it is in one place only."
+    tok, asked = load(tuned).tokenizer, [said("user", "Who?")]
+    assert tok.chat_template.endswith(CHATML) and "chat_template" not in (tuned / "model" / "tokenizer_config.json").read_text()
+    own = load_tokenizer("hf")
+    assert render(tok, asked, True) == render(own, [said("system", "Be brief."), *asked], True) != render(own, asked, True)
+    assert render(tok, TALK) == render(own, TALK)
     for place in (tuned, checkpoints(tuned)[-1], tuned / "model"): assert load(place).format.prompt_format is None
     assert "prompt_format" in read_metadata(tuned)["format"] and load(tuned).format.system_prompt == "Be brief."
 

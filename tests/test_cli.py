@@ -113,7 +113,7 @@ def test_a_name_with_blanks_and_brackets(here, capfd):
 @pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
 def test_the_configs_are_valid(config):
     from mlx_pretrain.model import parameter_count
-    cfg = load_config(SFTConfig if "sft" in config else PretrainConfig, ROOT / "configs" / config)
+    cfg = load_config(SFTConfig if "sft" in config or "chat" in config else PretrainConfig, ROOT / "configs" / config)
     if cfg.name == "Llama (2M)":
         assert 1.8e6 < parameter_count(cfg.model.args(cfg.data.tokenizer.vocab_size)) < 2.2e6
         assert cfg.data.preprocessing.max_context_size >= 1024

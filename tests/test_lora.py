@@ -334,13 +334,13 @@ def test_run_and_base_may_move_together(tuned):
 @pytest.mark.parametrize("lora", [
     {"rank": 0}, {"rank": 4}, {"alpha": 1}, {"dropout": 0.1}, {"targets": ["q_proj"]}, {"num_layers": 1}], ids=str)
 def test_no_going_on_with_other_adapters(tuned, lora):
-    with pytest.raises(RunError, match='make "training.lora" what it was there, or start a new run'):
+    with pytest.raises(RunError, match='"training.lora" was rank 2, and is .*; make it what it was, or start a new run'):
         sft(config(name="tuned", pretrained_model="base", training={"epochs": 3, "lora": lora}, resume={"checkpoint": "latest"}))
 
 
 def test_no_adapters_in_the_middle_of_a_whole_training(place):
     sft(config(name="full", pretrained_model="base", training={"lora": {"rank": 0}}))
-    with pytest.raises(RunError, match='make "training.lora" what it was there'):
+    with pytest.raises(RunError, match='"training.lora" was left out, and is rank 2; make it what it was'):
         sft(config(name="full", pretrained_model="base", training={"epochs": 2}, resume={"checkpoint": "latest"}))
 
 
@@ -377,7 +377,7 @@ def test_settings_arrive(place, capsys, way):
     assert main(["sft", "--config", "run.yaml", *flags]) == 0
     assert "in adapters, which are trained" in capsys.readouterr().out
     about = json.loads(Path("runs/run/adapters/adapter_config.json").read_text())
-    assert about == {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {
+    assert about == {"model": str(Path("runs/base/model").resolve()), "fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {
         "rank": 3, "scale": 0.5, "dropout": 0.25, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}}
     assert mx.load("runs/run/adapters/adapters.safetensors")["model.layers.1.self_attn.v_proj.lora_a"].shape == (16, 3)
 
@@ -390,6 +390,7 @@ def test_settings_arrive(place, capsys, way):
     (["targets", "w_pack"], "\"training.lora.targets\": a block has no projection 'w_pack'; it has q_proj, k_proj"),
     (["targets", "q_proj", "lm_head"], "no projection 'lm_head'; it has q_proj"),
     (["num_layers", "3"], '"training.lora.num_layers" is 3, but the model has only 2 layers'),
+    (["rank", "0", "--training.lora.alpha", "16"], "rank is 0, so there are no adapters"),
     (["rank", "2", "--training.freeze", "0"], "take freeze and train_only out"),
     (["rank", "2", "--training.train_only", "1"], "take freeze and train_only out"),
     (["rank", "2", "--pretrained_model", "null"], '"training.lora": adapters need a model that knows something'),
