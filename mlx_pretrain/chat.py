@@ -73,16 +73,22 @@ def _compiled(source: str) -> Template:
     except TemplateError as e: raise DataError(f"the chat template is no Jinja program ({e}); {_INSTEAD}") from None
 
 
+@lru_cache(8)
+def _names(tokenizer: Tokenizer) -> dict[str, str]:
+    "What a template may write for the tokens that begin, end and fill a text."
+    ids = {f"{name}_token": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    return {name: tokenizer.piece(i) for name, i in ids.items() if i is not None}
+
+
 def render(
     tokenizer: Tokenizer, # has a chat template
     messages: list[dict[str, Any]], # each with `role` and `content`
     ask: bool = False, # end where the assistant begins to speak
 ) -> str: # all in one text, control tokens by their names
     "Run a chat template. Raises `DataError` with its own words if it refuses these messages."
-    names = {name: tokenizer.piece(i) for name in ("bos", "eos", "pad") if (i := getattr(tokenizer, f"{name}_id")) is not None}
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     try: return _compiled(tokenizer.chat_template).render(
-        messages=plain, tools=None, documents=None, add_generation_prompt=ask, **{f"{name}_token": text for name, text in names.items()})
+        messages=plain, tools=None, documents=None, add_generation_prompt=ask, **_names(tokenizer))
     except DataError: raise
     except Exception as e:                                                # whatever somebody's program does
         said = " ".join(str(e).split())[:200]
@@ -90,15 +96,16 @@ def render(
 
 # %% ../nbs/25_chat.ipynb #77f45539
 @lru_cache(8)
-def _control(tokenizer: Tokenizer) -> tuple[dict[str, int], re.Pattern]:
-    "Control tokens, and a pattern that finds their names."
+def _control(tokenizer: Tokenizer) -> tuple[dict[str, int], re.Pattern, tuple[str, ...]]:
+    "Control tokens, a pattern that finds their names, and all that such a name can begin with."
     control = tokenizer.control
-    return control, re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
+    names = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
+    return control, names, tuple({name[:n] for name in control for n in range(1, len(name))})
 
 
 def _marked(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[dict], str]:
     "Messages in which no control token is spelt, and the mark that prevents it."
-    control, names = _control(tokenizer)
+    control, names, begun = _control(tokenizer)
     texts = [m["content"] for m in messages]
     if found := [name for name in control if len(name) == 1 and any(name in text for text in texts)]:
         raise DataError(f"the messages hold {found[0]!r}, which is a control token and cannot be told from text; leave it out")
@@ -106,14 +113,13 @@ def _marked(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[dict], str
     mark = next((c for c in map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))) if c not in seen), None)
     if mark is None: raise DataError("the messages hold all of Unicode's private characters; leave one out")
     while any(map(names.search, texts)): texts = [names.sub(lambda found: found[0][0] + mark + found[0][1:], text) for text in texts]
-    begun = tuple({name[:n] for name in control for n in range(1, len(name))})
     texts = [text + mark if text.endswith(begun) else text for text in texts]     # what the template writes behind could complete it
     return [{**m, "content": text} for m, text in zip(messages, texts)], mark
 
 
 def _split(tokenizer: Tokenizer, text: str, mark: str) -> list[str | int]:
     "Rendered text, cut at control tokens."
-    control, names = _control(tokenizer)
+    control, names, _ = _control(tokenizer)
     parts = names.split(text)                                             # text, control token, text, …
     return [control[part] if n % 2 else part.replace(mark, "") for n, part in enumerate(parts) if part]
 
@@ -137,7 +143,7 @@ def template_pieces(
     pieces, done, whole = [], 0, render(tokenizer, safe, ask=messages[-1]["role"] == "user")
     for n, message in enumerate(safe):
         if not message["trained"]: continue
-        before, after = render(tokenizer, safe[:n], ask=True), render(tokenizer, safe[:n + 1])
+        before, after = render(tokenizer, safe[:n], ask=True), whole if n == len(safe) - 1 else render(tokenizer, safe[:n + 1])
         if not (whole.startswith(after) and after.startswith(before) and done <= len(before)):
             raise DataError("the chat template writes an answer in another form later than when it asks for it; train one answer a row, or "
                             + _INSTEAD)

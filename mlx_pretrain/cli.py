@@ -19,13 +19,13 @@ import tyro
 from pydantic import Field
 
 from . import __version__
+from .chat import render_chat
 from .config import ConfigError, Section, UserError, load_config, read_value
 from .data import read_texts
 from .generate import stream_text
 from .plot import plot_runs, save_figure
 from .pretrain import PretrainConfig, pretrain
 from .pretrained import Pretrained, load
-from .chat import render_chat
 from .prompt import PromptFormat
 from .run import is_run, list_runs, read_metadata, runs_table
 from .sft import SFTConfig
@@ -134,10 +134,12 @@ def sft(
     path = fine_tune(read_command(SFTConfig, args, "mlx-pretrain sft"))
     asks = f'Ask it:            mlx-pretrain generate --run "{path}" --instruction "…"\nTalk to it:        mlx-pretrain chat --run "{path}"'
     writes = f'Let it write:      mlx-pretrain generate --run "{path}" --prompt "…"'
+    with_adapters = ""
     if (about := path / "adapters" / "adapter_config.json").is_file():
         base = json.loads(about.read_bytes())["model"]
-        asks += f'\nIn mlx-lm:         mlx_lm.generate --model "{base}" --adapter-path "{about.parent}" --prompt "…"'
-    print(f'\nThe model is in "{path / "model"}".\n{asks if read_metadata(path).get("format") else writes}\n'
+        if Path(base, "config.json").is_file():                           # a checkpoint is none that mlx-lm could open
+            with_adapters = f'\nIn mlx-lm:         mlx_lm.generate --model "{base}" --adapter-path "{about.parent}" --prompt "…"'
+    print(f'\nThe model is in "{path / "model"}".\n{asks if read_metadata(path).get("format") else writes}{with_adapters}\n'
           f'See how it went:   mlx-pretrain plot "{path}"')
 
 # %% ../nbs/21_cli.ipynb #228aceee

@@ -56,7 +56,7 @@ class LoRALinear(Linear):
     ):
         n_out, n_in = layer.weight.shape
         super().__init__(n_in, n_out)
-        self.update(layer.parameters(), strict=False)
+        self.weight = layer.weight
         if "bias" in layer: self.bias = layer.bias
         bound = 1 / math.sqrt(n_in)
         self.lora_a, self.lora_b = mx.random.uniform(-bound, bound, (n_in, rank), key=key), mx.zeros((rank, n_out))
@@ -99,7 +99,7 @@ class LoRAConfig(Section):
     @property
     def scale(self) -> float:
         "alpha / rank."
-        return 2.0 if self.alpha is None else self.alpha / max(1, self.rank)
+        return 2.0 if self.alpha is None else self.alpha / self.rank
 
 # %% ../nbs/16_lora.ipynb #44d24458
 def lora_layers(

@@ -17,11 +17,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 from pydantic import ValidationError
 
+from .chat import chat_template
 from .config import UserError
 from .core import fsync
 from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_split, merge
 from .model import Llama, LlamaArgs
-from .chat import chat_template
 from .prompt import PromptFormat
 from .run import Saved, _swap_in, _writing, checkpoints, is_run, load_checkpoint, read_metadata
 from .tokenizer import Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer

@@ -84,11 +84,11 @@ class PromptFormat(Section):
     def instruction(
         self,
         row: dict[str, Any], # column → value
-        all: bool = True, # with the optional column
+        extra: bool = True, # with the optional column
     ) -> str: # what is asked
         "The instruction of a row. Raises `DataError` if there is none."
-        extra = "".join(self._extra(row).values()) if all else ""
-        return _field(row, self.input_field) + (f"\n\n{extra}" if extra else "")
+        more = "".join(self._extra(row).values()) if extra else ""
+        return _field(row, self.input_field) + (f"\n\n{more}" if more else "")
 
     def response(
         self,

@@ -69,7 +69,7 @@ class PromptConfig(DataConfig):
     input_field: str | None = None
     'Column that `{instruction}` means; by default "instruction", "prompt", or "messages", with a list of messages in it.'
     output_field: str | None = None
-    'Column that `{response}` means; by default "response", or "completion".'
+    'Column that `{response}` means; by default "response", "output", or "completion".'
     input_field_optional: str | None = None
     "Column that may be missing, null or empty; it is added to the instruction, unless the format names it."
     on_bad_row: Literal["error", "skip"] = "error"

@@ -418,6 +418,7 @@ BROKEN = {
     "scale NaN": about(scale=np.nan), "dropout 1": about(dropout=1), "unknown key": about(keys=["self_attn.w"]),
     "a key that is no text": about(keys=[1]), "nothing in it": lambda cfg, arrays: arrays.clear(),
     "one missing": lambda cfg, arrays: arrays.pop(NAME), "one too many": weight(lambda a: {"model.layers.2.mlp.other.lora_a": a[NAME]}),
+    "PEFT's": lambda cfg, arrays: cfg.update(peft_type="LORA"), "whole numbers": weight(lambda a: {NAME: a[NAME].astype(mx.int32)}),
     "another shape": weight(lambda a: {NAME: a[NAME][:-1]}), "NaN": weight(lambda a: {NAME: a[NAME] * mx.nan}),
     "infinity": weight(lambda a: {NAME: a[NAME] / 0}), "another name": weight(lambda a: {"x": a.pop(NAME)}),
     "too many layers": weight(lambda a: {n.replace("layers.0", "layers.3"): w for n, w in a.items()}),

