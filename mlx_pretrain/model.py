@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from .config import Section
 from .core import key_for
-from .ops import Rope, attention, head_loss, linear_add, linears, norm, swiglu
+from .ops import Rope, attention, head_logprobs, head_loss, linear_add, linears, norm, swiglu
 
 # %% ../nbs/00_model.ipynb #b5c942c0
 def rope_periods(
@@ -381,6 +381,15 @@ class Llama(nn.Module):
     ) -> tuple[mx.array, mx.array]: # (summed loss in nats, number of tokens)
         "Cross-entropy of the next token, without the gradient of a head that is frozen."
         return head_loss(hidden, self.head_weight, targets, loss_mask, self.training, not self._head.trainable_parameters())
+
+    def logprobs(
+        self,
+        hidden: mx.array, # last hidden states, (…, D)
+        targets: mx.array, # the token that came, (…) int32
+        temperature: float | mx.array = 1.0, # divides the logits
+    ) -> tuple[mx.array, mx.array]: # (log-probability of each, entropy of all that could have come), in nats, (…) float32
+        "How likely the model finds each next token."
+        return head_logprobs(hidden, self.head_weight, targets, temperature)
 
     def make_cache(
         self,

@@ -100,6 +100,14 @@ class PromptFormat(Section):
         if "instruction" in {name for _, name in pieces}: values["instruction"] = _field(row, self.input_field)
         return fill_format(pieces, values)
 
+    def unwrap(
+        self,
+        text: str, # what a model said
+    ) -> str: # what stands where `{response}` does
+        "A response without what the format puts around it, as far as it is there."
+        around = [text for text, _ in split_format(self.response_format, "data.response_format")]
+        return text.removeprefix(around[0]).removesuffix(around[1] if len(around) == 2 else "")
+
     def ask(
         self,
         instruction: str, # what somebody wants to know

@@ -93,11 +93,11 @@ _COLUMNS = {("messages", "messages"): INSTRUCTION, ("instruction", "response"): 
 logger = logging.getLogger("mlx_pretrain")
 
 
-def _columns(cfg: PromptConfig, row: Row) -> tuple[str | None, str]:
-    "The names of the two columns. Raises `DataError` if they cannot be guessed."
+def _columns(cfg: PromptConfig, row: Row, answered: bool = True) -> tuple[str | None, str]:
+    "The names of the two columns; only the first must be there if a response is not needed. Raises `DataError` if they cannot be guessed."
     if cfg.input_field or cfg.output_field: return cfg.input_field or "instruction", cfg.output_field or "response"
     for pair in _COLUMNS:
-        if {*pair} - {None} <= row.value.keys(): return pair
+        if {*pair} - {None} <= row.value.keys() or not answered and pair[0] in row.value: return pair
     has = ", ".join(map(_quote, list(row.value)[:8])) or "no field at all"
     raise DataError(f'{row.file}, line {row.line}: the row has {has}; name the columns of question and answer in "data.input_field" and '
                     '"data.output_field", or call them "instruction" and "response"')
@@ -110,13 +110,14 @@ def resolve_format(
     cfg: PromptConfig, # what is written down
     row: Row, # the first row of the training file
     inherited: PromptFormat | None = None, # of the pretrained model
+    answered: bool = True, # must there be a response?
 ) -> PromptFormat: # complete
     """Fill in what the configuration leaves open.
 
     Raises `DataError` if the columns cannot be guessed, `ConfigError` if there is a format for rows that are plain text, or a prompt holds
     the response.
     """
-    question, answer = _columns(cfg, row)
+    question, answer = _columns(cfg, row, answered)
     if question == "instruction" and row.value.get("input") and cfg.input_field_optional is None:
         logger.warning('%s: the column "input" is not read; if it belongs to the instruction: "data.input_field_optional: input"', row.file)
     given = {key: value for key in _FORMAT if (value := getattr(cfg, key)) is not None}
@@ -172,12 +173,13 @@ def _values(path: str | Path, preprocess: _Preprocess | None, tally: _Tally) -> 
 def read_first_row(
     path: str | Path, # a JSON Lines file
     cfg: PromptConfig, # which columns there should be, how rows are changed, and what to do with a bad one
+    answered: bool = True, # must there be a response?
 ) -> Row: # the first that can be used
     "The row that tells which columns there are. Raises `DataError` for a bad row, or if there is none that can be used."
     tally = _Tally(cfg.on_bad_row)
     for row in _values(path, None if cfg.preprocess is None else _Preprocess(cfg.preprocess), tally):
         try:
-            _columns(cfg, row)
+            _columns(cfg, row, answered)
             return row
         except DataError as e: tally.bad(e)
     raise DataError(f"{path}: no row is left of {tally['rows']}" + (f"; the first mistake: {tally.first}" if tally.first else ""))
@@ -195,9 +197,9 @@ class RowBatch(NamedTuple):
     loss_mask: mx.array
 
 
-def _grid(n: int) -> int:
-    "The next size of a grid with eight steps from one power of two to the next, from 16 on: few shapes, little filling."
-    step = max(16, 1 << max(0, (n - 1).bit_length() - 4))
+def _grid(n: int, least: int = 16) -> int:
+    "The next size of a grid with eight steps from one power of two to the next, from `least` on: few shapes, little filling."
+    step = max(least, 1 << max(0, (n - 1).bit_length() - 4))
     return -(-max(n, 1) // step) * step
 
 # %% ../nbs/26_rows.ipynb #b7326a95

@@ -19,11 +19,11 @@ from .config import ConfigError
 from .data import make_tokenizer
 from .generate import generate_text
 from .lora import LoRAConfig, apply_lora, base_identity
-from .model import Llama, ModelConfig
-from .pretrained import Pretrained, find_model, load, open_checkpoint
+from .model import Llama
+from .pretrained import Pretrained, open_checkpoint
 from .prompt import PromptFormat
 from .rows import Examples, PromptConfig, RowBatch, Truncation, epoch_batches, read_examples, read_first_row, resolve_format
-from .stage import StageConfig, StageTrainer, data_file, run_stage
+from .stage import StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage
 from .trainer import Hyperparameters, TrainingConfig
 
 # %% ../nbs/03_sft.ipynb #a8a4944b
@@ -67,46 +67,17 @@ class SFTTraining(TrainingConfig):
         return self
 
 
-class SFTConfig(StageConfig):
+class SFTConfig(TunedConfig):
     "A whole fine-tuning run: what `sft.py --config` reads."
-    pretrained_model: str | None = None
-    "What to begin with: a run, a checkpoint, or a Hugging Face directory; without it, a new model."
     data: SFTData = SFTData()
     "What to read, and how to ask."
     training: SFTTraining = SFTTraining()
     "How to train."
 
-# %% ../nbs/03_sft.ipynb #a4b3668d
+# %% ../nbs/03_sft.ipynb #b62e04ff
 logger = logging.getLogger("mlx_pretrain")
 
 
-def _differences(said: dict, is_: dict, at: str = "model") -> Iterable[str]:
-    "Where a configuration contradicts a model that exists."
-    for key, value in said.items():
-        if isinstance(value, dict): yield from _differences(value, is_[key], f"{at}.{key}")
-        elif value is not None and value != is_[key]: yield f'"{at}.{key}" is {value}, the pretrained model has {is_[key]}'
-
-
-def _tell_differences(cfg: SFTConfig, base: Pretrained):
-    "Warn of what the configuration says about model and tokenizer, and the pretrained model does not."
-    there, path = ModelConfig.of(base.model.args), cfg.data.tokenizer_path
-    if wrong := [*_differences(cfg.model.model_dump(exclude_unset=True), there.model_dump())]:
-        logger.warning(f"{'; '.join(wrong)}. The pretrained model counts.")
-    if path and (not Path(path).is_dir() or make_tokenizer(cfg.data).fingerprint != base.tokenizer.fingerprint):
-        logger.warning(f'"data.tokenizer_path": {path} is not the tokenizer of the pretrained model, whose own is used.')
-
-
-def _complete(cfg: SFTConfig, model: Llama) -> SFTConfig:
-    "The configuration with the model's sizes. Raises `ConfigError` if it asks for rows longer than the model reads."
-    cuts, longest = cfg.data.preprocessing, model.args.max_position_embeddings
-    if (context := cuts.max_context_size) > longest:
-        if "max_context_size" in cuts.model_fields_set:
-            raise ConfigError(f'"data.preprocessing.max_context_size" is {context}, but the model reads at most {longest}; lower it')
-        cuts = cuts.model_copy(update={"max_context_size": longest})      # the default is only a default
-        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"preprocessing": cuts})})
-    return cfg.model_copy(update={"model": ModelConfig.of(model.args)})
-
-# %% ../nbs/03_sft.ipynb #b62e04ff
 def _base(cfg: SFTConfig, pretrained: Pretrained | None) -> dict:
     "What adapters are trained beside. Raises `ConfigError` if that is a new model."
     if pretrained is None: raise ConfigError('"training.lora": adapters need a model that knows something; name it in "pretrained_model"')
@@ -128,17 +99,12 @@ class SFTTrainer(StageTrainer):
         **kwargs, # `callbacks`, `run`, or your own `optimizer` and `schedule`, as `Trainer` takes them
     ):
         path = data_file(cfg.data, "input_file")
-        if cfg.data.preprocessing.chunk_overlap: logger.warning('"data.preprocessing.chunk_overlap" is for texts; rows do not overlap.')
-        if pretrained is None and cfg.pretrained_model is not None: pretrained = load(cfg.pretrained_model)
-        if pretrained is None:
+        if (pretrained := begin_with(cfg, pretrained)) is None:
             logger.warning("There is no pretrained_model: what is trained is a new model, which has read nothing.")
             tokenizer = make_tokenizer(cfg.data)
             model = Llama(cfg.model.args(tokenizer.vocab_size, cfg.data.preprocessing.max_context_size), cfg.system.seed)
-        else:
-            model, tokenizer = pretrained.model, pretrained.tokenizer
-            model.unfreeze()                                              # whatever an earlier trainer has frozen
-            _tell_differences(cfg, pretrained)
-        cfg = _complete(cfg, model)
+        else: model, tokenizer = pretrained.model, pretrained.tokenizer
+        cfg = complete(cfg, model)
         if cfg.training.lora.rank:
             if "learning_rate" not in cfg.training.hyperparameters.model_fields_set:
                 logger.warning("The learning rate is 5e-5, the default for weights; adapters usually want 1e-4 to 5e-4.")
@@ -206,11 +172,7 @@ def sft(
     Raises `UserError` for whatever is wrong in configuration, data or place; nothing is written before these are checked.
     """
     def build(saved):
-        place = (Path(root) / cfg.name).resolve()
-        goes_on = saved and place in saved.path.resolve().parents
-        if cfg.pretrained_model and not goes_on and place in ((begins := find_model(cfg.pretrained_model).resolve()), *begins.parents):
-            raise ConfigError(f'"pretrained_model" is {cfg.pretrained_model}, and the run called {cfg.name!r} would replace it; '
-                              'choose another "name"')
+        check_begins_elsewhere(cfg, saved, root)
         whole = saved and not saved.state.get("base")                     # it holds all that the pretrained model gave
         return SFTTrainer(cfg, open_checkpoint(saved) if whole else None, **kwargs)
     return run_stage(cfg, build, root)

@@ -138,7 +138,7 @@ def clip_gradient(
     return tree_map(lambda g: (g * scale).astype(g.dtype), grads), norm
 
 # %% ../nbs/18_trainer.ipynb #2dd12db8
-LossFn = Callable[[nn.Module, NamedTuple], tuple[mx.array, mx.array]]
+LossFn = Callable[[nn.Module, NamedTuple], tuple[mx.array, ...]] # sum and count; perhaps a dictionary of more sums, by name
 
 
 def _put(tree: dict | list, arrays: dict[str, mx.array]):
@@ -156,7 +156,7 @@ class Update:
         self,
         model: nn.Module, # trained in place
         optimizer: optim.Optimizer, # initialised here, for the model's trainable parameters
-        loss: LossFn, # (model, batch) → (sum, count)
+        loss: LossFn, # (model, batch) → (sum, count), or (sum, count, more sums by name)
         gradient_clip: float, # longest gradient
     ):
         optimizer.init(model.trainable_parameters())
@@ -171,7 +171,7 @@ class Update:
 
         @partial(mx.compile, inputs=state, outputs=state)
         def apply(sums, rate):
-            (total, count), grads = sums
+            (total, count, *more), grads = sums
             grads, norm = clip_gradient(tree_map(lambda g: g / mx.maximum(count, 1), grads), gradient_clip)
             good = mx.isfinite(total) & mx.isfinite(norm)
             before = dict(tree_flatten(state))
@@ -179,7 +179,7 @@ class Update:
             optimizer.update(model, grads)
             good &= mx.isfinite(sum(w.sum() for _, w in tree_flatten(model.trainable_parameters())))
             _put(state, {k: mx.where(good, v, before[k]) for k, v in tree_flatten(state) if v is not before[k]})
-            return total / mx.maximum(count, 1), count, norm, good
+            return total / mx.maximum(count, 1), count, norm, good, *tree_map(lambda x: x / mx.maximum(count, 1), more)
 
         self.gradient, self.apply = gradient, apply
 
@@ -188,7 +188,7 @@ class Update:
         batches: list[NamedTuple], # one or more, of any sizes; together they are the step
         rate: float, # learning rate
         key: mx.array | None = None, # for dropout, (2,) uint32
-    ) -> tuple[mx.array, ...]: # (mean loss, count, norm of the gradient before clipping, was it finite?), scalars, lazy
+    ) -> tuple[mx.array, ...]: # (mean loss, count, norm of the gradient before clipping, was it finite?, more means if any), lazy
         "Take the step."
         keys = [None] * len(batches) if key is None else mx.random.split(key, len(batches))
         sums = self.gradient(batches[0], keys[0])
@@ -284,7 +284,7 @@ class Progress:
     """What happened so far.
 
     `steps_done`; `tokens` that counted in the loss; `skipped` steps, and how many of them `in_a_row` just now; `best` validation, as
-    (step, val_loss); `losses`: first, lowest and last; `last_knobs`: how the knobs stood in the last step.
+    (step, `judged_by`); `losses`: first, lowest and last; `last_knobs`: how the knobs stood in the last step.
     """
     steps_done: int = 0
     tokens: int = 0
@@ -293,6 +293,13 @@ class Progress:
     best: tuple[int, float] | None = None
     losses: tuple[float, float, float] | None = None
     last_knobs: dict[str, float] = field(default_factory=dict)
+
+    judged_by = "val_loss" # the metric of a validation by which the best checkpoint is chosen
+    higher_is_better = False
+
+    def last_good(self) -> int:
+        "The last step after which all was well."
+        return self.steps_done - self.in_a_row
 
     def judge(
         self,
@@ -310,12 +317,19 @@ class Progress:
         cause = _likely_cause(loss, norm, self.losses, self.last_knobs.get("learning_rate_factor", 1.0))
         raise TrainingError(f"{MAX_SKIPPED} steps in a row, up to step {self.steps_done}, were not finite; {cause}")
 
+    def worse(
+        self,
+        value: float, # of `judged_by`
+    ) -> float: # how much worse than the best so far; negative: better
+        "Compare with the best validation."
+        return (value - self.best[1]) * (-1 if self.higher_is_better else 1)
+
     def validated(
         self,
-        loss: float, # on held-out data
+        value: float, # of `judged_by`, on held-out data
     ):
         "Remember the best validation; one that is not finite is none."
-        if math.isfinite(loss) and (self.best is None or loss < self.best[1]): self.best = (self.steps_done, loss)
+        if math.isfinite(value) and (self.best is None or self.worse(value) < 0): self.best = (self.steps_done, value)
 
 # %% ../nbs/18_trainer.ipynb #910fb3a8
 def _check_fit(here: dict[str, mx.array], saved: dict[str, mx.array], file: Path, remedy: str):
@@ -332,9 +346,12 @@ def _check_fit(here: dict[str, mx.array], saved: dict[str, mx.array], file: Path
 class Trainer(Progress):
     """Trains a model step by step, and can go on from a checkpoint as if it had never stopped.
 
-    `knobs` may be turned at any time; `run_dir` is where events go, or `None`.
+    `knobs` may be turned at any time; `run_dir` is where events go, or `None`; `trained` is what the optimizer changes: `model`,
+    and perhaps more.
     Raises `ConfigError` if the schedule does not fit the steps, or the optimizer brings a schedule of its own.
     """
+    shown = ("loss", "val_loss") # metrics beside the progress bar
+
     def __init__(
         self,
         model: nn.Module, # trained in place
@@ -350,6 +367,7 @@ class Trainer(Progress):
         optimizer: optim.Optimizer | None = None, # your own, instead of the configured one
         schedule: Callable[[int], float] | None = None, # your own: step (from 0) → learning rate
         seed: int = 0, # dropout follows from it and the step
+        trained: nn.Module | None = None, # what the optimizer changes, if that is more than `model`, which is a part of it
     ):
         super().__init__()
         h = cfg.hyperparameters
@@ -359,7 +377,8 @@ class Trainer(Progress):
         if optimizer is not None: check_optimizer(optimizer)
         choose_parameters(model, cfg.freeze, cfg.train_only)
         self.optimizer = optimizer or make_optimizer(cfg.optimization, h.learning_rate, h.weight_decay)
-        self.update = Update(model, self.optimizer, loss, h.gradient_clip)
+        self.trained = model if trained is None else trained
+        self.update = Update(self.trained, self.optimizer, loss, h.gradient_clip)
         self.knobs, self.stop_requested = Knobs(learning_rate_factor=1.0), False
         self.last_knobs = self.knobs.snapshot()
 
@@ -402,7 +421,7 @@ class Trainer(Progress):
         except StopIteration as end: metrics = end.value
         if self.validate and (self.steps_done % self.validation_interval == 0 or self.steps_done == self.total_steps):
             metrics |= self.validate()
-            self.validated(metrics["val_loss"])
+            self.validated(metrics[self.judged_by])
         for callback in self.callbacks: callback(self, metrics)
         return metrics
 
@@ -436,10 +455,24 @@ class Trainer(Progress):
             self.run_dir.note(said)
         if self.in_a_row == 0: logger.warning(said)
 
+    def places(self) -> dict[str, dict | list]:
+        "Where the arrays of a checkpoint belong."
+        return {"model": self.model, "optimizer": self.optimizer.state}
+
     def arrays(self) -> dict[str, dict[str, mx.array]]:
         "What a checkpoint must hold: weights (of a model with adapters only these) and the optimizer's memory, by name."
-        weights = adapters(self.model) or dict(tree_flatten(self.model.parameters()))
-        return {"model": weights, "optimizer": dict(tree_flatten(self.optimizer.state))}
+        trees = {name: tree.parameters() if isinstance(tree, nn.Module) else tree for name, tree in self.places().items()}
+        arrays = {name: dict(tree_flatten(tree)) for name, tree in trees.items()}
+        return {**arrays, "model": adapters(self.model) or arrays["model"]}
+
+    def probe(
+        self,
+        step: int, # from 0
+    ) -> int: # tokens of the step
+        "Take a step that nobody counts; whoever asks for it puts the arrays back."
+        values = self.update(self.batches(step), float(self.schedule(step)))
+        mx.eval(self.arrays(), values)
+        return values[1].item()
 
     def state(self) -> dict:
         "The rest of a checkpoint: where we are, and how the knobs stand."
@@ -458,13 +491,13 @@ class Trainer(Progress):
         if (step := saved.state["step"]) > self.total_steps:
             raise RunError(f'{saved.path} is at step {step}, but this run ends at {self.total_steps}: raise '
                            '"training.hyperparameters.iters" or "training.epochs"')
-        groups = {"model": "the model or the tokenizer is another one"}
-        if not reset_optimizer:
-            groups["optimizer"] = ('keep "training.optimization.optimizer", "training.freeze" and "training.train_only" as they were, '
-                                   'or set "resume.reset_optimizer: true"')
-        for name, remedy in groups.items():
+        keep = ('keep "training.optimization.optimizer", "training.freeze" and "training.train_only" as they were, '
+                'or set "resume.reset_optimizer: true"')
+        places = {name: tree for name, tree in self.places().items() if name != "optimizer" or not reset_optimizer}
+        for name in places:
+            remedy = keep if name == "optimizer" else "the model or the tokenizer is another one"
             _check_fit(self.arrays()[name], saved.arrays.get(name, {}), saved.path / f"{name}.safetensors", remedy)
-        for name in groups: _put(self.model if name == "model" else self.optimizer.state, saved.arrays[name])
+        for name, tree in places.items(): _put(tree, saved.arrays[name])
         for name, value in saved.state["progress"].items(): setattr(self, name, tuple(value) if isinstance(value, list) else value)
         for name, value in saved.state["knobs"].items(): setattr(self.knobs, name, value)
 
@@ -492,7 +525,7 @@ def log_metrics(
 ) -> Callable: # a callback
     "Write every so many steps, at validations, and at both ends of the run."
     def callback(trainer, metrics):
-        if metrics["step"] in (1, trainer.total_steps) or metrics["step"] % every == 0 or "val_loss" in metrics:
+        if metrics["step"] in (1, trainer.total_steps) or metrics["step"] % every == 0 or any(k.startswith("val_") for k in metrics):
             run.log(metrics)
             run.note("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
     return callback
@@ -526,7 +559,7 @@ def save_checkpoints(
 
 # %% ../nbs/18_trainer.ipynb #d8c687d7
 class ProgressBar:
-    "A line that shows the loss, tokens a second, and the time left. A callback; use it in a `with`."
+    "A line that shows the loss (or what else `trainer.shown` names), tokens a second, and the time left. A callback; use it in a `with`."
     def __init__(
         self,
         total: int, # steps of the run
@@ -544,8 +577,8 @@ class ProgressBar:
         "Move on by one step."
         now = metrics["tokens_per_second"]
         self.rate = now if self.rate is None else 0.9 * self.rate + 0.1 * now
-        self.shown |= {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{self.rate:,.0f}"}
-        if "val_loss" in metrics: self.shown["val_loss"] = f"{metrics['val_loss']:.3f}"
+        numbers = {key: f"{metrics[key]:.3f}" for key in trainer.shown if key in metrics}
+        self.shown = {**self.shown, **numbers, "tok/s": f"{self.rate:,.0f}"}
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
 
@@ -587,10 +620,10 @@ def check_memory(
     trainer: Trainer, # ready to go
 ) -> int: # bytes of a checkpoint
     "Raise `TrainingError` if weights, gradients and the optimizer's memory alone are more than the machine has."
-    model, machine = trainer.model, _machine_memory()
-    trees = model.parameters(), model.trainable_parameters(), trainer.optimizer.state
-    needed = sum(a.nbytes for tree in trees for _, a in tree_flatten(tree))
-    if needed <= machine: return sum(a.nbytes for _, a in tree_flatten(trainer.arrays()))
+    saved, machine = sum(a.nbytes for _, a in tree_flatten(trainer.arrays())), _machine_memory()
+    beside = trainer.model.parameters() if adapters(trainer.model) else {}
+    needed = saved + sum(w.nbytes for tree in (trainer.trained.trainable_parameters(), beside) for _, w in tree_flatten(tree))
+    if needed <= machine: return saved
     raise TrainingError(f"weights, gradients and the optimizer need {short(needed)}B of memory, and this machine has {short(machine)}B: "
                         'make "model.dimensions" smaller')
 
@@ -606,11 +639,10 @@ def forecast(
     times, tokens = [0.0], 0
     for step in range(trainer.steps_done, trainer.steps_done + min(probes, left)):
         start = time.perf_counter()
-        _, count, *_ = values = trainer.update(trainer.batches(step), float(trainer.schedule(step)))
-        mx.eval(trainer.arrays(), values)
-        times, tokens = [*times, time.perf_counter() - start], max(tokens, count.item())
-        if step > trainer.steps_done and sum(times) > 5: break            # long steps: two must do
-    _put(trainer.model, before["model"]); _put(trainer.optimizer.state, before["optimizer"])
+        count = trainer.probe(step)
+        times, tokens = [*times, time.perf_counter() - start], max(tokens, count)
+        if sum(times) > (5 if step > trainer.steps_done else 20): break   # long steps: two must do, or one
+    for name, tree in trainer.places().items(): _put(tree, before[name])
     seconds = sorted(times[2:] or times[-1:])[len(times[2:]) // 2]        # the median
     validations = math.ceil(trainer.total_steps / trainer.validation_interval) - trainer.steps_done // trainer.validation_interval
     each = held_out / tokens * seconds / 3 if tokens else 0.0
@@ -634,11 +666,11 @@ def _took(trainer: Trainer, run: Run, since: float, tokens: int, before: dict) -
     now = {"seconds": time.perf_counter() - since, "tokens": trainer.tokens - tokens}
     took = {key: before.get(key, 0) + value for key, value in now.items()}
     took |= {"peak_memory": max(before.get("peak_memory", 0), mx.get_peak_memory()), "skipped": trainer.skipped}
-    best = trainer.best and {"step": trainer.best[0], "val_loss": trainer.best[1]}
+    best = trainer.best and {"step": trainer.best[0], trainer.judged_by: trainer.best[1]}
     run.metadata(took=took, best=best)
     said = f"Took {span(took['seconds'])} for {took['tokens']:,} tokens, {short(took['peak_memory'])}B at the peak."
     if trainer.skipped: said += f" {trainer.skipped} steps were skipped because they were not finite."
-    if best: said += f" Best validation loss: {best['val_loss']:.4f}, at step {best['step']} of {trainer.steps_done}."
+    if best: said += f" Best {trainer.judged_by}: {trainer.best[1]:.4f}, at step {best['step']} of {trainer.steps_done}."
     return said
 
 # %% ../nbs/18_trainer.ipynb #c514290b
@@ -664,7 +696,7 @@ def train_run(
         outcome = "interrupted"
         raise
     except TrainingError as e:
-        good = trainer.steps_done - trainer.in_a_row                      # the last good step; what was saved before it is proven
+        good = trainer.last_good()                                        # what was saved before it is proven
         proven = [path for path in checkpoints(run.path) if int(path.name[5:]) < good]
         said = f"{e}. " + (f"The last good checkpoint is {proven[-1]}" if proven else "There is no good checkpoint")
         raise TrainingError(said) from None
@@ -674,10 +706,11 @@ def train_run(
             run.note(said)
         finally: run.finish(outcome)                                      # also when the disk is full: somebody may wait for the lock
     print(said, flush=True)                                               # last, since nobody may be listening any more
-    if trainer.best and metrics.get("val_loss", 0) > 1.05 * trainer.best[1]:
+    last = metrics.get(trainer.judged_by)
+    if trainer.best and last is not None and trainer.worse(last) > 0.05 * abs(trainer.best[1]):
         step, best = trainer.best
-        logger.warning(f"Validation was best at step {step} ({best:.3g}) and ended at {metrics['val_loss']:.3g}: train less, or use the "
+        logger.warning(f"Validation was best at step {step} ({best:.3g}) and ended at {last:.3g}: train less, or use the "
                        f"checkpoint of that step, {run.path / run.logging.checkpoint_dir}/step_{step:06d}.")
-    elif trainer.losses and trainer.losses[2] > 1.1 * trainer.losses[0]:
+    elif trainer.judged_by == "val_loss" and trainer.losses and trainer.losses[2] > 1.1 * trainer.losses[0]:
         logger.warning(f'The loss ended at {trainer.losses[2]:.3g}, above its first value of {trainer.losses[0]:.3g}: lower '
                        '"training.hyperparameters.learning_rate".')
