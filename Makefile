@@ -5,11 +5,11 @@
 BIN = .venv/bin
 PYTHONS = python3.13 python3.12 python3.11 python3
 DEVICE = $(shell [ `uname -s` = Linux ] && { nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu; })
-LEFT_OUT = `make test` left out interop, demo, tutorials and docs: run `make check` for all of it.
+LEFT_OUT = `make test` left out interop, demo, tutorials, docs and more seeds of PPO: run `make check` for all of it.
 
 .DEFAULT_GOAL = help
 .NOTPARALLEL:
-.PHONY: help demo test interop docs lab check clean units demo-result check-rest
+.PHONY: help demo test interop docs lab check clean units demo-result optima check-rest
 
 help:
 	@echo "make demo      train a small Llama on two centuries of speeches, teach it to answer, and read what it says"
@@ -38,14 +38,17 @@ docs: .venv/.stamp-dev .venv/.stamp-data
 
 check: units check-rest
 
-check-rest: demo-result interop docs
+check-rest: demo-result optima interop docs
+
+optima: .venv/.stamp-dev
+	$(BIN)/python -m pytest -q -rs tests/optima
 
 units: .venv/.stamp-dev .venv/.stamp-data
 	$(BIN)/ruff check --quiet
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/notebooks.py execute
 	$(BIN)/python tools/notebooks.py sync
-	$(BIN)/python -m pytest -q -rs tests --ignore=tests/interop --ignore=tests/demo
+	$(BIN)/python -m pytest -q -rs tests --ignore=tests/interop --ignore=tests/demo --ignore=tests/optima
 
 demo-result: demo .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/demo

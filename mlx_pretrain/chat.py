@@ -36,14 +36,20 @@ def _message(value: Any, n: int) -> dict[str, Any]:
     return {"role": role, "content": content, "trained": role == "assistant" and bool(weight)}
 
 
-def read_messages(
-    value: Any, # what a row has there
-) -> list[dict[str, Any]]: # each with `role`, `content`, and `trained`; the last one is trained
-    "Check a conversation. Raises `DataError` with the number of the message that cannot be used, or if nothing is to be learned."
+def _turns(value: Any) -> list[dict[str, Any]]:
+    "All messages of a conversation, checked."
     if not isinstance(value, list): raise DataError("a conversation must be a list of messages, each with a role and a content")
     messages = [_message(entry, n) for n, entry in enumerate(value)]
     if [m["role"] for m in messages if m["role"] != "system"][:1] == ["assistant"]:
         raise DataError("the conversation begins with an answer; begin with a message of the user")
+    return messages
+
+
+def read_messages(
+    value: Any, # what a row has there
+) -> list[dict[str, Any]]: # each with `role`, `content`, and `trained`; the last one is trained
+    "Check a conversation. Raises `DataError` with the number of the message that cannot be used, or if nothing is to be learned."
+    messages = _turns(value)
     while messages and not messages[-1]["trained"]: messages.pop()
     if not messages: raise DataError("no message is an answer to be trained; add one with the role assistant, and without the weight 0")
     return messages
@@ -174,16 +180,22 @@ def _later(fmt: PromptFormat, turn: int) -> PromptFormat:
     return fmt if turn == 0 or "{system_prompt}" in fmt.prompt_format else fmt.model_copy(update={"system_prompt": None})
 
 # %% ../nbs/25_chat.ipynb #2e480f01
+def _conversation(fmt: PromptFormat, row: dict[str, Any]) -> Any:
+    "What a row has as its conversation; `None` if it has none. Raises `DataError` if it has tools."
+    value, answer = row.get(fmt.input_field), row.get(fmt.output_field)
+    if isinstance(value, list) and isinstance(answer, list) and answer is not value: value = [*value, *answer]
+    if isinstance(value, list) and row.get("tools"): raise DataError('the row has "tools", which are not told of here; leave them out')
+    if fmt.input_field == fmt.output_field and not isinstance(value, list): _turns(value)    # says what is wrong
+    return value if isinstance(value, list) else None
+
+
 def row_pieces(
     fmt: PromptFormat, # how rows look
     tokenizer: Tokenizer, # has the control tokens, and perhaps a chat template
     row: dict[str, Any], # column → value; a conversation is a list in `fmt.input_field`, or goes on in `fmt.output_field`
 ) -> list[Piece]: # in order
     "What a row is made of. Raises `DataError` if it cannot be used."
-    value, answer = row.get(fmt.input_field), row.get(fmt.output_field)
-    if isinstance(value, list) and isinstance(answer, list) and answer is not value: value = [*value, *answer]
-    if isinstance(value, list) and row.get("tools"): raise DataError('the row has "tools", which are not told of here; leave them out')
-    if isinstance(value, list) or fmt.input_field == fmt.output_field: messages = read_messages(value)
+    if (conversation := _conversation(fmt, row)) is not None: messages = read_messages(conversation)
     elif fmt.prompt_format is not None: return pair_pieces(tokenizer, fmt.prompt(row), fmt.response(row))
     else: messages = [_said("user", fmt.instruction(row)), {**_said("assistant", fmt.response(row)), "trained": True}]
     return template_pieces(tokenizer, _introduced(fmt, messages)) if fmt.prompt_format is None else _format_pieces(fmt, tokenizer, messages)
@@ -195,12 +207,12 @@ def ask_pieces(
     row: dict[str, Any], # column → value; there need not be a response
 ) -> list[Piece]: # in order; nothing is trained
     "What stands before the last response of a row. Raises `DataError` if nothing is asked."
-    value = row.get(fmt.input_field)
-    if isinstance(value, list): messages = [{**_message(entry, n), "trained": False} for n, entry in enumerate(value)]
+    if (conversation := _conversation(fmt, row)) is not None: messages = _turns(conversation)
     elif fmt.prompt_format is not None: return [*map(Piece, _begin(tokenizer)), Piece(fmt.prompt(row))]
     else: messages = [_said("user", fmt.instruction(row))]
     while messages and messages[-1]["role"] != "user": messages.pop()
     if not messages: raise DataError("the conversation has no message of the user; add one")
+    messages = [{**m, "trained": False} for m in messages]
     return template_pieces(tokenizer, _introduced(fmt, messages)) if fmt.prompt_format is None else _format_pieces(fmt, tokenizer, messages)
 
 

@@ -151,7 +151,7 @@ def _read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 # %% ../nbs/01_data.ipynb #f34c4762
 def _blame(error: BaseException, file: str | None = None) -> str:
     "Where in `file`, or in the file of the function that was called, an exception came from, and what it says."
-    ours = ("<frozen", _blame.__code__.co_filename)                       # this file, and what runs a module
+    ours = ("<frozen", _blame.__code__.co_filename, os.path.dirname(rng_for.__code__.co_filename))    # this library, and what runs a module
     frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if not f.filename.startswith(ours)]
     own = [f for f in frames if f.filename == (file or frames[0].filename)] or frames
     at, says = (f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""), str(error)

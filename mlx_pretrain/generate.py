@@ -113,8 +113,7 @@ def _columns(
     max_new_tokens: int, # at most so many columns
     eos_ids: list[int], # tokens that end a row
     pad_id: int, # what stands on the left of short prompts, and after the end
-    seed: int, # of the draws
-    step: int, # of the draws
+    keys: mx.array, # from `_row_keys`, (B, 2)
     **how, # temperature, top_k, top_p
 ) -> Iterator[np.ndarray]: # (B,) int32: the next token of every row
     "Write token by token, until every row has stopped."
@@ -122,7 +121,7 @@ def _columns(
     missing = [longest - len(prompt) for prompt in prompts]
     ids = mx.array([[pad_id] * n + prompt for n, prompt in zip(missing, prompts)])   # (B, P)
     pad = mx.array(missing) if any(missing) else None                     # (B,)
-    cache, keys = model.make_cache(len(prompts), longest + max_new_tokens), _row_keys(prompts, seed, step)
+    cache = model.make_cache(len(prompts), longest + max_new_tokens)
     stopped = np.zeros(len(prompts), dtype=bool)
     for _ in range(max_new_tokens):
         hidden = model.hidden(ids, cache, pad)[:, -1]                     # (B, D)
@@ -166,6 +165,7 @@ def generate(
     top_p: float = 1.0, # see `sample`
     seed: int = 0, # of the draws
     step: int = 0, # of the draws: another step, other draws
+    batch_size: int | None = None, # rows that are written at once; by default all
 ) -> Generation: # what was written
     """Write on from each prompt. A row's tokens do not depend on the other rows.
 
@@ -175,8 +175,11 @@ def generate(
     prompts = _check(model, prompts, max_new_tokens, [pad_id, *eos_ids])
     _check_sampling(temperature, top_k, top_p)
     tokens = np.full((len(prompts), max_new_tokens), pad_id, dtype=np.int32)          # (B, R)
-    columns = _columns(model, prompts, max_new_tokens, eos_ids, pad_id, seed, step, temperature=temperature, top_k=top_k, top_p=top_p)
-    for r, column in enumerate(columns): tokens[:, r] = column
+    keys, size = _row_keys(prompts, seed, step), batch_size or len(prompts)
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for some in (slice(i, i + size) for i in range(0, len(prompts), size)):
+        columns = _columns(model, prompts[some], max_new_tokens, eos_ids, pad_id, keys[some], **how)
+        for r, column in enumerate(columns): tokens[some, r] = column
     return Generation(mx.array(tokens), mx.array(response_mask(tokens, eos_ids)))
 
 # %% ../nbs/14_generate.ipynb #058efa10
@@ -231,7 +234,8 @@ def stream_text(
     eos, pad = tokenizer.eos_id, tokenizer.pad_id
     [ids] = _check(model, [prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt], max_new_tokens, [pad, eos])
     _check_sampling(temperature, top_k, top_p)
-    columns = _columns(model, [ids], max_new_tokens, [eos], pad, seed, 0, temperature=temperature, top_k=top_k, top_p=top_p)
+    keys = _row_keys([ids], seed, 0)
+    columns = _columns(model, [ids], max_new_tokens, [eos], pad, keys, temperature=temperature, top_k=top_k, top_p=top_p)
     return text_pieces(tokenizer, ids, takewhile(lambda token: token != eos, (int(column[0]) for column in columns)))
 
 

@@ -26,9 +26,9 @@ def _kl_runaway(now: dict, first: dict, knobs: dict) -> str | None:
 
 def _ratio_explosion(now: dict, first: dict, knobs: dict) -> str | None:
     "Has the policy left its samples far behind within a step?"
-    if now["approx_kl"] <= 5: return None
-    return (f"within a step the policy moved so far from its own samples (approx_kl {now['approx_kl']:.3g}) that they say nothing about "
-            f'it: {_LOWER}, or set "data.target_kl" to 0.05, or take fewer "data.ppo_epochs"')
+    if now["far_fraction"] <= 0.5: return None
+    return (f"within a step {now['far_fraction']:.0%} of the sampled tokens became e times as likely or unlikely, so the samples say "
+            f'nothing about it any more: {_LOWER}, or set "data.target_kl" to 0.05, or take fewer "data.ppo_epochs"')
 
 # %% ../nbs/30_guards.ipynb #968960e9
 def _entropy_collapse(now: dict, first: dict, knobs: dict) -> str | None:
@@ -73,7 +73,7 @@ class Guards:
 
     def look(
         self,
-        metrics: dict, # of a step: reward, reward_std, kl, response_length, entropy, approx_kl, eos_fraction
+        metrics: dict, # of a step: reward, reward_std, kl, response_length, entropy, far_fraction, eos_fraction
         knobs: dict, # as they stood in this step: kl_coef
     ) -> list[Trip]: # what is to be said now
         "The rules that have held for long enough, just now."

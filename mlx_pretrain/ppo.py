@@ -28,15 +28,15 @@ from pydantic import Field
 from .config import ConfigError, Section
 from .core import RewardModel, rng_for
 from .data import batch_indices
-from .episodes import Episodes, lay_out, no_reward, read_episodes
+from .episodes import Episodes, lay_out, no_reward, read_episodes, width
 from .generate import generate, text_after
 from .guards import Guards
-from .lora import _around
+from .lora import _around, merge
 from .model import Decoder, Llama, ScalarHead
 from .optim import Optimization
 from .pretrained import Pretrained, open_checkpoint
 from .rows import PromptConfig, read_first_row, resolve_format
-from .score import find_reward, score
+from .score import find_reward, reward_name, score
 from .stage import StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage
 from .tokenizer import Tokenizer
 from .trainer import Hyperparameters, Knobs, TrainingConfig, TrainingError, compute_in
@@ -111,13 +111,18 @@ def policy_loss(
     advantages: mx.array, # how much better than expected each token was, (B, R)
     mask: mx.array, # True for tokens of the response, (B, R) bool
     clip_range: float | mx.array, # how far the ratio of the two may move from 1 and still be rewarded
-) -> tuple[mx.array, mx.array, dict[str, mx.array]]: # (sum, count, sums of `approx_kl`, in nats, and `clip_fraction`)
-    "The clipped objective. Source: Schulman et al. 2017, Proximal Policy Optimization Algorithms, eq. 7."
+) -> tuple[mx.array, mx.array, dict[str, mx.array]]: # (sum, count, sums of `approx_kl`, `clip_fraction` and `far_fraction`)
+    """The clipped objective. Beside it: half the mean square of the log-ratio, how many tokens clipping holds, and how many are more than
+    e times as likely, or as unlikely, as they were.
+
+    Source: Schulman et al. 2017, Proximal Policy Optimization Algorithms, eq. 7.
+    """
     log_ratio = mx.where(mask, logp - old_logp, 0)                        # (B, R)
     ratio = mx.exp(log_ratio)
     free, clipped = -advantages * ratio, -advantages * mx.clip(ratio, 1 - clip_range, 1 + clip_range)
     loss = mx.where(mask, mx.maximum(free, clipped), 0).sum()
-    seen = {"approx_kl": 0.5 * mx.square(log_ratio).sum(), "clip_fraction": (mask & (clipped > free)).sum()}
+    seen = {"approx_kl": 0.5 * mx.square(log_ratio).sum(), "clip_fraction": (mask & (clipped > free)).sum(),
+            "far_fraction": (mx.abs(log_ratio) > 1).sum()}
     return loss, mask.sum(), seen
 
 # %% ../nbs/04_ppo.ipynb #a0a62bd3
@@ -227,12 +232,12 @@ class PPOParams(Section):
     "Divides the logits, in sampling and everywhere else; a knob."
     response_length: int = Field(64, ge=1)
     "Most tokens of a response."
-    missing_eos_penalty: float | None = Field(None, gt=0)
+    missing_eos_penalty: float | None = Field(None, ge=0)
     "Taken off the reward of a response that did not end by itself."
     whiten_rewards: bool = False
     "Scale the rewards of a step to variance 1?"
-    target_kl: float | None = Field(None, gt=0)
-    "Go on with the next samples when an epoch's mean approx_kl is above it; by default never; a knob, where 0 is never."
+    target_kl: float | None = Field(None, ge=0)
+    "Go on with the next samples when an epoch's mean approx_kl is above it; 0 is never; a knob."
     kl_estimator: Literal["k1", "k3"] = "k1"
     "How the KL that is reported is estimated. The price is always paid by k1, because the gradient of k3 is not that of the KL."
     guards: Literal["stop", "warn"] = "stop"
@@ -312,6 +317,7 @@ def respond(
     temperature: float = 1.0, # of the draws
     seed: int = 0, # of the draws
     step: int = 0, # of the draws
+    batch_size: int | None = None, # responses written at once; by default all
 ) -> Sampled: # B responses
     "Let a policy answer, and ask what that is worth; responses that the rows bring are taken as they are."
     model, tokenizer, _, fmt = pretrained
@@ -320,7 +326,7 @@ def respond(
     if episodes.responses is not None: responses = [episodes.responses[i] for i in indices]
     else:
         out = generate(model, prompts, episodes.response_length, eos_ids=[tokenizer.eos_id], pad_id=tokenizer.pad_id,
-                       temperature=temperature, seed=seed, step=step)
+                       temperature=temperature, seed=seed, step=step, batch_size=batch_size)
         responses = [row[mask].tolist() for row, mask in zip(np.array(out.tokens), np.array(out.response_mask))]
     said = [fmt.unwrap(text_after(tokenizer, p, r)) for p, r in zip(prompts, responses)]
     return Sampled(prompts, responses, asked, said, episodes.rewards[indices] if reward is None else score(reward, asked, said))
@@ -351,7 +357,7 @@ def look_back(
     knobs: dict[str, float], # kl_coef and temperature
 ) -> tuple[Rollout, dict[str, float]]: # what to learn from, and metrics of it
     "Log-probabilities, values, rewards and advantages of some responses, a mini-batch in memory at a time."
-    tokens, pad, mask = lay_out(sampled.prompts, sampled.responses, tokenizer.pad_id, max(map(len, sampled.responses)))
+    tokens, pad, mask = lay_out(sampled.prompts, sampled.responses, tokenizer.pad_id)
     parts, temperature = [], mx.array(knobs["temperature"])
     for i in range(0, len(pad), ppo.ppo_mini_batch_size):
         rows = (mx.array(x[i:i + ppo.ppo_mini_batch_size]) for x in (tokens, pad, mask))
@@ -375,10 +381,15 @@ def minibatches(
     size: int, # rows of a mini-batch
     knobs: dict[str, float], # clip_range and temperature
 ) -> list[Minibatch]: # all rows, each once; the last one may be smaller
-    "Cut a rollout."
-    scalars = mx.array(knobs["clip_range"]), mx.array(knobs["temperature"])
-    chosen = (mx.array(order[i:i + size]) for i in range(0, len(order), size))
-    return [Minibatch(Rollout(*(x[rows] for x in rollout)), *scalars) for rows in chosen]
+    "Cut a rollout, and from each part the columns that are padding in all its rows."
+    scalars, parts = (mx.array(knobs["clip_range"]), mx.array(knobs["temperature"])), []
+    pad, lengths = np.array(rollout.pad), np.array(rollout.response_mask.sum(axis=1))
+    P, R = rollout.tokens.shape[1] - rollout.response_mask.shape[1], rollout.response_mask.shape[1]
+    for rows in (order[i:i + size] for i in range(0, len(order), size)):
+        left, right = max(0, P - width(int(P - pad[rows].min()))), min(R, width(int(lengths[rows].max())))
+        tokens, pads, *others = (x[mx.array(rows)] for x in rollout)
+        parts.append(Minibatch(Rollout(tokens[:, left:P + right], pads - left, *(x[:, :right] for x in others)), *scalars))
+    return parts
 
 # %% ../nbs/04_ppo.ipynb #4a32ffa5
 def weighted_reward(
@@ -411,14 +422,16 @@ def _shown(sampled: Sampled, which: list[int], what: str) -> str:
 
 
 def _mean(updates: list[dict[str, float]], key: str) -> float:
-    "A metric over some updates, each token as heavy as any other."
+    "A metric over the updates that were finite, each token as heavy as any other."
+    updates = [u for u in updates if u["good"]] or updates
     return float(np.average([u[key] for u in updates], weights=[u["count"] for u in updates]))
 
 # %% ../nbs/04_ppo.ipynb #bbc13216
 logger = logging.getLogger("mlx_pretrain")
 MAX_HELD_OUT = 256 # held-out prompts that a validation asks; of more, as many, spread evenly
 _OFF_POLICY = ("%s: the rewards are those of the rows, and so are the responses. That is off-policy: the model learns from what others "
-               "said, and `row_logratio`, how much likelier it finds that than the reference does, is no KL. To sample, give a reward_model.")
+               "said, and `row_logratio`, how much likelier it finds that than the reference does, is no KL. To sample, give a "
+               "reward_model.")
 
 
 class PPOTrainer(StageTrainer):
@@ -430,6 +443,7 @@ class PPOTrainer(StageTrainer):
     stage = "ppo"
     mean_reward: float | None = None # of the last steps, when there is nothing held out
     _in_order: int | None = None # the last step before a guard spoke
+    probes = 2 # steps that a forecast times; the reward is asked in them too
     judged_by, higher_is_better, shown = "val_reward", True, ("reward", "kl", "row_logratio", "val_reward")
 
     def __init__(
@@ -444,15 +458,16 @@ class PPOTrainer(StageTrainer):
         self.distance = "row_logratio" if self.reward is None else "kl"   # what the log-ratio to the reference may be called
         if (pretrained := begin_with(cfg, pretrained)) is None:
             raise ConfigError('"pretrained_model" is missing; PPO begins with a model that can answer: name a run, such as that of sft.py')
-        policy, tokenizer, answered = pretrained.model, pretrained.tokenizer, self.reward is None
+        policy, tokenizer, answered = merge(pretrained.model), pretrained.tokenizer, self.reward is None
         cfg = complete(cfg, policy)
-        row = read_first_row(path, cfg.data, answered=False)
+        row = read_first_row(path, cfg.data, answered and cfg.data.on_bad_row == "skip")
         if answered and (key := cfg.data.reward_field) not in row.value and cfg.data.on_bad_row == "error": raise no_reward(row, key)
         fmt = resolve_format(cfg.data, row, pretrained.format, answered)
         if not fmt.input_field: raise ConfigError(f'the rows of {path} have no prompt; name its column in "data.input_field"')
         cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
         data, held_out = (self._episodes(cfg, key, tokenizer) for key in ("input_file", "validation_file"))
         self.ppo, self.guards, self.now, self.rollout, self.sampled = cfg.ppo, Guards(), None, None, None
+        if answered: self.ppo = self.ppo.model_copy(update={"kl_estimator": "k1"})       # a log-ratio is what it is
         self.reference = _around(policy.args, dict(tree_flatten(policy.parameters())))
         self.reference.freeze()
         actor_critic = ActorCritic(policy, Critic(policy))
@@ -462,7 +477,8 @@ class PPOTrainer(StageTrainer):
                          held_out.evenly(MAX_HELD_OUT), epoch, trained=actor_critic, **kwargs)
         self.configured = {"kl_coef": self.ppo.kl_coef, "clip_range": self.ppo.clip_range, "temperature": self.ppo.temperature,
                            "target_kl": self.ppo.target_kl or 0.0}
-        self.knobs = Knobs(learning_rate_factor=1.0, **self.configured)
+        least = {"kl_coef": 0, "target_kl": 0, "clip_range": 1e-6, "temperature": 1e-6}
+        self.knobs = Knobs(least, learning_rate_factor=1.0, **self.configured)
         self.last_knobs, self.read = self.knobs.snapshot(), make_reader(policy, self.reference, actor_critic.critic, cfg.system.precision)
         if held_out is None: self.validate, self.judged_by = dict, "mean_reward"
         if answered: logger.warning(_OFF_POLICY, path)
@@ -490,7 +506,8 @@ class PPOTrainer(StageTrainer):
     ) -> Sampled: # B responses
         "What the policy says now, with its rewards."
         now = Pretrained(self.model, self.tokenizer, Path(), self.format)
-        return respond(now, episodes, indices, self.reward, knobs["temperature"], self.seed, step)
+        size = self.cfg.training.hyperparameters.batch_size
+        return respond(now, episodes, indices, self.reward, knobs["temperature"], self.seed, step, size)
 
     def judge_samples(
         self,
@@ -498,7 +515,7 @@ class PPOTrainer(StageTrainer):
         knobs: dict[str, float], # kl_coef and temperature
     ) -> tuple[Rollout, dict[str, float]]: # what to learn from, and metrics of it
         "`look_back`; without a reward model the distance to the reference is no KL, and is not called so."
-        rollout, seen = look_back(sampled, self.read, self.ppo, self.tokenizer, knobs)
+        with self.whole(): rollout, seen = look_back(sampled, self.read, self.ppo, self.tokenizer, knobs)
         return rollout, {self.distance if key == "kl" else key: value for key, value in seen.items()}
 
     def _work(self, now: _Step) -> Generator[str, None, None]:
@@ -523,12 +540,12 @@ class PPOTrainer(StageTrainer):
 
     def _one_update(self, now: _Step, batches: list[Minibatch], rate: float):
         "Change the weights, and note it; both happen, or neither."
-        loss, count, norm, good, means = self.update(batches, rate)
-        now.updates.append(note := {"total_loss": math.nan})
-        try: mx.eval(self.trained.state, self.optimizer.state, loss, count, norm, good, means)
-        finally:                                                          # Ctrl-C comes when all is computed, and cannot undo it: note
+        done = len(now.updates)
+        with self.whole(lambda: len(now.updates) > done):
+            loss, count, norm, good, means = self.update(batches, rate)
+            mx.eval(self.trained.state, self.optimizer.state, loss, count, norm, good, means)
             numbers = {"total_loss": loss, "count": count, "grad_norm": norm, "good": good, **means}
-            note.update({key: value.item() for key, value in numbers.items()})
+            now.updates.append({key: value.item() for key, value in numbers.items()})
 
     def phases(self) -> Generator[str, None, dict]:
         "One step in pieces: the samples, what is known about them, and each update. If it was cut short before, what is left of it."
@@ -536,42 +553,58 @@ class PPOTrainer(StageTrainer):
         yield from self._work(now)
         self.now, self.sampled, self.rollout = None, now.sampled, now.rollout
         self.steps_done += 1
-        keys, tokens = ("policy_loss", "value_loss", "total_loss", "approx_kl", "clip_fraction", "grad_norm"), now.tokens
-        means = {key: _mean(now.updates, key) for key in keys}
+        keys = ("policy_loss", "value_loss", "total_loss", "approx_kl", "clip_fraction", "far_fraction", "grad_norm")
+        means, tokens = {key: _mean(now.updates, key) for key in keys}, now.tokens
         self.tokens += tokens
-        good = all(u["good"] for u in now.updates)
-        if not good: self.report(means["total_loss"], means["grad_norm"])
-        self.judge(good, means["total_loss"], means["grad_norm"])
+        if bad := [u for u in now.updates if not u["good"]]: self.report_updates(bad, len(now.updates))
+        self.judge(len(bad) < len(now.updates), means["total_loss"], means["grad_norm"])
         self.mean_reward = now.seen["reward"] if self.mean_reward is None else 0.9 * self.mean_reward + 0.1 * now.seen["reward"]
         average = {} if self.held_out else {"mean_reward": self.mean_reward}
-        return {"step": self.steps_done, **now.seen, **average, **means, "learning_rate": self._rate(now), "tokens": self.tokens,
-                "tokens_per_second": tokens / (time.perf_counter() - now.started)}
+        metrics = {"step": self.steps_done, **now.seen, **average, **means, "learning_rate": self._rate(now), "tokens": self.tokens,
+                   "tokens_per_second": tokens / (time.perf_counter() - now.started)}
+        self._guard(metrics)
+        return metrics
+
+    def report_updates(
+        self,
+        bad: list[dict[str, float]], # updates that were not finite
+        all: int, # updates of the step
+    ):
+        "Tell about updates that were skipped."
+        loss, norm = bad[0]["total_loss"], bad[0]["grad_norm"]
+        said = f"step {self.steps_done}: {len(bad)} of {all} updates skipped: loss {loss:g}, gradient norm {norm:g}"
+        if self.run_dir:
+            self.run_dir.event("not_finite", self.steps_done - 1, updates=len(bad), loss=loss, grad_norm=norm)
+            self.run_dir.note(said)
+        if self.in_a_row == 0: logger.warning(said)
+
+    def _guard(self, metrics: dict):
+        "Let the guards look at a step. Raises `TrainingError`, with the step in the log, if one of them stops it."
+        for trip in self.guards.look(metrics, self.last_knobs):
+            if self.run_dir: self.run_dir.event("guard", self.steps_done - 1, which=trip.kind, text=trip.text)
+            if trip.stop and self.cfg.data.guards == "stop":
+                if self.run_dir: self.run_dir.log(metrics)
+                self._in_order = self.steps_done - trip.since
+                raise TrainingError(f"step {self.steps_done}: {trip.text}")
+            logger.warning(f"step {self.steps_done}: {trip.text}")
 
     def measure(self) -> dict[str, float]:
         "Reward, KL and loss on the held-out prompts, answered with the same random keys every time; some answers go to the log."
-        size, knobs, parts = self.cfg.training.hyperparameters.batch_size, self.last_knobs, []
-        for i in range(0, len(self.held_out), size):
-            sampled = self.collect(self.held_out, np.arange(i, min(i + size, len(self.held_out))), knobs, -1)
-            parts.append((sampled, *self.judge_samples(sampled, knobs)))
-        if self.run_dir: self.run_dir.note(_shown(parts[0][0], range(min(3, len(parts[0][0].said))), "held out"))
-        scores = np.concatenate([sampled.scores for sampled, *_ in parts])
-        distances = np.concatenate([np.array((r.logp - r.ref_logp).sum(axis=1)) for _, r, _ in parts])
-        kl = np.average([seen[self.distance] for *_, seen in parts], weights=[len(s.said) for s, *_ in parts])
-        errors = np.concatenate([np.array(0.5 * mx.square(r.values - r.returns))[np.array(r.response_mask)] for _, r, _ in parts])
-        reward = scores.mean() if self.reward is not None else weighted_reward(scores, distances)
-        return {"val_reward": float(reward), f"val_{self.distance}": float(kl), "val_loss": self.ppo.vf_coef * float(errors.mean())}
+        sampled = self.collect(self.held_out, np.arange(len(self.held_out)), self.last_knobs, -1)
+        rollout, seen = self.judge_samples(sampled, self.last_knobs)
+        if self.run_dir: self.run_dir.note(_shown(sampled, range(min(3, len(sampled.said))), "held out"))
+        errors = 0.5 * np.square(np.array(rollout.values - rollout.returns))[np.array(rollout.response_mask)]
+        reward = seen["reward"]
+        if self.reward is None: reward = weighted_reward(sampled.scores, np.array((rollout.logp - rollout.ref_logp).sum(axis=1)))
+        distance = self.distance
+        return {"val_reward": reward, f"val_{distance}": seen[distance], "val_loss": self.ppo.vf_coef * float(errors.mean())}
 
     def _step(self) -> dict:
         metrics = super()._step()
-        cfg, every = self.cfg, self.cfg.logging.steps.logging_interval
+        every = self.cfg.logging.steps.logging_interval
         if self.run_dir and (self.steps_done in (1, self.total_steps) or self.steps_done % every == 0):
             best, worst = np.argmax(self.sampled.scores), np.argmin(self.sampled.scores)
             self.run_dir.note(_shown(self.sampled, [best] if best == worst else [best, worst], f"step {self.steps_done}"))
-        for trip in self.guards.look(metrics, self.last_knobs):
-            if self.run_dir: self.run_dir.event("guard", self.steps_done - 1, which=trip.kind, text=trip.text)
-            self._in_order = self.steps_done - trip.since
-            if trip.stop and cfg.data.guards == "stop": raise TrainingError(f"step {self.steps_done}: {trip.text}")
-            logger.warning(f"step {self.steps_done}: {trip.text}")
         return metrics
 
     def last_good(self) -> int:
@@ -587,6 +620,10 @@ class PPOTrainer(StageTrainer):
         for _ in self._work(now): pass
         return now.tokens
 
+    def parts(self) -> list[dict | list]:
+        "All that holds arrays which a step changes, or looks at while it is compiled."
+        return [*super().parts(), self.reference]
+
     def places(self) -> dict[str, dict | list]:
         "Where the arrays of a checkpoint belong."
         return {**super().places(), "critic": self.trained.critic, "reference": self.reference}
@@ -595,7 +632,8 @@ class PPOTrainer(StageTrainer):
         "The rest of a checkpoint. Raises `TrainingError` in the middle of a step."
         if self.now and self.now.updates:
             raise TrainingError("a step is under way, and a checkpoint in the middle of it would be of no use; call step(), which ends it")
-        return {**super().state(), "configured": self.configured, "guards": self.guards.state(), "mean_reward": self.mean_reward}
+        return {**super().state(), "configured": self.configured, "guards": self.guards.state(), "mean_reward": self.mean_reward,
+                "reward": None if self.reward is None else reward_name(self.reward)}
 
     def load(self, saved, reset_optimizer: bool = False):
         """Go on from a checkpoint; a knob stands as it stood, unless the configuration says something new.
@@ -606,6 +644,9 @@ class PPOTrainer(StageTrainer):
         self.now, self.guards, self.mean_reward = None, Guards(**saved.state["guards"]), saved.state["mean_reward"]
         for name, value in self.configured.items():
             if saved.state["configured"].get(name) != value: setattr(self.knobs, name, value)
+        if saved.state["reward"] != self.state()["reward"]:
+            logger.warning("The reward is another one than it was; the best validation is counted anew.")
+            self.best = self.mean_reward = None
 
 # %% ../nbs/04_ppo.ipynb #2b11d923
 def ppo(

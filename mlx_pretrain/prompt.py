@@ -105,8 +105,10 @@ class PromptFormat(Section):
         text: str, # what a model said
     ) -> str: # what stands where `{response}` does
         "A response without what the format puts around it, as far as it is there."
-        around = [text for text, _ in split_format(self.response_format, "data.response_format")]
-        return text.removeprefix(around[0]).removesuffix(around[1] if len(around) == 2 else "")
+        (before, first), *rest = split_format(self.response_format, "data.response_format")
+        if first not in ("response", self.output_field): return text      # something else stands before it
+        after = rest[0][0] if rest and rest[0][1] is None else ""
+        return text.removeprefix(before).removesuffix(after)
 
     def ask(
         self,

@@ -76,7 +76,7 @@ class MetricsConfig(Section):
     "Which metrics are written to `metrics.jsonl`."
 
     log_loss: bool = True
-    "`loss` and `val_loss`."
+    "`loss` and `val_loss`, and PPO's `policy_loss`, `value_loss` and `total_loss`."
     log_perplexity: bool = True
     "`perplexity` and `val_perplexity`."
     log_tokens_per_second: bool = True
@@ -86,19 +86,19 @@ class MetricsConfig(Section):
     log_tokens_processed: bool = True
     "`tokens`, the number of training tokens seen so far."
     log_rewards: bool = True
-    "`reward` and `val_reward`."
+    "`reward`, `reward_std`, `mean_reward` and `val_reward`."
     log_kl_divergence: bool = True
-    "`kl` and `val_kl`."
+    "`kl` and `val_kl`, or `row_logratio` and `val_row_logratio`."
 
 # %% ../nbs/15_run.ipynb #ad181dcf
 _SWITCHES = {
-    "log_loss": ("loss", "val_loss"),
+    "log_loss": ("loss", "val_loss", "policy_loss", "value_loss", "total_loss"),
     "log_perplexity": ("perplexity", "val_perplexity"),
     "log_tokens_per_second": ("tokens_per_second",),
     "log_learning_rate": ("learning_rate",),
     "log_tokens_processed": ("tokens",),
-    "log_rewards": ("reward", "val_reward"),
-    "log_kl_divergence": ("kl", "val_kl"),
+    "log_rewards": ("reward", "reward_std", "mean_reward", "val_reward"),
+    "log_kl_divergence": ("kl", "val_kl", "row_logratio", "val_row_logratio"),
 }
 
 

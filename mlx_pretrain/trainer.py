@@ -107,9 +107,11 @@ class Knobs:
     "Numbers that may be turned between steps, by attribute."
     def __init__(
         self,
+        least: dict[str, float] | None = None, # name → what its value may not fall below
         **values: float, # name → first value
     ):
         object.__setattr__(self, "_values", {k: float(v) for k, v in values.items()})
+        object.__setattr__(self, "_least", least or {})
 
     def __getattr__(self, name):
         values = self.__dict__.get("_values", {})
@@ -119,6 +121,7 @@ class Knobs:
     def __setattr__(self, name, value):
         getattr(self, name)
         if not math.isfinite(value): raise ValueError(f"knob {name} must be a finite number, got {value}")
+        if value < (least := self._least.get(name, -math.inf)): raise ValueError(f"knob {name} must be {least:g} or more, got {value:g}")
         self._values[name] = float(value)
 
     def snapshot(self) -> dict[str, float]:
@@ -351,6 +354,7 @@ class Trainer(Progress):
     Raises `ConfigError` if the schedule does not fit the steps, or the optimizer brings a schedule of its own.
     """
     shown = ("loss", "val_loss") # metrics beside the progress bar
+    probes = 6 # steps that a forecast times
 
     def __init__(
         self,
@@ -390,6 +394,23 @@ class Trainer(Progress):
         self.last_knobs = now
         return now
 
+    def parts(self) -> list[dict | list]:
+        "All that holds arrays which a step changes, or looks at while it is compiled."
+        return [self.trained, self.optimizer.state]
+
+    @contextmanager
+    def whole(
+        self,
+        counted: Callable[[], bool] = lambda: False, # is it written down that the change has been made?
+    ):
+        "Inside, arrays change and it is counted, or nothing changes at all: Ctrl-C may come anywhere, also while something is compiled."
+        held = [(part, dict(tree_flatten(part.parameters() if isinstance(part, nn.Module) else part))) for part in self.parts()]
+        try: yield
+        except BaseException:
+            if not counted():
+                for part, arrays in held: _put(part, arrays)
+            raise
+
     def batches(
         self,
         step: int, # from 0
@@ -402,14 +423,15 @@ class Trainer(Progress):
         "One step in pieces; returns its metrics."
         start, knobs = time.perf_counter(), self.read_knobs()
         rate = float(self.schedule(self.steps_done)) * knobs["learning_rate_factor"]
-        values = self.update(self.batches(self.steps_done), rate, key_for(self.seed, self.steps_done, "dropout"))
-        self.steps_done += 1
-        try: mx.eval(self.model.state, self.optimizer.state, values)
-        finally:                                                          # Ctrl-C comes when all is computed, and cannot undo it: count
+        step = self.steps_done
+        with self.whole(lambda: self.steps_done > step):
+            values = self.update(self.batches(step), rate, key_for(self.seed, step, "dropout"))
+            mx.eval(self.trained.state, self.optimizer.state, values)
             loss, count, norm, good = (v.item() for v in values)
-            self.tokens, speed = self.tokens + count, count / (time.perf_counter() - start)
-            if not good: self.report(loss, norm)
-            self.judge(good, loss, norm)
+            self.tokens, self.steps_done = self.tokens + count, step + 1
+        speed = count / (time.perf_counter() - start)
+        if not good: self.report(loss, norm)
+        self.judge(good, loss, norm)
         yield "update"
         return {"step": self.steps_done, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": self.tokens,
                 "tokens_per_second": speed}
@@ -631,18 +653,20 @@ def check_memory(
 def forecast(
     trainer: Trainer, # at any step; it stays as it is
     held_out: int = 0, # tokens of one validation, which goes forward only and takes a third of the time
-    probes: int = 6, # steps to time; the first, which compiles, does not count
+    probes: int | None = None, # steps to time, by default `trainer.probes`; the first, which compiles, does not count
 ) -> Forecast: # for the steps that are left
     "Time a few steps and undo them. Raises `TrainingError` as `check_memory` does."
     held, before, left = check_memory(trainer), trainer.arrays(), trainer.total_steps - trainer.steps_done
     mx.eval(before); mx.reset_peak_memory()
     times, tokens = [0.0], 0
-    for step in range(trainer.steps_done, trainer.steps_done + min(probes, left)):
-        start = time.perf_counter()
-        count = trainer.probe(step)
-        times, tokens = [*times, time.perf_counter() - start], max(tokens, count)
-        if sum(times) > (5 if step > trainer.steps_done else 20): break   # long steps: two must do, or one
-    for name, tree in trainer.places().items(): _put(tree, before[name])
+    try:
+        for step in range(trainer.steps_done, trainer.steps_done + min(probes or trainer.probes, left)):
+            start = time.perf_counter()
+            count = trainer.probe(step)
+            times, tokens = [*times, time.perf_counter() - start], max(tokens, count)
+            if sum(times) > (5 if step > trainer.steps_done else 20): break   # long steps: two must do, or one
+    finally:
+        for name, tree in trainer.places().items(): _put(tree, before[name])
     seconds = sorted(times[2:] or times[-1:])[len(times[2:]) // 2]        # the median
     validations = math.ceil(trainer.total_steps / trainer.validation_interval) - trainer.steps_done // trainer.validation_interval
     each = held_out / tokens * seconds / 3 if tokens else 0.0
@@ -650,15 +674,14 @@ def forecast(
     return Forecast(seconds * left + each * validations, speed, peak, _machine_memory())
 
 # %% ../nbs/18_trainer.ipynb #404857c8
-def _stopped(trainer: Trainer, run: Run, **state):
-    "Save, say where and how to go on, and end as Ctrl-C ends a program."
+def _keep(trainer: Trainer, run: Run, **state):
+    "Save, and say where and how to go on."
     earlier, name = run.final, ""
     if run.step_aside() != earlier: name = f' --name "{run.final.name}", for the earlier run in {earlier} stays as it was'
     saved = save_checkpoint(trainer, run, **state)
     said = f"Saved in {saved}. To go on: the same command with --resume.checkpoint latest{name}"
     logger.warning(said)
     run.note(said)
-    raise KeyboardInterrupt
 
 
 def _took(trainer: Trainer, run: Run, since: float, tokens: int, before: dict) -> str:
@@ -689,7 +712,9 @@ def train_run(
         with ProgressBar(trainer.total_steps, trainer.steps_done) as bar:
             trainer.callbacks.append(bar)
             metrics = trainer.run()
-        if trainer.steps_done < trainer.total_steps: _stopped(trainer, run, **state)
+        if trainer.steps_done < trainer.total_steps:
+            _keep(trainer, run, **state)
+            raise KeyboardInterrupt                                       # as Ctrl-C ends a program
         afterwards()
         outcome = "finished"
     except KeyboardInterrupt:
@@ -700,6 +725,9 @@ def train_run(
         proven = [path for path in checkpoints(run.path) if int(path.name[5:]) < good]
         said = f"{e}. " + (f"The last good checkpoint is {proven[-1]}" if proven else "There is no good checkpoint")
         raise TrainingError(said) from None
+    except UserError:                                                     # somebody's reward or file failed; the steps so far are good
+        if trainer.steps_done > max((int(path.name[5:]) for path in checkpoints(run.path)), default=0): _keep(trainer, run, **state)
+        raise
     finally:
         try:
             said = f"{said}\n{_took(trainer, run, since, tokens, before)}".strip()

@@ -1,7 +1,8 @@
 """Write short exchanges as JSON Lines: data/exchanges/train.jsonl, and a tenth of the prompts in data/exchanges/val.jsonl.
 
-They come from the package `chatterbot-corpus` (BSD): pip install chatterbot-corpus. Of each conversation the first two lines are taken, and
-each pair once. A prompt is either in one file or in the other, however it is spelt.
+They come from the package `chatterbot-corpus` (BSD); pip install chatterbot-corpus vaderSentiment. Of each conversation the first two
+lines are taken, and each pair once. A prompt is either in one file or in the other, however it is spelt. Beside each response stands how
+friendly it sounds to VADER, from -1 to 1, as its `reward`; fine-tuning passes over it.
 """
 import hashlib
 import json
@@ -34,13 +35,16 @@ def held_out(prompt): return int(hashlib.sha256(prompt.encode()).hexdigest(), 16
 
 def main(folder=Path("data/exchanges")):
     package = find_spec("chatterbot_corpus")
-    if package is None: sys.exit("The exchanges are in a package that is not installed: pip install chatterbot-corpus")
+    if package is None or find_spec("vaderSentiment") is None:
+        sys.exit("The exchanges and their rewards need two packages: pip install chatterbot-corpus vaderSentiment")
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    friendly = SentimentIntensityAnalyzer().polarity_scores
     found = exchanges(Path(package.origin).parent / "data" / "english")
     folder.mkdir(parents=True, exist_ok=True)
     for name, wanted in (("train", False), ("val", True)):
         pairs = [pair for (prompt, _), pair in found.items() if held_out(prompt) == wanted]
-        rows = [json.dumps({"instruction": prompt, "response": response}, ensure_ascii=False) for prompt, response in pairs]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        rows = [{"instruction": asked, "response": said, "reward": friendly(said)["compound"]} for asked, said in pairs]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         print(f"{folder / name}.jsonl: {len(rows)} exchanges")
 
 
