@@ -1,4 +1,4 @@
-"The user guide's SFT section, followed to the letter in an empty directory: its data, its YAML, its commands."
+"The user guide, followed to the letter in an empty directory: its data, its YAML, its commands, its reward class."
 # ruff: noqa: E501, W293 (quoted to the letter)
 import json
 import shutil
@@ -56,6 +56,32 @@ training:
   # Additional training parameters...
 '''
 
+RL_ROW = r'''{
+  "instruction": "Write a poem about machine learning",
+  "response": "Machines learning day by day...",
+  "reward": 0.8
+}
+'''
+
+RL_CONFIG = r'''data:
+  # RL specific configuration
+  prompt_format: "### Instruction:\n{instruction}\n\n### Response:"
+  response_format: "{response}"
+  reward_field: "reward"
+  
+  # PPO specific parameters
+  ppo_epochs: 4
+  ppo_mini_batch_size: 8
+  kl_coef: 0.1
+  clip_range: 0.2
+'''
+
+CUSTOM_REWARD = '''class CustomRewardModel(RewardModel):
+    def compute_reward(self, prompts, responses):
+        # Implement your custom reward logic here
+        return rewards
+'''
+
 PRETRAIN = '''name: "Llama (2M)"
 data: {input_file: text.jsonl, preprocessing: {max_context_size: 64}}
 model: {dimensions: {hidden_size: 32, num_layers: 2}}
@@ -67,7 +93,7 @@ training: {hyperparameters: {iters: 3, batch_size: 2}}
 def place(tmp_path_factory):
     "A directory after the guide's commands."
     place = tmp_path_factory.mktemp("guide")
-    for name in ("train.py", "sft.py"): shutil.copy(ROOT / name, place)
+    for name in ("train.py", "sft.py", "rl.py"): shutil.copy(ROOT / name, place)
     texts = [json.dumps({"text": f"Silicon minds in constant flow, {i} times."}) + "\n" for i in range(50)]
     (place / "text.jsonl").write_text("".join(texts))
     (place / "sft_data.jsonl").write_text(DATA)
@@ -98,3 +124,29 @@ def test_the_guide(place):
     assert ask == "You are a helpful, harmless, and honest AI assistant.\n\n### Instruction:\nWrite a poem about machine learning\n\n### Response:"
     assert run(place, "-m", "mlx_pretrain", "generate", "--run", "Llama-2M-SFT", "--instruction", "Write a poem", "--max_new_tokens", "5")
     run(place, "-m", "mlx_pretrain", "sft", "--config", "sft-config.yaml", "--pretrained_model", "runs/Llama (2M)")   # overwrite: true
+
+
+def test_the_guide_goes_on_with_rewards(place):
+    "The second half: rows with rewards, then a reward class, both after the first half's model."
+    if not (place / "runs" / "Llama-2M-SFT").exists(): test_the_guide(place)
+    row = json.loads(RL_ROW)
+    rows = [row, {**row, "instruction": "Sing", "reward": -1}, {**row, "response": "No.", "reward": 0}]
+    (place / "rl_data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    more = "  input_file: rl_data.jsonl\n  validation_file: rl_data.jsonl\n  response_length: 8\ntraining: {hyperparameters: {iters: 2}}\n"
+    (place / "rl-config.yaml").write_text(RL_CONFIG + more)
+    said = run(place, "rl.py", "--config", "rl-config.yaml", "--pretrained_model", "runs/Llama-2M-SFT")
+    last = read_metrics(place / "runs" / "rl-config")[-1]
+    assert "off-policy" in said and "3 rows, 3 kept" in said and "As in the pretrained model: data.system_prompt" in said
+    assert {"row_logratio", "val_row_logratio", "val_reward", "val_loss", "reward", "policy_loss", "tokens_per_second"} <= last.keys()
+    assert "kl" not in last
+    code = "from mlx_pretrain.core import RewardModel\n\n" + CUSTOM_REWARD.replace(
+        "# Implement your custom reward logic here", "rewards = [r.count('o') - len(p) / 100 for p, r in zip(prompts, responses)]")
+    (place / "reward_model.py").write_text(code)
+    said = run(place, "rl.py", "--config", "rl-config.yaml", "--pretrained_model", "runs/Llama-2M-SFT", "--name", "mine", "--reward_model",
+               "reward_model.py:CustomRewardModel")
+    last = read_metrics(place / "runs" / "mine")[-1]
+    assert "off-policy" not in said and {"kl", "val_kl", "val_reward", "clip_fraction", "entropy", "eos_fraction"} <= last.keys()
+    assert ", reward " in (place / "runs" / "mine" / "logs" / "log.txt").read_text()
+    run(place, "-m", "mlx_pretrain", "plot", "mine")
+    assert (place / "runs" / "mine" / "curve.png").stat().st_size > 10_000
+    assert load(place / "runs" / "mine").format.system_prompt == "You are a helpful, harmless, and honest AI assistant."
