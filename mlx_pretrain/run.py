@@ -826,12 +826,14 @@ def _summary(run_dir: Path) -> dict:
     last = {key: _number(value) for row in rows for key, value in row.items() if key == "step" or "event" not in row}
     outcome = str(known.get("outcome", "unknown"))
     if outcome == "running" and _writer(run_dir) is None: outcome = "killed"
+    if "reward" in last: rows, last["val_loss"] = [], None                # of a critic, and not to be compared
     return {
         "name": run_dir.name, "path": run_dir, "outcome": outcome,
         "step": last.get("step"), "total_steps": _number(known.get("total_steps")),
         "loss": last.get("loss"), "val_loss": last.get("val_loss"),
         "best_val_loss": min((v for row in rows if (v := _number(row.get("val_loss"))) is not None and "event" not in row), default=None),
-        "val_bits_per_byte": last.get("val_bits_per_byte"), "parameters": _number(known.get("parameters")),
+        "val_bits_per_byte": last.get("val_bits_per_byte"), "reward": last.get("val_reward", last.get("reward")),
+        "parameters": _number(known.get("parameters")),
         "created": str(known.get("created", "")), "size": _size(run_dir),
     }
 
@@ -841,7 +843,8 @@ def list_runs(
 ) -> list[dict]: # one a run, oldest first
     """What is known about each run, None where nothing is; one that claims to be "running", but has no writer, was "killed".
 
-    The keys: `name, path, outcome, step, total_steps, loss, val_loss, best_val_loss, val_bits_per_byte, parameters, created, size` (bytes).
+    The keys: `name, path, outcome, step, total_steps, loss, val_loss, best_val_loss, val_bits_per_byte, reward, parameters, created, size`
+    (bytes). The reward is that of the last validation, if there was one.
     """
     root = Path(root)
     found = [path for path in root.iterdir() if not path.name.startswith(".") and is_run(path)] if root.is_dir() else []
@@ -878,10 +881,12 @@ def runs_table(
 ) -> str: # a heading and a line a run
     "The runs as a table to print."
     def loss(value): return "–" if value is None else f"{value:.3f}"
-    table = [["name", "outcome", "step", "loss", "val_loss", "best", "bits/byte", "parameters", "size", "created"]]
+    numbers = {"loss": "loss", "val_loss": "val_loss", "best_val_loss": "best", "val_bits_per_byte": "bits/byte", "reward": "reward"}
+    if all(r.get("reward") is None for r in runs): del numbers["reward"]
+    table = [["name", "outcome", "step", *numbers.values(), "parameters", "size", "created"]]
     for r in runs:
         step = f"{short(r['step'])}/{short(r['total_steps'])}" if r["total_steps"] else short(r["step"])
-        table.append([r["name"], r["outcome"], step, *(loss(r[k]) for k in ("loss", "val_loss", "best_val_loss", "val_bits_per_byte")),
+        table.append([r["name"], r["outcome"], step, *(loss(r.get(key)) for key in numbers),
                       short(r["parameters"]), short(r["size"]) + "B", _local(r["created"])])
     widths = [max(map(_columns, column)) for column in zip(*table)]
     return "\n".join("  ".join(_padded(text, w, i < 2) for i, (text, w) in enumerate(zip(row, widths))).rstrip() for row in table)

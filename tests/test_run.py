@@ -983,7 +983,7 @@ def test_list_runs(tmp_path):
     a = found[1]
     assert {k: v for k, v in a.items() if k != "size"} == {
         "name": "a", "path": tmp_path / "a", "outcome": "running", "step": 320, "total_steps": 1000, "loss": None, "val_loss": 2.5,
-        "best_val_loss": 2.0, "val_bits_per_byte": 1.25, "parameters": 2_100_000, "created": "2026-01-02T00:00:00+00:00"}
+        "best_val_loss": 2.0, "val_bits_per_byte": 1.25, "reward": None, "parameters": 2_100_000, "created": "2026-01-02T00:00:00+00:00"}
     assert a["size"] == sum(p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file()) > 4000
     run.close()
     assert [r["outcome"] for r in list_runs(tmp_path)] == ["failed", "killed"]
