@@ -11,6 +11,7 @@ import pytest
 import mlx_pretrain  # noqa: F401 (before MLX)
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import load_config
+from mlx_pretrain.ppo import PPOConfig
 from mlx_pretrain.pretrain import PretrainConfig
 from mlx_pretrain.sft import SFTConfig
 from mlx_pretrain.run import checkpoints, read_metrics
@@ -113,7 +114,8 @@ def test_a_name_with_blanks_and_brackets(here, capfd):
 @pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
 def test_the_configs_are_valid(config):
     from mlx_pretrain.model import parameter_count
-    cfg = load_config(SFTConfig if "sft" in config or "chat" in config else PretrainConfig, ROOT / "configs" / config)
+    kinds = {"sft": SFTConfig, "chat": SFTConfig, "rl": PPOConfig}
+    cfg = load_config(next((kind for word, kind in kinds.items() if word in config), PretrainConfig), ROOT / "configs" / config)
     if cfg.name == "Llama (2M)":
         assert 1.8e6 < parameter_count(cfg.model.args(cfg.data.tokenizer.vocab_size)) < 2.2e6
         assert cfg.data.preprocessing.max_context_size >= 1024
