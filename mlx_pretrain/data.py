@@ -187,7 +187,7 @@ def _load(spec: str, key: str) -> tuple[Callable, str | None]:
     "What `spec` names, and the SHA-256 of its source file; None for a module that is not written in Python."
     place, _, name = spec.rpartition(":")
     if not name or not (place.endswith(".py") or all(part.isidentifier() for part in place.split("."))):
-        raise DataError(f'"{key}": {spec!r} names no function; write module:function or path/file.py:function')
+        raise DataError(f'"{key}": {spec!r} names no function or class; write module:name or path/file.py:name')
     file, source = place, None
     try:
         module, file = _find_module(place)

@@ -70,9 +70,9 @@ def _draw_panel(axes, rows: list[dict], x: str, keys: tuple[str, ...], name: str
             axes.plot(at, _smooth(y, len(y) // 40 * 2 + 1), style, color=color, label=label)
 
 
-def _reward_against_kl(axes, rows: list[dict], kl: str, name: str, color: str):
+def _reward_against_kl(axes, rows: list[dict], name: str, color: str):
     "One run's way: each point a step, from pale to full."
-    points = np.array([(row[kl], row["reward"]) for row in rows if row.get(kl) is not None and row.get("reward") is not None])
+    points = np.array([(row["kl"], row["reward"]) for row in rows if row.get("kl") is not None and row.get("reward") is not None])
     if not len(points): return
     way = np.stack([_smooth(column, len(points) // 40 * 2 + 1) for column in points.T], axis=1)
     axes.plot(*way.T, color=color, linewidth=1, label=name)
@@ -84,15 +84,19 @@ def _plot_rewards(metrics: dict[Path, list[dict]]) -> Figure:
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     every = [row for rows in metrics.values() for row in rows]
     other = _ROWS if any("kl" in row for row in every) else _KL           # which distance there is not
-    panels = {title: keys for title, keys in _PANELS.items() if title != other}
-    for panel, (title, keys) in zip(figure.subplots(2, 3).flat, panels.items()):
+    less = (other,) if other == _ROWS else (other, "reward against it")   # rows of others say little about that
+    panels = {title: keys for title, keys in _PANELS.items() if title not in less}
+    axes = [*figure.subplots(2, 3).flat]
+    for spare in axes[len(panels):]: spare.set_axis_off()
+    for panel, (title, keys) in zip(axes, panels.items()):
         for i, (run, rows) in enumerate(metrics.items()):
             name = run.absolute().name
             if keys: _draw_panel(panel, rows, "step", keys, name, f"C{i}")
-            else: _reward_against_kl(panel, rows, "kl" if other == _ROWS else "row_logratio", name, f"C{i}")
+            else: _reward_against_kl(panel, rows, name, f"C{i}")
         panel.set(xlabel="steps" if keys else [*panels][1], ylabel="" if keys else "reward")
         if keys == ("clip_fraction",): panel.set_ylim(0, max(0.5, panel.get_ylim()[1]))
-        panel.set_title(title if keys else "reward against " + ("KL" if other == _ROWS else "log-ratio"), fontsize=10)
+        if title == "reward" and other == _KL: title = "mean reward of the rows drawn"
+        panel.set_title(title if keys else "reward against KL", fontsize=10)
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]: panel.legend(fontsize=8)
     return figure

@@ -36,6 +36,7 @@ from .model import Decoder, Llama, ScalarHead
 from .optim import Optimization
 from .pretrained import Pretrained, open_checkpoint
 from .rows import PromptConfig, read_first_row, resolve_format
+from .run import RunError
 from .score import find_reward, reward_name, score
 from .stage import StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage
 from .tokenizer import Tokenizer
@@ -348,7 +349,7 @@ def make_reader(
         return tuple(mx.where(mask, x, 0) for x in (logp, ref_logp, expect(critic, where), entropy))
     return mx.compile(read, inputs=[policy.state, reference.state, critic.state])
 
-
+# %% ../nbs/04_ppo.ipynb #ef7a2cca
 def look_back(
     sampled: Sampled, # B responses
     read: Callable[..., tuple[mx.array, ...]], # from `make_reader`
@@ -374,7 +375,7 @@ def look_back(
     arrays = tokens, pad, mask, logp, ref_logp, values, rewards, whiten(advantages, mask), returns
     return Rollout(*map(mx.array, arrays)), {key: float(value) for key, value in metrics.items()}
 
-
+# %% ../nbs/04_ppo.ipynb #5b31ed59
 def minibatches(
     rollout: Rollout, # B responses
     order: np.ndarray, # in which they come, (B,)
@@ -393,11 +394,14 @@ def minibatches(
 
 # %% ../nbs/04_ppo.ipynb #4a32ffa5
 def weighted_reward(
-    scores: np.ndarray, # rewards of some responses, (B,)
-    row_logratios: np.ndarray, # how much likelier each is now than under the reference, in nats, (B,)
-) -> float: # what the policy would earn, as far as these responses tell
-    "Mean reward, a response weighted by how much likelier it has become. Source: self-normalised importance sampling."
-    weights = np.exp(row_logratios - row_logratios.max())
+    scores: np.ndarray, # rewards of some rows, (B,)
+    drift: np.ndarray, # how much likelier each has become, in nats a token, (B,)
+) -> float: # more than their mean if the policy has come to prefer the better ones
+    """Mean reward of rows, each weighted by how much likelier it has become, token for token.
+
+    Source: the length-normalised ratio of Zheng et al. 2025, Group Sequence Policy Optimization, eq. 7.
+    """
+    weights = np.exp(drift - drift.max())
     return float((weights * scores).sum() / weights.sum())
 
 # %% ../nbs/04_ppo.ipynb #0c67fa5a
@@ -441,7 +445,6 @@ class PPOTrainer(StageTrainer):
     Raises `ConfigError`, `DataError`, `RewardError` or `PretrainedError` if something in the configuration or its files is wrong.
     """
     stage = "ppo"
-    mean_reward: float | None = None # of the last steps, when there is nothing held out
     _in_order: int | None = None # the last step before a guard spoke
     probes = 2 # steps that a forecast times; the reward is asked in them too
     judged_by, higher_is_better, shown = "val_reward", True, ("reward", "kl", "row_logratio", "val_reward")
@@ -482,6 +485,8 @@ class PPOTrainer(StageTrainer):
         self.last_knobs, self.read = self.knobs.snapshot(), make_reader(policy, self.reference, actor_critic.critic, cfg.system.precision)
         if held_out is None: self.validate, self.judged_by = dict, "mean_reward"
         if answered: logger.warning(_OFF_POLICY, path)
+        else: self.trial = "Trying a step or two, to see how long they take; the reward is asked in them too."
+        self.rewards: list[float] = []                                    # of the last steps, when there is nothing held out
 
     def _episodes(self, cfg: PPOConfig, key: str, tokenizer) -> Episodes | None:
         "The rows of one of the two files; `None` if there is none."
@@ -505,9 +510,11 @@ class PPOTrainer(StageTrainer):
         step: int, # of the draws
     ) -> Sampled: # B responses
         "What the policy says now, with its rewards."
-        now = Pretrained(self.model, self.tokenizer, Path(), self.format)
+        def answer(model, batch_size):
+            now = Pretrained(model, self.tokenizer, Path(), self.format)
+            return respond(now, episodes, indices, self.reward, knobs["temperature"], self.seed, step, batch_size)
         size = self.cfg.training.hyperparameters.batch_size
-        return respond(now, episodes, indices, self.reward, knobs["temperature"], self.seed, step, size)
+        with self.whole(): return compute_in(self.cfg.system.precision, answer)(self.model, size)
 
     def judge_samples(
         self,
@@ -558,8 +565,8 @@ class PPOTrainer(StageTrainer):
         self.tokens += tokens
         if bad := [u for u in now.updates if not u["good"]]: self.report_updates(bad, len(now.updates))
         self.judge(len(bad) < len(now.updates), means["total_loss"], means["grad_norm"])
-        self.mean_reward = now.seen["reward"] if self.mean_reward is None else 0.9 * self.mean_reward + 0.1 * now.seen["reward"]
-        average = {} if self.held_out else {"mean_reward": self.mean_reward}
+        self.rewards = [*self.rewards, now.seen["reward"]][-self.validation_interval:]
+        average = {} if self.held_out else {"mean_reward": float(np.mean(self.rewards))}
         metrics = {"step": self.steps_done, **now.seen, **average, **means, "learning_rate": self._rate(now), "tokens": self.tokens,
                    "tokens_per_second": tokens / (time.perf_counter() - now.started)}
         self._guard(metrics)
@@ -589,17 +596,27 @@ class PPOTrainer(StageTrainer):
             logger.warning(f"step {self.steps_done}: {trip.text}")
 
     def measure(self) -> dict[str, float]:
-        "Reward, KL and loss on the held-out prompts, answered with the same random keys every time; some answers go to the log."
+        """Reward, KL and loss on the held-out prompts, answered with the same random keys every time; some answers go to the log.
+
+        Raises `ConfigError` if there are none.
+        """
+        if self.held_out is None: raise ConfigError('"data.validation_file" is missing; name the file with prompts to measure on')
         sampled = self.collect(self.held_out, np.arange(len(self.held_out)), self.last_knobs, -1)
         rollout, seen = self.judge_samples(sampled, self.last_knobs)
         if self.run_dir: self.run_dir.note(_shown(sampled, range(min(3, len(sampled.said))), "held out"))
         errors = 0.5 * np.square(np.array(rollout.values - rollout.returns))[np.array(rollout.response_mask)]
         reward = seen["reward"]
-        if self.reward is None: reward = weighted_reward(sampled.scores, np.array((rollout.logp - rollout.ref_logp).sum(axis=1)))
+        if self.reward is None:
+            drift = (rollout.logp - rollout.ref_logp).sum(axis=1) / rollout.response_mask.sum(axis=1)      # nats a token, (n,)
+            reward = weighted_reward(sampled.scores, np.array(drift))
         distance = self.distance
         return {"val_reward": reward, f"val_{distance}": seen[distance], "val_loss": self.ppo.vf_coef * float(errors.mean())}
 
     def _step(self) -> dict:
+        if self.steps_done == 0 and self.held_out and self.run_dir and self.began is None:
+            before = self.measure()
+            self.began = before["val_reward"]
+            self.run_dir.log({"step": 0, **before})
         metrics = super()._step()
         every = self.cfg.logging.steps.logging_interval
         if self.run_dir and (self.steps_done in (1, self.total_steps) or self.steps_done % every == 0):
@@ -632,21 +649,24 @@ class PPOTrainer(StageTrainer):
         "The rest of a checkpoint. Raises `TrainingError` in the middle of a step."
         if self.now and self.now.updates:
             raise TrainingError("a step is under way, and a checkpoint in the middle of it would be of no use; call step(), which ends it")
-        return {**super().state(), "configured": self.configured, "guards": self.guards.state(), "mean_reward": self.mean_reward,
-                "reward": None if self.reward is None else reward_name(self.reward)}
+        return {**super().state(), "configured": self.configured, "guards": self.guards.state(), "rewards": self.rewards,
+                "began": self.began, "reward": None if self.reward is None else reward_name(self.reward)}
 
     def load(self, saved, reset_optimizer: bool = False):
         """Go on from a checkpoint; a knob stands as it stood, unless the configuration says something new.
 
-        Raises `RunError` as `Trainer.load` does.
+        Raises `RunError` as `Trainer.load` does, or if there was a reward and now there is none.
         """
+        if saved.state.get("reward") and self.reward is None:
+            raise RunError(f'{saved.path} was trained with the reward {saved.state["reward"]}; give it again as "reward_model"')
         super().load(saved, reset_optimizer)
-        self.now, self.guards, self.mean_reward = None, Guards(**saved.state["guards"]), saved.state["mean_reward"]
+        self.now, self.guards = None, Guards(**saved.state["guards"])
+        self.rewards, self.began = saved.state["rewards"], saved.state["began"]
         for name, value in self.configured.items():
             if saved.state["configured"].get(name) != value: setattr(self.knobs, name, value)
         if saved.state["reward"] != self.state()["reward"]:
             logger.warning("The reward is another one than it was; the best validation is counted anew.")
-            self.best = self.mean_reward = None
+            self.best, self.began, self.rewards = None, None, []
 
 # %% ../nbs/04_ppo.ipynb #2b11d923
 def ppo(
@@ -665,27 +685,34 @@ def ppo(
 
 # %% ../nbs/04_ppo.ipynb #22274a37
 class RolloutView:
-    "A sampled response, for a notebook: for each token the log-ratio to the reference, what the critic expected, and the advantage."
+    """A sampled response, for a notebook: for each token the log-ratio to the reference, what the critic expected, and the advantage.
+
+    Red is negative, green is positive; the strongest colour is the largest number of its line. Raises `ValueError` if there is no such row.
+    """
     def __init__(
         self,
         tokenizer: Tokenizer, # names the tokens
         rollout: Rollout, # of a step
         row: int, # which response
     ):
+        if rollout is None or not 0 <= row < len(rollout.pad): raise ValueError(f"there is no row {row} in this rollout; take a step first")
         mask, width = np.array(rollout.response_mask[row]), rollout.response_mask.shape[1]
-        self.pieces = [tokenizer.piece(id) for id in np.array(rollout.tokens[row, -width:])[mask]]
-        arrays = {"KL": rollout.logp - rollout.ref_logp, "value": rollout.values, "advantage": rollout.advantages}
+        ids = np.array(rollout.tokens[row])
+        self.prompt = "".join(map(tokenizer.piece, ids[int(rollout.pad[row]):-width]))
+        self.pieces = [tokenizer.piece(id) for id in ids[-width:][mask]]
+        arrays = {"log-ratio": rollout.logp - rollout.ref_logp, "value": rollout.values, "advantage": rollout.advantages}
         self.rows = {name: np.array(x[row])[mask] for name, x in arrays.items()}      # (tokens,) each
 
     def _repr_html_(self) -> str:
-        lines = []
+        lines = [f'<div style="color:#6c757d">{html.escape(self.prompt)}</div>']
         for name, numbers in self.rows.items():
             strong, spans = np.abs(numbers) / max(np.abs(numbers).max(), 1e-9), []
             for piece, number, alpha in zip(self.pieces, numbers, strong):
                 look = f"background:rgba({'214,40,40' if number < 0 else '38,132,84'},{0.75 * alpha:.2f});padding:1px"
                 text = html.escape(piece).replace("\n", "↵").replace(" ", "&nbsp;")
                 spans.append(f'<span style="{look}" title="{number:.3f}">{text}</span>')
-            lines.append(f'<div><span style="display:inline-block;width:6em;color:#6c757d">{name}</span>{"<wbr>".join(spans)}</div>')
+            label = f"{name} {numbers.min():.2f} … {numbers.max():.2f}"
+            lines.append(f'<div><span style="display:inline-block;width:15em;color:#6c757d">{label}</span>{"<wbr>".join(spans)}</div>')
         return f'<div style="font-family:monospace;line-height:1.8">{"".join(lines)}</div>'
 
-    def __repr__(self): return "\n".join(f"{name}: {numbers.round(2).tolist()}" for name, numbers in self.rows.items())
+    def __repr__(self): return "\n".join(f"{name}: {' '.join(f'{x:.2f}' for x in numbers)}" for name, numbers in self.rows.items())

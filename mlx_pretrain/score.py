@@ -44,8 +44,8 @@ def find_reward(
         try: return as_reward_model(spec)
         except TypeError as e: raise RewardError(f"{e}; make an object of it") from None
     if Path(spec).exists():
-        raise RewardError(f'"reward_model": {spec} does not say what in it gives the reward; write {spec}:Name, with the name of a class '
-                          "or a function in a Python file")
+        what = f"{spec}:Name" if Path(spec).is_file() else "path/file.py:Name"
+        raise RewardError(f'"reward_model": {spec} does not say what gives the reward; write {what}, with the name of a class or function')
     found = load_object(spec, "reward_model")
     if not inspect.isclass(found): return as_reward_model(found)
     if not hasattr(found, "compute_reward"):
@@ -63,7 +63,9 @@ def score(
     name = reward_name(reward)
     def wrong(problem): return RewardError(f"the reward {name} {problem}")
     try: given = reward.compute_reward([*prompts], [*responses])
-    except (Exception, SystemExit) as e: raise wrong(f"fails{_blame(e, _file(reward))}; mend it") from None
+    except (Exception, SystemExit) as e:
+        hint = " (a function is asked about one prompt and one response, and returns one number)" if hasattr(reward, "f") else ""
+        raise wrong(f"fails{_blame(e, _file(reward))}; mend it{hint}") from None
     try:
         found = np.asarray(given.tolist() if isinstance(given, mx.array) else given)
         if found.dtype.kind not in "biuf" and any(isinstance(x, str | bytes) for x in found.flat): raise TypeError

@@ -146,6 +146,7 @@ class StageTrainer(Trainer):
     """
     stage = "stage" # its name, for its checkpoints
     format: PromptFormat | None = None
+    trial = "" # what is said before a few steps are tried for the forecast
     base: dict | None = None # of adapters: `path` and `identity` of the model they are trained beside, and how they are made (`lora`)
 
     def __init__(
@@ -246,6 +247,7 @@ def _say_ahead(trainer: StageTrainer, place: Path) -> str:
             f"Checkpoints take up to {short(needed)}B; {short(free)}B are free.")
     print(said, flush=True)
     if needed > free: logger.warning(f"{place} may get full: make room, or keep fewer with \"logging.keep_last\"")
+    if trainer.trial: print(trainer.trial, flush=True)
     ahead = str(forecast(trainer, trainer.held_out.n_targets if trainer.held_out else 0))
     print(ahead, flush=True)
     return f"{said}\n{ahead}"

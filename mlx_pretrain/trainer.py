@@ -120,7 +120,8 @@ class Knobs:
 
     def __setattr__(self, name, value):
         getattr(self, name)
-        if not math.isfinite(value): raise ValueError(f"knob {name} must be a finite number, got {value}")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"knob {name} must be a finite number, got {value!r}")
         if value < (least := self._least.get(name, -math.inf)): raise ValueError(f"knob {name} must be {least:g} or more, got {value:g}")
         self._values[name] = float(value)
 
@@ -161,6 +162,7 @@ class Update:
         optimizer: optim.Optimizer, # initialised here, for the model's trainable parameters
         loss: LossFn, # (model, batch) → (sum, count), or (sum, count, more sums by name)
         gradient_clip: float, # longest gradient
+        apart: bool = False, # clip each of the model's parts by itself?
     ):
         optimizer.init(model.trainable_parameters())
         state, value_and_grad = [model.state, optimizer.state], nn.value_and_grad(model, lambda batch: loss(model, batch))
@@ -175,7 +177,10 @@ class Update:
         @partial(mx.compile, inputs=state, outputs=state)
         def apply(sums, rate):
             (total, count, *more), grads = sums
-            grads, norm = clip_gradient(tree_map(lambda g: g / mx.maximum(count, 1), grads), gradient_clip)
+            grads = tree_map(lambda g: g / mx.maximum(count, 1), grads)
+            parts = {name: clip_gradient(part, gradient_clip) for name, part in (grads.items() if apart else [("", grads)])}
+            norm = mx.sqrt(sum(mx.square(norm) for _, norm in parts.values())) if apart else parts[""][1]
+            grads = {name: part for name, (part, _) in parts.items()} if apart else parts[""][0]
             good = mx.isfinite(total) & mx.isfinite(norm)
             before = dict(tree_flatten(state))
             optimizer.learning_rate = rate
@@ -354,6 +359,7 @@ class Trainer(Progress):
     Raises `ConfigError` if the schedule does not fit the steps, or the optimizer brings a schedule of its own.
     """
     shown = ("loss", "val_loss") # metrics beside the progress bar
+    began: float | None = None # `judged_by` before the first step, if it was measured
     probes = 6 # steps that a forecast times
 
     def __init__(
@@ -371,7 +377,7 @@ class Trainer(Progress):
         optimizer: optim.Optimizer | None = None, # your own, instead of the configured one
         schedule: Callable[[int], float] | None = None, # your own: step (from 0) → learning rate
         seed: int = 0, # dropout follows from it and the step
-        trained: nn.Module | None = None, # what the optimizer changes, if that is more than `model`, which is a part of it
+        trained: nn.Module | None = None, # what the optimizer changes, if it has more parts than `model`; each is clipped by itself
     ):
         super().__init__()
         h = cfg.hyperparameters
@@ -382,7 +388,7 @@ class Trainer(Progress):
         choose_parameters(model, cfg.freeze, cfg.train_only)
         self.optimizer = optimizer or make_optimizer(cfg.optimization, h.learning_rate, h.weight_decay)
         self.trained = model if trained is None else trained
-        self.update = Update(self.trained, self.optimizer, loss, h.gradient_clip)
+        self.update = Update(self.trained, self.optimizer, loss, h.gradient_clip, apart=trained is not None)
         self.knobs, self.stop_requested = Knobs(learning_rate_factor=1.0), False
         self.last_knobs = self.knobs.snapshot()
 
@@ -694,6 +700,7 @@ def _took(trainer: Trainer, run: Run, since: float, tokens: int, before: dict) -
     said = f"Took {span(took['seconds'])} for {took['tokens']:,} tokens, {short(took['peak_memory'])}B at the peak."
     if trainer.skipped: said += f" {trainer.skipped} steps were skipped because they were not finite."
     if best: said += f" Best {trainer.judged_by}: {trainer.best[1]:.4f}, at step {best['step']} of {trainer.steps_done}."
+    if trainer.began is not None: said += f" Before the first step it was {trainer.began:.4f}."
     return said
 
 # %% ../nbs/18_trainer.ipynb #c514290b

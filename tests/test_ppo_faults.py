@@ -113,7 +113,7 @@ def test_a_step_cut_short_goes_on_to_the_same_bits(name, nth, home, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         while cut.steps_done < 2: cut.step()
     while cut.steps_done < 2: cut.step()
-    assert same(calm, cut) and calm.mean_reward == cut.mean_reward and calm.guards.state() == cut.guards.state()
+    assert same(calm, cut) and calm.rewards == cut.rewards and calm.guards.state() == cut.guards.state()
     assert calm.sampled.responses == cut.sampled.responses and calm.tokens == cut.tokens
 
 
