@@ -445,7 +445,7 @@ class PPOTrainer(StageTrainer):
     Raises `ConfigError`, `DataError`, `RewardError` or `PretrainedError` if something in the configuration or its files is wrong.
     """
     stage = "ppo"
-    _in_order: int | None = None # the last step before a guard spoke
+    _in_order: int | None = None # the last step before a guard stopped the training
     probes = 2 # steps that a forecast times; the reward is asked in them too
     judged_by, higher_is_better, shown = "val_reward", True, ("reward", "kl", "row_logratio", "val_reward")
 
@@ -558,11 +558,10 @@ class PPOTrainer(StageTrainer):
         "One step in pieces: the samples, what is known about them, and each update. If it was cut short before, what is left of it."
         now = self.now = self.now or _Step(self.steps_done, self.read_knobs())
         yield from self._work(now)
-        self.now, self.sampled, self.rollout = None, now.sampled, now.rollout
-        self.steps_done += 1
         keys = ("policy_loss", "value_loss", "total_loss", "approx_kl", "clip_fraction", "far_fraction", "grad_norm")
         means, tokens = {key: _mean(now.updates, key) for key in keys}, now.tokens
-        self.tokens += tokens
+        self.sampled, self.rollout = now.sampled, now.rollout
+        self.now, self.tokens, self.steps_done = None, self.tokens + tokens, self.steps_done + 1
         if bad := [u for u in now.updates if not u["good"]]: self.report_updates(bad, len(now.updates))
         self.judge(len(bad) < len(now.updates), means["total_loss"], means["grad_norm"])
         self.rewards = [*self.rewards, now.seen["reward"]][-self.validation_interval:]

@@ -18,22 +18,12 @@ from mlx_pretrain.pretrained import Pretrained, export
 from mlx_pretrain.prompt import PromptFormat, encode_pieces
 from mlx_pretrain.run import checkpoints, load_checkpoint, read_metadata, read_metrics
 from mlx_pretrain.score import RewardError, score
-from mlx_pretrain.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
+from mlx_pretrain.tokenizer import ByteTokenizer, HFTokenizer
 from mlx_pretrain.trainer import _put, forecast
 import mlx.core as mx
 from common import tokenizer
+from toys import Letters
 from mlx.utils import tree_flatten
-
-
-
-
-class Letters(Tokenizer):
-    pad_id, bos_id, eos_id, begins_anew, _files = 0, 1, 2, False, {}
-    def __init__(self, letters): self.letters, self.vocab_size = letters, 3 + len(letters)
-    def _encode_batch(self, texts): return [np.array([3 + self.letters.index(c) for c in text], np.int64) for text in texts]
-    def _decode(self, ids): return "".join(map(self._name, ids))
-    def _name(self, i): return self.letters[i - 3] if i > 2 else ("<pad>", "<bos>", "<eos>")[i]
-    def _control(self): return {}
 
 
 def small(tok=None, seed=0):
