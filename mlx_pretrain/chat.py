@@ -206,7 +206,7 @@ def ask_pieces(
     tokenizer: Tokenizer, # has the control tokens, and perhaps a chat template
     row: dict[str, Any], # column → value; there need not be a response
 ) -> list[Piece]: # in order; nothing is trained
-    "What stands before the last response of a row. Raises `DataError` if nothing is asked."
+    "What stands before the last response of a row, or before the one that is yet to come. Raises `DataError` if nothing is asked."
     if (conversation := _conversation(fmt, row)) is not None: messages = _turns(conversation)
     elif fmt.prompt_format is not None: return [*map(Piece, _begin(tokenizer)), Piece(fmt.prompt(row))]
     else: messages = [_said("user", fmt.instruction(row))]
