@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'MAX_HELD_OUT', 'log_probs', 'kl_estimate', 'token_rewards', 'gae', 'whiten', 'policy_loss', 'Critic',
            'ActorCritic', 'value_loss', 'Rollout', 'Minibatch', 'ppo_loss', 'PPOParams', 'PPOData',
-           'PPOHyperparameters', 'PPOOptimization', 'PPOTraining', 'PPOConfig', 'Sampled', 'respond', 'make_reader',
-           'look_back', 'minibatches', 'weighted_reward', 'PPOTrainer', 'ppo', 'RolloutView']
+           'PPOHyperparameters', 'PPOOptimization', 'PPOTraining', 'PPOSteps', 'PPOLogging', 'PPOConfig', 'Sampled',
+           'respond', 'make_reader', 'look_back', 'minibatches', 'weighted_reward', 'PPOTrainer', 'ppo', 'RolloutView']
 
 # %% ../nbs/04_ppo.ipynb #39479a31
 import html
@@ -36,7 +36,7 @@ from .model import Decoder, Llama, ScalarHead
 from .optim import Optimization
 from .pretrained import Pretrained, open_checkpoint
 from .rows import PromptConfig, read_first_row, resolve_format
-from .run import RunError
+from .run import LoggingConfig, RunError, StepsConfig
 from .score import find_reward, reward_name, score
 from .stage import StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage
 from .tokenizer import Tokenizer
@@ -281,6 +281,22 @@ class PPOTraining(TrainingConfig):
     "The optimizer."
 
 
+class PPOSteps(StepsConfig):
+    "How often things happen, in steps, which are longer here than elsewhere."
+    logging_interval: int = Field(1, ge=1)
+    "Steps between two lines of metrics."
+    validation_interval: int = Field(20, ge=1)
+    "Steps between two measurements on the held-out prompts."
+    checkpoint_interval: int = Field(100, ge=1)
+    "Steps between two checkpoints."
+
+
+class PPOLogging(LoggingConfig):
+    "What a run writes, where, and how often."
+    steps: PPOSteps = PPOSteps()
+    "How often things happen."
+
+
 class PPOConfig(TunedConfig):
     "A whole run of reinforcement learning: what `rl.py --config` reads."
     pretrained_model: str | None = None
@@ -291,6 +307,8 @@ class PPOConfig(TunedConfig):
     "What to ask, and how to learn from the answers."
     training: PPOTraining = PPOTraining()
     "How to train."
+    logging: PPOLogging = PPOLogging()
+    "What to write down."
 
     @property
     def ppo(self) -> PPOParams:
