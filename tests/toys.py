@@ -4,6 +4,8 @@ import json
 import tempfile
 from pathlib import Path
 
+import mlx_pretrain  # noqa: F401, I001 (before MLX)
+
 import numpy as np
 from mlx.utils import tree_map
 

@@ -1,11 +1,12 @@
-"""PPO on tasks whose best policy is known, and its guards on trainings that are well and that are not.
-
-Here on one seed; on four more in tests/optima.
-"""
+"PPO on tasks whose best policy is known, and its guards on trainings that are well and that are not, on five seeds."
 import logging
+import sys
+from pathlib import Path
 
 import pytest
-from toys import mean_reward, planted, task
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from toys import mean_reward, planted, task  # noqa: E402
 
 import mlx_pretrain  # noqa: F401, I001 (before MLX)
 
@@ -15,6 +16,8 @@ from mlx.utils import tree_flatten
 
 from mlx_pretrain import ppo
 from mlx_pretrain.trainer import TrainingError
+
+SEEDS = pytest.mark.parametrize("seed", range(5))
 
 # One token; vocabulary: pad, bos, eos and six letters; the reward of a letter is WORTH, of anything else 0; 60 steps of 64 samples, four
 # passes of one update each; learning rate to 0. Optimum: π*(y) ∝ π_ref(y) · exp(r(y) / kl_coef).
@@ -32,8 +35,9 @@ def off_optimum(kl_coef, seed=0):
     return 0.5 * np.abs(got - best).sum(), 0.5 * np.abs(ref - best).sum()
 
 
+@SEEDS
 @pytest.mark.parametrize("kl_coef", [0.3, 1.0, 3.0])
-def test_a_bandit_finds_the_tilted_reference(kl_coef, seed=0):
+def test_a_bandit_finds_the_tilted_reference(kl_coef, seed):
     "The whole distribution, not only the best reward."
     off, way = off_optimum(kl_coef, seed)
     assert off < 0.02 < way
@@ -78,8 +82,9 @@ TASKS = { # reward, letters, prompts, length, steps of 64 samples, each with fou
     "timing": (timing, "abcd", ("",), 10, 60)}
 
 
+@SEEDS
 @pytest.mark.parametrize("name", TASKS)
-def test_the_best_reward_is_found(name, seed=0):
+def test_the_best_reward_is_found(name, seed):
     "With kl_coef 0, within the budget of steps, on every seed: at least 95 % of the best possible reward."
     reward, letters, prompts, length, steps = TASKS[name]
     trainer = task(reward, letters, prompts, seed=seed, steps=steps, response_length=length, kl_coef=0.0, end=0.1,
@@ -115,7 +120,8 @@ def test_what_has_drifted_comes_back():
     assert curve[0] > 0.2 and np.mean(curve[-10:]) < 0.1 * curve[0]
 
 
-def test_a_high_price_keeps_the_policy_home(seed=0):
+@SEEDS
+def test_a_high_price_keeps_the_policy_home(seed):
     trainer = task(count, seed=seed, steps=20, response_length=8, kl_coef=100.0, lr=1e-3)
     trainer.run()
     assert abs(kl_now(trainer)) < 0.01
@@ -127,7 +133,8 @@ def kl_now(trainer):
     return trainer.judge_samples(sampled, trainer.knobs.snapshot())[1]["kl"]
 
 
-def test_guards_stop_a_wild_training_and_leave_a_healthy_one_alone(caplog, seed=0):
+@SEEDS
+def test_guards_stop_a_wild_training_and_leave_a_healthy_one_alone(seed, caplog):
     "A thousand times the learning rate trips within three steps; a healthy training never does."
     caplog.set_level(logging.WARNING)
     healthy = task(count, seed=seed, steps=25, response_length=8, kl_coef=0.05)
