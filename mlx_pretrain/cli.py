@@ -28,7 +28,7 @@ from .ppo import PPOConfig, ppo
 from .pretrain import PretrainConfig, pretrain
 from .pretrained import Pretrained, load
 from .prompt import PromptFormat
-from .run import is_run, list_runs, read_metadata, runs_table
+from .run import checkpoints, is_run, list_runs, read_metadata, runs_table
 from .sft import SFTConfig
 from .sft import sft as fine_tune
 from .tokenizer import train_sentencepiece
@@ -149,8 +149,9 @@ def rl(
 ):
     "Align a model with a reward, by PPO."
     path = ppo(read_command(PPOConfig, args, "mlx-pretrain rl"))
-    best = read_metadata(path).get("best")
-    kept = f'The best, by {[*best][1]} {[*best.values()][1]:.4g}:  "{path}/checkpoints/step_{best["step"]:06d}"\n' if best else ""
+    best, kept = read_metadata(path).get("best") or {}, ""
+    for saved in checkpoints(path):
+        if saved.name == f"step_{best.get('step', -1):06d}": kept = f'The best policy:   "{saved}"\n'
     print(f'\nThe model is in "{path / "model"}".\n{kept}Ask it:            mlx-pretrain generate --run "{path}" --instruction "…"\n'
           f'See how it went:   mlx-pretrain plot "{path}"')
 

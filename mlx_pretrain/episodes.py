@@ -64,7 +64,9 @@ class Episodes:
         reasons = {"dropped": "dropped (too long)", "filtered": "left out", "skipped": "bad"}
         less = "".join(f", {s[key]:,} {why}" for key, why in reasons.items() if s.get(key))
         said = "" if self.rewards is None else f", with responses and rewards from {self.rewards.min():g} to {self.rewards.max():g}"
-        return f"{s.get('rows', len(self)):,} rows, {len(self):,} kept{less}; prompts of up to {longest} tokens{said}."
+        n, kept = s.get("rows", len(self)), s.get("kept", len(self))
+        some = "" if len(self) == kept else f", {len(self):,} of them taken"
+        return f"{n:,} rows, {kept:,} kept{less}{some}; prompts of up to {longest} tokens{said}."
 
     def evenly(
         self,

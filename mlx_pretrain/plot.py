@@ -42,32 +42,25 @@ def _smooth(
     return np.divide(total, count, out=np.full(len(y), np.nan), where=count > 0)
 
 # %% ../nbs/19_plot.ipynb #1f8533f1
-def _draw_run(axes, rows: list[dict], x: str, name: str, color: str):
-    "Draw one run's losses; what was not logged is left out."
-    tokens, loss = _curve(rows, x, "loss")
-    if len(loss):
-        axes.plot(tokens, loss, color=color, alpha=0.25, linewidth=1)
-        axes.plot(tokens, _smooth(loss, len(loss) // 40 * 2 + 1), color=color, label=f"{name}: training")
-    tokens, loss = _curve(rows, x, "val_loss")
-    if len(loss): axes.plot(tokens, loss, "o--", color=color, markersize=4, linewidth=1, label=f"{name}: validation")
-
-# %% ../nbs/19_plot.ipynb #231fbe15
-_KL, _ROWS = "KL to the reference (nats a response)", "log-ratio of the rows to the reference (nats)"
-_PANELS = {"reward": ("reward", "val_reward"), _KL: ("kl", "val_kl"), _ROWS: ("row_logratio", "val_row_logratio"), "reward against it": (),
-           "losses": ("policy_loss", "value_loss"), "share of tokens that were clipped": ("clip_fraction",),
-           "entropy (nats a token)": ("entropy",)}
-
-
-def _draw_panel(axes, rows: list[dict], x: str, keys: tuple[str, ...], name: str, color: str):
-    "Draw some metrics of one run."
-    for key, style in zip(keys, ("-", "--")):
+def _draw(axes, rows: list[dict], x: str, keys: dict[str, str], name: str, color: str):
+    "Draw some metrics of one run, by what they are called in the legend; what was not logged is left out."
+    for (key, called), style in zip(keys.items(), ("-", "--")):
         at, y = _curve(rows, x, key)
         if not len(y): continue
-        label = f"{name}: {key}" if len(keys) > 1 else name
+        label = f"{name}: {called}" if called else name
         if key.startswith("val_"): axes.plot(at, y, "o--", color=color, markersize=4, linewidth=1, label=label)
         else:
             axes.plot(at, y, style, color=color, alpha=0.25, linewidth=1)
             axes.plot(at, _smooth(y, len(y) // 40 * 2 + 1), style, color=color, label=label)
+
+# %% ../nbs/19_plot.ipynb #231fbe15
+_KL = "KL to the reference (nats a response)"
+_BOTH = {"losses": {"policy_loss": "policy_loss", "value_loss": "value_loss"}, "share of tokens that were clipped": {"clip_fraction": ""},
+         "entropy (nats a token)": {"entropy": ""}}
+_SAMPLED = {"reward": {"reward": "training", "val_reward": "validation"}, _KL: {"kl": "training", "val_kl": "validation"},
+            "reward against KL": {}, **_BOTH}
+_FROM_ROWS = {"mean reward of the rows drawn": {"reward": "training", "val_reward": "validation"},
+              "log-ratio of the rows to the reference (nats)": {"row_logratio": "training", "val_row_logratio": "validation"}, **_BOTH}
 
 
 def _reward_against_kl(axes, rows: list[dict], name: str, color: str):
@@ -80,25 +73,20 @@ def _reward_against_kl(axes, rows: list[dict], name: str, color: str):
 
 
 def _plot_rewards(metrics: dict[Path, list[dict]]) -> Figure:
-    "Six panels for runs of reinforcement learning."
+    "Six panels for runs of reinforcement learning; five if the responses were those of the rows."
     figure = Figure(figsize=(12, 6.5), layout="constrained")
-    every = [row for rows in metrics.values() for row in rows]
-    other = _ROWS if any("kl" in row for row in every) else _KL           # which distance there is not
-    less = (other,) if other == _ROWS else (other, "reward against it")   # rows of others say little about that
-    panels = {title: keys for title, keys in _PANELS.items() if title not in less}
-    axes = [*figure.subplots(2, 3).flat]
-    for spare in axes[len(panels):]: spare.set_axis_off()
-    for panel, (title, keys) in zip(axes, panels.items()):
+    panels = _SAMPLED if any("kl" in row for rows in metrics.values() for row in rows) else _FROM_ROWS
+    for place, (title, keys) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(2, 3, place)
         for i, (run, rows) in enumerate(metrics.items()):
             name = run.absolute().name
-            if keys: _draw_panel(panel, rows, "step", keys, name, f"C{i}")
-            else: _reward_against_kl(panel, rows, name, f"C{i}")
-        panel.set(xlabel="steps" if keys else [*panels][1], ylabel="" if keys else "reward")
-        if keys == ("clip_fraction",): panel.set_ylim(0, max(0.5, panel.get_ylim()[1]))
-        if title == "reward" and other == _KL: title = "mean reward of the rows drawn"
-        panel.set_title(title if keys else "reward against KL", fontsize=10)
-        panel.grid(alpha=0.3)
-        if panel.get_legend_handles_labels()[0]: panel.legend(fontsize=8)
+            if keys: _draw(axes, rows, "step", keys, name, f"C{i}")
+            else: _reward_against_kl(axes, rows, name, f"C{i}")
+        axes.set(xlabel="steps" if keys else _KL, ylabel="" if keys else "reward")
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+        if "clip_fraction" in keys: axes.set_ylim(0, max(0.5, axes.get_ylim()[1]))
+        if axes.get_legend_handles_labels()[0]: axes.legend(fontsize=8)
     return figure
 
 # %% ../nbs/19_plot.ipynb #2c875302
@@ -118,10 +106,11 @@ def plot_runs(
     for run, rows in metrics.items():
         if not any(row.get(key) is not None for row in rows for key in ("loss", "val_loss")):
             raise UserError(f"{run} has logged no loss yet: wait for its first logged step, or see logging.metrics.log_loss in its config.")
+    losses = {"loss": "training", "val_loss": "validation"}
     x = "tokens" if all(any("tokens" in row for row in rows) for rows in metrics.values()) else "step"
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for i, (run, rows) in enumerate(metrics.items()): _draw_run(axes, rows, x, run.absolute().name, f"C{i}")
+    for i, (run, rows) in enumerate(metrics.items()): _draw(axes, rows, x, losses, run.absolute().name, f"C{i}")
     top = 1.1 * max((_curve(rows, x, key)[1][:1].max(initial=0) for rows in metrics.values() for key in ("loss", "val_loss")))
     if axes.get_ylim()[1] > 2 * top > 0: axes.set_ylim(top=top)                # a run that diverged must not flatten the others
     axes.set(xlabel="tokens seen" if x == "tokens" else "steps", ylabel="loss (nats per token)")

@@ -476,6 +476,7 @@ class PPOTrainer(StageTrainer):
     ):
         path, reward = data_file(cfg.data, "input_file"), cfg.reward_model if reward is None else reward
         self.reward = None if reward is None else find_reward(reward)
+        self.rewarded_by = None if self.reward is None else reward_name(self.reward)
         self.distance = "row_logratio" if self.reward is None else "kl"   # what the log-ratio to the reference may be called
         if (pretrained := begin_with(cfg, pretrained)) is None:
             raise ConfigError('"pretrained_model" is missing; PPO begins with a model that can answer: name a run, such as that of sft.py')
@@ -501,7 +502,7 @@ class PPOTrainer(StageTrainer):
         least = {"kl_coef": 0, "target_kl": 0, "clip_range": 1e-6, "temperature": 1e-6}
         self.knobs = Knobs(least, learning_rate_factor=1.0, **self.configured)
         self.last_knobs, self.read = self.knobs.snapshot(), make_reader(policy, self.reference, actor_critic.critic, cfg.system.precision)
-        if held_out is None: self.validate, self.judged_by = dict, "mean_reward"
+        if held_out is None: self.validate, self.judged_by = dict, "mean_reward"         # nothing to measure; what the steps saw must do
         if answered: logger.warning(_OFF_POLICY, path)
         else: self.trial = "Trying a step or two, to see how long they take; the reward is asked in them too."
         self.rewards: list[float] = []                                    # of the last steps, when there is nothing held out
@@ -580,7 +581,8 @@ class PPOTrainer(StageTrainer):
         means, tokens = {key: _mean(now.updates, key) for key in keys}, now.tokens
         self.sampled, self.rollout = now.sampled, now.rollout
         self.now, self.tokens, self.steps_done = None, self.tokens + tokens, self.steps_done + 1
-        if bad := [u for u in now.updates if not u["good"]]: self.report_updates(bad, len(now.updates))
+        if bad := [u for u in now.updates if not u["good"]]:
+            self.report(bad[0]["total_loss"], bad[0]["grad_norm"], f"had {len(now.updates)} updates, of which {len(bad)} were skipped")
         self.judge(len(bad) < len(now.updates), means["total_loss"], means["grad_norm"])
         self.rewards = [*self.rewards, now.seen["reward"]][-self.validation_interval:]
         average = {} if self.held_out else {"mean_reward": float(np.mean(self.rewards))}
@@ -588,19 +590,6 @@ class PPOTrainer(StageTrainer):
                    "tokens_per_second": tokens / (time.perf_counter() - now.started)}
         self._guard(metrics)
         return metrics
-
-    def report_updates(
-        self,
-        bad: list[dict[str, float]], # updates that were not finite
-        all: int, # updates of the step
-    ):
-        "Tell about updates that were skipped."
-        loss, norm = bad[0]["total_loss"], bad[0]["grad_norm"]
-        said = f"step {self.steps_done}: {len(bad)} of {all} updates skipped: loss {loss:g}, gradient norm {norm:g}"
-        if self.run_dir:
-            self.run_dir.event("not_finite", self.steps_done - 1, updates=len(bad), loss=loss, grad_norm=norm)
-            self.run_dir.note(said)
-        if self.in_a_row == 0: logger.warning(said)
 
     def _guard(self, metrics: dict):
         "Let the guards look at a step. Raises `TrainingError`, with the step in the log, if one of them stops it."
@@ -667,21 +656,21 @@ class PPOTrainer(StageTrainer):
         if self.now and self.now.updates:
             raise TrainingError("a step is under way, and a checkpoint in the middle of it would be of no use; call step(), which ends it")
         return {**super().state(), "configured": self.configured, "guards": self.guards.state(), "rewards": self.rewards,
-                "began": self.began, "reward": None if self.reward is None else reward_name(self.reward)}
+                "began": self.began, "reward": self.rewarded_by}
 
     def load(self, saved, reset_optimizer: bool = False):
         """Go on from a checkpoint; a knob stands as it stood, unless the configuration says something new.
 
         Raises `RunError` as `Trainer.load` does, or if there was a reward and now there is none.
         """
-        if saved.state.get("reward") and self.reward is None:
+        if saved.state["reward"] and self.reward is None:
             raise RunError(f'{saved.path} was trained with the reward {saved.state["reward"]}; give it again as "reward_model"')
         super().load(saved, reset_optimizer)
         self.now, self.guards = None, Guards(**saved.state["guards"])
         self.rewards, self.began = saved.state["rewards"], saved.state["began"]
         for name, value in self.configured.items():
             if saved.state["configured"].get(name) != value: setattr(self.knobs, name, value)
-        if saved.state["reward"] != self.state()["reward"]:
+        if saved.state["reward"] != self.rewarded_by:
             logger.warning("The reward is another one than it was; the best validation is counted anew.")
             self.best, self.began, self.rewards = None, None, []
 

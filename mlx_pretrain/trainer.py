@@ -475,9 +475,10 @@ class Trainer(Progress):
         self,
         loss: float, # of the step
         norm: float, # length of its gradient
+        what: str = "skipped, weights unchanged", # was it all of the step?
     ):
-        "Tell about a step that was skipped."
-        said = f"step {self.steps_done} skipped, weights unchanged: loss {loss:g}, gradient norm {norm:g}"
+        "Tell about a step, or a part of it, that was skipped."
+        said = f"step {self.steps_done} {what}: loss {loss:g}, gradient norm {norm:g}"
         if self.run_dir:
             self.run_dir.event("not_finite", self.steps_done - 1, loss=loss, grad_norm=norm)
             self.run_dir.note(said)
