@@ -5,7 +5,7 @@
 BIN = .venv/bin
 PYTHONS = python3.13 python3.12 python3.11 python3
 DEVICE = $(shell [ `uname -s` = Linux ] && { nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu; })
-LEFT_OUT = `make test` left out interop, demo, tutorials, docs and PPO's known optima: run `make check` for all of it.
+LEFT_OUT = `make test` left out interop, demo, tutorials, docs and the known optima of PPO: run `make check` for all of it.
 
 .DEFAULT_GOAL = help
 .NOTPARALLEL:
