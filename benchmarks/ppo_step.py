@@ -11,9 +11,9 @@ import numpy as np
 
 from mlx_pretrain.core import rng_for
 from mlx_pretrain.episodes import lay_out
-from mlx_pretrain.model import Llama, LlamaArgs
+from mlx_pretrain.model import Llama, LlamaArgs, ScalarLlama
 from mlx_pretrain.optim import Optimization, make_optimizer
-from mlx_pretrain.ppo import ActorCritic, Critic, Minibatch, Rollout, minibatches, ppo_loss
+from mlx_pretrain.ppo import ActorCritic, Minibatch, Rollout, minibatches, ppo_loss
 from mlx_pretrain.trainer import Update
 
 SIZES = {"vocab_size": 2048, "hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -40,8 +40,9 @@ def as_they_are(rollout, order):
 def main():
     rollouts, ways = [rollout(step) for step in range(STEPS)], {"cut": lambda r, o: minibatches(r, o, SIZE, KNOBS), "whole": as_they_are}
     policies = {name: Llama(LlamaArgs(**SIZES)) for name in ways}
-    updates = {name: Update(ActorCritic(p, Critic(p)), make_optimizer(Optimization(), 1e-5, 0.0), ppo_loss(0.1, 0.2), 1.0, apart=True)
-               for name, p in policies.items()}
+    both = {name: ActorCritic(p, ScalarLlama.of(p)) for name, p in policies.items()}
+    updates = {name: Update(model, make_optimizer(Optimization(), 1e-5, 0.0), ppo_loss(0.1, 0.2), 1.0, apart=True)
+               for name, model in both.items()}
     seconds = {name: [] for name in ways}
     for turn in range(ROUNDS):
         for name in (*ways,) if turn % 2 else (*ways,)[::-1]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['rope_periods', 'RopeScaling', 'scale_periods', 'LlamaArgs', 'Linear', 'project', 'project_add', 'KVCache',
            'Attention', 'MLP', 'RMSNorm', 'Block', 'padding_mask', 'Embedding', 'Decoder', 'init_weights', 'Llama',
-           'parameter_count', 'flops_per_token', 'ScalarHead', 'Dimensions', 'AttentionConfig', 'Normalization',
-           'RopeConfig', 'Misc', 'ModelConfig']
+           'parameter_count', 'flops_per_token', 'ScalarHead', 'ScalarLlama', 'Dimensions', 'AttentionConfig',
+           'Normalization', 'RopeConfig', 'Misc', 'ModelConfig']
 
 # %% ../nbs/00_model.ipynb #2caca4d8
 import math
@@ -439,6 +439,34 @@ class ScalarHead(nn.Module):
     ) -> mx.array: # (…) float32
         "A score at every position."
         return linears(hidden, self.score.weight)[0][..., 0].astype(mx.float32)
+
+# %% ../nbs/00_model.ipynb #27db6643
+class ScalarLlama(ScalarHead):
+    "Tokens to one number at each position. Parameter names are those of Hugging Face's `LlamaForSequenceClassification`."
+    def __init__(
+        self,
+        args: LlamaArgs, # the model's sizes
+    ):
+        super().__init__(args.hidden_size)
+        self.args, self.model = args, Decoder(args)
+
+    @classmethod
+    def of(
+        cls,
+        llama: Llama, # gives sizes and first weights; not changed
+    ) -> "ScalarLlama": # the same blocks, with a head of zeros
+        "Put the blocks of a language model under a head of zeros."
+        made = cls(llama.args)
+        made.model.update(llama.model.parameters())
+        return made
+
+    def values(
+        self,
+        ids: mx.array, # tokens, (B, T) int32, each in [0, V)
+        pad: mx.array | None = None, # tokens of padding on the left, (B,) int32
+    ) -> mx.array: # (B, T) float32
+        "A score at every position of a text."
+        return self(self.model(ids, None, pad))
 
 # %% ../nbs/00_model.ipynb #eef1f681
 class Dimensions(Section):

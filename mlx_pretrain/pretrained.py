@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from pydantic import ValidationError
 
@@ -21,7 +22,7 @@ from .chat import chat_template
 from .config import UserError
 from .core import fsync
 from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_split, merge
-from .model import Llama, LlamaArgs
+from .model import Llama, LlamaArgs, ScalarLlama
 from .prompt import PromptFormat
 from .run import Saved, _swap_in, _writing, checkpoints, is_run, load_checkpoint, read_metadata
 from .tokenizer import Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer
@@ -29,6 +30,9 @@ from .tokenizer import Tokenizer, _read_object, _without_chat, _write_files, loa
 # %% ../nbs/17_pretrained.ipynb #f95ed538
 class PretrainedError(UserError):
     "A model that cannot be opened or written; the sentence names the file and says what helps."
+
+
+_ARCHITECTURES: dict[type, str] = {Llama: "LlamaForCausalLM", ScalarLlama: "LlamaForSequenceClassification"}
 
 
 def _rope_to_hf(args: LlamaArgs) -> dict[str, Any]:
@@ -41,15 +45,17 @@ def _rope_to_hf(args: LlamaArgs) -> dict[str, Any]:
 def args_to_hf(
     args: LlamaArgs, # the model's sizes
     tokenizer: Tokenizer, # says which tokens begin, end and pad a text
+    kind: type = Llama, # or `ScalarLlama`
 ) -> dict[str, Any]: # what config.json holds
     "Our sizes as Hugging Face's `config.json`, for weights in the half-split layout (see `export`)."
     rope = _rope_to_hf(args)
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "architectures": [_ARCHITECTURES[kind]], "model_type": "llama", "hidden_act": "silu",
         **args.model_dump(exclude={"rope_scaling", "rope_traditional"}),
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "rope_parameters": {"rope_theta": args.rope_theta, **rope},
         **_control_ids(tokenizer), "dtype": "float32", "torch_dtype": "float32",
+        **({} if kind is Llama else {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}),
     }
 
 
@@ -103,7 +109,7 @@ def args_from_hf(
         raise PretrainedError("; ".join(f"{'.'.join(map(str, d['loc'])) or 'sizes'}: {d['msg']}" for d in e.errors())) from None
 
 # %% ../nbs/17_pretrained.ipynb #9f8ed156
-def _usual_layout(model: Llama) -> dict[str, mx.array]: # name → float32 weight
+def _usual_layout(model: nn.Module) -> dict[str, mx.array]: # name → float32 weight
     "The model's weights in the half-split layout."
     args, weights = model.args, {}
     for name, w in tree_flatten(merge(model).parameters()):
@@ -130,10 +136,11 @@ def _write_json(file: Path, value: dict[str, Any]): file.write_text(json.dumps(v
 
 
 def export(
-    model: Llama, # what to write
+    model: Llama | ScalarLlama, # what to write
     tokenizer: Tokenizer, # the one it was trained with
     directory: str | Path, # where to; an earlier export there is replaced
     fmt: PromptFormat | None = None, # how it wants to be asked; becomes its chat template too
+    more: dict[str, Any] | None = None, # goes into config.json beside what others read
 ) -> None:
     """Write a model in Hugging Face's layout, as transformers and mlx-lm open it; weights in float32.
 
@@ -148,7 +155,8 @@ def export(
         try:
             new.mkdir(parents=True)
             mx.save_safetensors(str(new / "model.safetensors"), _usual_layout(model), metadata={"format": "pt"})
-            _write_json(new / "config.json", {**args_to_hf(model.args, tokenizer), **({_FORMAT: fmt.model_dump()} if fmt else {})})
+            config = args_to_hf(model.args, tokenizer, type(model))
+            _write_json(new / "config.json", {**config, **({_FORMAT: fmt.model_dump()} if fmt else {}), **(more or {})})
             _write_json(new / "generation_config.json", _control_ids(tokenizer))
             tokenizer.save(new)
             template = fmt and chat_template(fmt, tokenizer)
@@ -196,10 +204,10 @@ def _read_weights(files: list[Path]) -> dict[str, mx.array]:
 
 # %% ../nbs/17_pretrained.ipynb #0147632f
 def _fill(
-    model: Llama, # gets the weights
+    model: Llama | ScalarLlama, # gets the weights
     weights: dict[str, mx.array], # by Hugging Face's names
     source: Path, # where they come from, for the error
-) -> Llama: # the same model
+) -> Llama | ScalarLlama: # the same model
     "Put weights into a model. Raises `PretrainedError` if they are not exactly its own."
     expected, tied = dict(tree_flatten(model.parameters())), model.args.tie_word_embeddings
     weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -234,8 +242,8 @@ def _refuse_quantised(directory: Path, config: dict[str, Any], names: list[str])
 class Pretrained(NamedTuple):
     """A model that was opened.
 
-    `model`: a `Llama` with float32 weights; `tokenizer`: its tokenizer; `path`: the directory it was read from; `format`: how it
-    wants to be asked, if it was fine-tuned here, or has a chat template.
+    `model`: a `Llama`, or the kind that was asked for, with float32 weights; `tokenizer`: its tokenizer; `path`: the directory it was read
+    from; `format`: how it wants to be asked, if it was fine-tuned here, or has a chat template.
     """
     model: Llama
     tokenizer: Tokenizer
@@ -249,9 +257,18 @@ def _read_format(saved: dict | None, file: Path) -> PromptFormat | None:
     except ValidationError: raise PretrainedError(f'{file}: its prompt format cannot be read; copy it again, or take the key out') from None
 
 
-def _load_hf(directory: Path) -> Pretrained:
+def _check_kind(found: str | None, kind: type, path: Path):
+    "Raise `PretrainedError` if a model has another head than is needed."
+    if found == _ARCHITECTURES[kind] or found not in _ARCHITECTURES.values(): return
+    if kind is Llama: raise PretrainedError(f'{path} is a reward model, which gives numbers and writes nothing; give it as "reward_model"')
+    raise PretrainedError(f"{path} is a model that writes, and no reward model; train one with `mlx-pretrain reward`, or name a function "
+                          "in a file: file.py:Name")
+
+
+def _load_hf(directory: Path, kind: type = Llama) -> Pretrained:
     "A directory in Hugging Face's layout."
     config, files = _read_object(directory / "config.json"), _weight_files(directory)
+    _check_kind((config.get("architectures") or [None])[0], kind, directory)
     _refuse_quantised(directory, config, [])
     try: args = args_from_hf(config)
     except PretrainedError as e: raise PretrainedError(f"{directory / 'config.json'}: {e}") from None
@@ -261,7 +278,7 @@ def _load_hf(directory: Path) -> Pretrained:
     _check_sizes(args, tokenizer, directory)
     fmt = _read_format(config.get(_FORMAT), directory / "config.json")
     if fmt is None and tokenizer.chat_template is not None: fmt = PromptFormat(prompt_format=None)
-    return Pretrained(_fill(Llama(args), weights, files[0] if len(files) == 1 else directory), tokenizer, directory, fmt)
+    return Pretrained(_fill(kind(args), weights, files[0] if len(files) == 1 else directory), tokenizer, directory, fmt)
 
 
 def open_checkpoint(
@@ -269,6 +286,7 @@ def open_checkpoint(
 ) -> Pretrained: # its model, the tokenizer of its run, and its prompt format
     "The model of a checkpoint. Raises `PretrainedError` or `DataError` if it is not whole, or its run directory is not around it."
     directory, arrays, state = saved
+    _check_kind(_ARCHITECTURES[ScalarLlama] if state.get("stage") == "reward" else None, Llama, directory)
     try: args = LlamaArgs.model_validate_json(json.dumps(state["args"]))
     except (KeyError, ValidationError):
         raise PretrainedError(f"{directory / 'state.json'} does not hold the model's sizes (args); use another checkpoint") from None
@@ -306,6 +324,7 @@ def find_model(
 
 def load(
     path: str | Path, # a run (its directory, or its name in runs/), one of its checkpoints, or a directory in Hugging Face's layout
+    kind: type = Llama, # or `ScalarLlama`: a reward model, of which checkpoints are not opened
 ) -> Pretrained: # model, tokenizer and prompt format
     """Open a model.
 
@@ -314,13 +333,15 @@ def load(
     path = find_model(path)
     if not path.is_dir(): raise _nothing_there(path)
     if (path / "manifest.json").is_file() or re.fullmatch(r"step_\d+", path.resolve().name):
+        if kind is ScalarLlama: raise PretrainedError(f"{path} is a checkpoint; give the run that it belongs to, when that is finished")
         return open_checkpoint(Saved(path, *load_checkpoint(path)))
-    if (path / "config.json").is_file(): return _load_hf(path)
+    if (path / "config.json").is_file(): return _load_hf(path, kind)
     if (path / "adapter_config.json").is_file(): raise PretrainedError(f"{path} holds adapters alone; give the run that they belong to")
     saved = checkpoints(path)
     if is_run(path) and saved and read_metadata(path).get("outcome") != "finished":
-        raise PretrainedError(f"{path} has no finished model yet; give a checkpoint, the latest is {saved[-1]}")
-    if (path / "model" / "config.json").is_file(): return _load_hf(path / "model")
+        remedy = f"give a checkpoint, the latest is {saved[-1]}" if kind is Llama else "train it to its end"
+        raise PretrainedError(f"{path} has no finished model yet; {remedy}")
+    if (path / "model" / "config.json").is_file(): return _load_hf(path / "model", kind)
     if saved: raise PretrainedError(f"{path} holds no model; give a checkpoint, the latest is {saved[-1]}")
     raise PretrainedError(f"{path} holds no model: there is no config.json, no model/ and no checkpoint in it")
 

@@ -110,6 +110,15 @@ class PromptFormat(Section):
         after = rest[0][0] if rest and rest[0][1] is None else ""
         return text.removeprefix(before).removesuffix(after)
 
+    def wrap(
+        self,
+        text: str, # what stands where `{response}` does
+    ) -> str: # what a model says
+        "The other way round: a response with what the format puts around it."
+        (before, first), *rest = split_format(self.response_format, "data.response_format")
+        if first not in ("response", self.output_field): return text
+        return before + text + (rest[0][0] if rest and rest[0][1] is None else "")
+
     def ask(
         self,
         instruction: str, # what somebody wants to know

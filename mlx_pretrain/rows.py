@@ -174,12 +174,13 @@ def read_first_row(
     path: str | Path, # a JSON Lines file
     cfg: PromptConfig, # which columns there should be, how rows are changed, and what to do with a bad one
     answered: bool = True, # must there be a response?
+    change: Callable[[Row], Row] = lambda row: row, # makes of each row what the columns are looked for in
 ) -> Row: # the first that can be used
     "The row that tells which columns there are. Raises `DataError` for a bad row, or if there is none that can be used."
     tally = _Tally(cfg.on_bad_row)
     for row in _values(path, None if cfg.preprocess is None else _Preprocess(cfg.preprocess), tally):
         try:
-            _columns(cfg, row, answered)
+            _columns(cfg, row := change(row), answered)
             return row
         except DataError as e: tally.bad(e)
     raise DataError(f"{path}: no row is left of {tally['rows']}" + (f"; the first mistake: {tally.first}" if tally.first else ""))

@@ -13,18 +13,17 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from .config import ConfigError
 from .data import make_tokenizer
 from .generate import generate_text
-from .lora import LoRAConfig, apply_lora, base_identity
 from .model import Llama
 from .pretrained import Pretrained, open_checkpoint
 from .prompt import PromptFormat
 from .rows import Examples, PromptConfig, RowBatch, Truncation, epoch_batches, read_examples, read_first_row, resolve_format
-from .stage import StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage
-from .trainer import Hyperparameters, TrainingConfig
+from .stage import (
+    AdaptedTraining, StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage, with_adapters)
+from .trainer import Hyperparameters
 
 # %% ../nbs/03_sft.ipynb #a8a4944b
 def response_loss(
@@ -53,18 +52,10 @@ class SFTHyperparameters(Hyperparameters):
     "The largest learning rate."
 
 
-class SFTTraining(TrainingConfig):
+class SFTTraining(AdaptedTraining):
     "The `training:` section of a configuration."
     hyperparameters: SFTHyperparameters = SFTHyperparameters()
     "The numbers people turn first."
-    lora: LoRAConfig = LoRAConfig()
-    "Adapters instead of the weights themselves."
-
-    @model_validator(mode="after")
-    def _adapters_alone(self):
-        if self.lora.rank and (self.freeze or self.train_only):
-            raise ValueError("with adapters (lora.rank above 0) nothing else is trained; take freeze and train_only out")
-        return self
 
 
 class SFTConfig(TunedConfig):
@@ -76,13 +67,6 @@ class SFTConfig(TunedConfig):
 
 # %% ../nbs/03_sft.ipynb #b62e04ff
 logger = logging.getLogger("mlx_pretrain")
-
-
-def _base(cfg: SFTConfig, pretrained: Pretrained | None) -> dict:
-    "What adapters are trained beside. Raises `ConfigError` if that is a new model."
-    if pretrained is None: raise ConfigError('"training.lora": adapters need a model that knows something; name it in "pretrained_model"')
-    identity, lora = base_identity(pretrained.model), cfg.training.lora.model_dump(mode="json")
-    return {"path": str(pretrained.path.resolve()), "identity": identity, "lora": lora}
 
 
 class SFTTrainer(StageTrainer):
@@ -105,11 +89,7 @@ class SFTTrainer(StageTrainer):
             model = Llama(cfg.model.args(tokenizer.vocab_size, cfg.data.preprocessing.max_context_size), cfg.system.seed)
         else: model, tokenizer = pretrained.model, pretrained.tokenizer
         cfg = complete(cfg, model)
-        if cfg.training.lora.rank:
-            if "learning_rate" not in cfg.training.hyperparameters.model_fields_set:
-                logger.warning("The learning rate is 5e-5, the default for weights; adapters usually want 1e-4 to 5e-4.")
-            self.base = _base(cfg, pretrained)
-            model = apply_lora(model, cfg.training.lora, cfg.system.seed)
+        if cfg.training.lora.rank: model, self.base = with_adapters(cfg, pretrained)
         fmt = resolve_format(cfg.data, read_first_row(path, cfg.data), pretrained and pretrained.format)
         if fmt.input_field: cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
         elif pretrained: self.format = pretrained.format                      # plain texts teach no other

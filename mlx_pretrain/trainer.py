@@ -32,7 +32,7 @@ from pydantic import Field, field_validator, model_validator
 
 from .config import ConfigError, Section, UserError
 from .core import key_for
-from .lora import adapters, dropping
+from .lora import adapters, dropping, lora_layers
 from .optim import Optimization, SchedulerConfig, check_optimizer, make_optimizer, make_schedule
 from .run import Journal, Run, RunError, Saved, checkpoints, read_metadata, short
 
@@ -142,7 +142,7 @@ def clip_gradient(
     return tree_map(lambda g: (g * scale).astype(g.dtype), grads), norm
 
 # %% ../nbs/18_trainer.ipynb #2dd12db8
-LossFn = Callable[[nn.Module, NamedTuple], tuple[mx.array, ...]] # sum and count; perhaps a dictionary of more sums, by name
+LossFn = Callable[[nn.Module, NamedTuple], tuple[mx.array, ...]] # sum and count; perhaps more sums, by name, in a dictionary
 
 
 def _put(tree: dict | list, arrays: dict[str, mx.array]):
@@ -417,6 +417,12 @@ class Trainer(Progress):
                 for part, arrays in held: _put(part, arrays)
             raise
 
+    def _read(self, values: tuple) -> tuple[float, int, float, bool, dict[str, float], int]:
+        "The numbers of an update, and how many tokens it was: as many as it counted, unless its loss says `tokens`."
+        loss, count, norm, good = (v.item() for v in values[:4])
+        means = {name: value.item() for name, value in values[4].items()} if len(values) > 4 else {}
+        return loss, count, norm, good, means, round(count * means.pop("tokens", 1))
+
     def batches(
         self,
         step: int, # from 0
@@ -433,13 +439,13 @@ class Trainer(Progress):
         with self.whole(lambda: self.steps_done > step):
             values = self.update(self.batches(step), rate, key_for(self.seed, step, "dropout"))
             mx.eval(self.trained.state, self.optimizer.state, values)
-            loss, count, norm, good = (v.item() for v in values)
-            self.tokens, self.steps_done = self.tokens + count, step + 1
-        speed = count / (time.perf_counter() - start)
+            loss, _, norm, good, means, tokens = self._read(values)
+            self.tokens, self.steps_done = self.tokens + tokens, step + 1
+        speed = tokens / (time.perf_counter() - start)
         if not good: self.report(loss, norm)
         self.judge(good, loss, norm)
         yield "update"
-        return {"step": self.steps_done, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": self.tokens,
+        return {"step": self.steps_done, "loss": loss, **means, "learning_rate": rate, "grad_norm": norm, "tokens": self.tokens,
                 "tokens_per_second": speed}
 
     def _step(self) -> dict:
@@ -489,10 +495,11 @@ class Trainer(Progress):
         return {"model": self.model, "optimizer": self.optimizer.state}
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
-        "What a checkpoint must hold: weights (of a model with adapters only these) and the optimizer's memory, by name."
-        trees = {name: tree.parameters() if isinstance(tree, nn.Module) else tree for name, tree in self.places().items()}
-        arrays = {name: dict(tree_flatten(tree)) for name, tree in trees.items()}
-        return {**arrays, "model": adapters(self.model) or arrays["model"]}
+        "What a checkpoint must hold: weights (of a model with adapters only what is trained) and the optimizer's memory, by name."
+        def own(tree):
+            if not isinstance(tree, nn.Module): return tree
+            return tree.trainable_parameters() if lora_layers(tree) else tree.parameters()
+        return {name: dict(tree_flatten(own(tree))) for name, tree in self.places().items()}
 
     def probe(
         self,
@@ -501,7 +508,7 @@ class Trainer(Progress):
         "Take a step that nobody counts; whoever asks for it puts the arrays back."
         values = self.update(self.batches(step), float(self.schedule(step)))
         mx.eval(self.arrays(), values)
-        return values[1].item()
+        return self._read(values)[-1]
 
     def state(self) -> dict:
         "The rest of a checkpoint: where we are, and how the knobs stand."

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_pretrain import lora as lora_module, model as model_module, ops, sft as sft_module, trainer as trainer_module
+from mlx_pretrain import lora as lora_module, model as model_module, ops, stage as stage_module, trainer as trainer_module
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import UserError
 from mlx_pretrain.core import key_for
@@ -148,12 +148,12 @@ def gain_left_free(monkeypatch):
         model = apply_lora(*args)
         model.model.norm.unfreeze()
         return model
-    monkeypatch.setattr(sft_module, "apply_lora", apply)
+    monkeypatch.setattr(stage_module, "apply_lora", apply)
 
 
 def only_attention(monkeypatch):
     few = {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
-    monkeypatch.setattr(sft_module, "apply_lora", lambda model, cfg, seed: apply_lora(model, cfg.model_copy(update=few), seed))
+    monkeypatch.setattr(stage_module, "apply_lora", lambda model, cfg, seed: apply_lora(model, cfg.model_copy(update=few), seed))
 
 
 def trains_the_adapters_alone(**sections):

@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 from mlx_pretrain import generate as sampling
 from mlx_pretrain import ppo
 from mlx_pretrain.episodes import lay_out
-from mlx_pretrain.model import KVCache
+from mlx_pretrain.model import KVCache, ScalarLlama
 from mlx_pretrain.ppo import (
-    ActorCritic, Critic, Minibatch, Rollout, gae, kl_estimate, log_probs, minibatches, policy_loss, ppo_loss, token_rewards, value_loss,
+    ActorCritic, Minibatch, Rollout, gae, kl_estimate, log_probs, minibatches, policy_loss, ppo_loss, token_rewards, value_loss,
     whiten)
 
 PROMPTS = ("", "a", "abc", "hgfedcba")
@@ -117,7 +117,7 @@ def numbers(pretrained, critic, prompts, responses, extra=0):
 
     old, adv, ret = (spread(of) for of in noise)
     logp, _ = ppo.log_probs(pretrained.model, tokens, pad, R, 0.7)
-    values = critic.values(tokens, pad, R)
+    values = ppo.expected_values(critic, tokens, pad, R)
     rollout = Rollout(tokens, pad, mask, logp + 0.1 * old, logp, values, adv, adv, ret)
     batch, loss = Minibatch(rollout, mx.array(0.2), mx.array(0.7)), ppo.ppo_loss(0.5, 10.0)
     both = ActorCritic(pretrained.model, critic)
@@ -131,7 +131,7 @@ ROWS, SAID = [[1], [1, 3, 4, 5], [1, 6]], [[3, 3, 2], [5, 4, 3, 6, 7, 2], [2]]
 
 def padding_is_nothing():
     pretrained = tiny(layers=2, kv_heads=1, seed=3)
-    critic = Critic(pretrained.model)
+    critic = ScalarLlama.of(pretrained.model)
     critic.score.weight = mx.random.normal(critic.score.weight.shape, key=mx.random.key(1))
     rows, grads = numbers(pretrained, critic, ROWS, SAID)
     wide, wide_grads = numbers(pretrained, critic, ROWS, SAID, extra=5)
@@ -152,7 +152,7 @@ def test_a_row_alone_is_the_row_in_a_batch():
 def test_padding_that_matters_is_seen(mistake, monkeypatch):
     wrong = {"positions": (ppo, "log_probs", planted(log_probs, "pad=pad", "pad=mx.zeros_like(pad)")),
              "looks": (ppo, "log_probs", planted(log_probs, ", pad=pad", "")),
-             "values": (Critic, "values", lambda self, tokens, pad, R: self(self.model(tokens[:, :-1])[:, tokens.shape[1] - R - 1:])),
+             "values": (ppo, "expected_values", planted(ppo.expected_values, ", pad)", ")")),
              "mask": (ppo, "policy_loss", planted(policy_loss, "mx.where(mask, mx.maximum", "mx.where(mask | True, mx.maximum"))}
     monkeypatch.setattr(*wrong[mistake])
     assert not padding_is_nothing()
@@ -263,12 +263,12 @@ def test_grey_is_seen(right, wrong): assert not white(planted(whiten, right, wro
 def gradient_is_classic(make_loss):
     "At ratio 1: advantage times the gradient of the log-probability, from an independent computation; every leaf has one."
     pretrained, rng = tiny(layers=2, seed=1), np.random.default_rng(0)
-    policy, critic = pretrained.model, Critic(pretrained.model)
+    policy, critic = pretrained.model, ScalarLlama.of(pretrained.model)
     critic.score.weight = mx.random.normal(critic.score.weight.shape, key=mx.random.key(1))
     tokens, pad, mask = batch_of(pretrained, ROWS, SAID)
     adv = rng.normal(size=mask.shape)
     logp, _ = log_probs(policy, tokens, pad, mask.shape[1])
-    zero, values = mx.zeros(mask.shape), critic.values(tokens, pad, mask.shape[1])
+    zero, values = mx.zeros(mask.shape), ppo.expected_values(critic, tokens, pad, mask.shape[1])
     rollout = Rollout(tokens, pad, mask, logp, logp, values, zero, mx.array(adv, mx.float32), values + 1)
     both, batch = ActorCritic(policy, critic), Minibatch(rollout, mx.array(0.2), mx.array(1.0))
     loss = make_loss(1.0, 10.0)
