@@ -198,7 +198,9 @@ def _load(spec: str, key: str) -> tuple[Callable, str | None]:
     if not hasattr(module, name):
         close = difflib.get_close_matches(name, vars(module), 1)
         raise DataError(f'"{key}": {file} has no {name!r}; ' + (f"did you mean {close[0]!r}?" if close else "check the name"))
-    if not callable(found := getattr(module, name)): raise DataError(f'"{key}": {spec} is no function, but {_kind(found)}; name a function')
+    found = getattr(module, name)
+    if not callable(found) and not hasattr(found, "compute_reward"):
+        raise DataError(f'"{key}": {spec} is no function, but {_kind(found)}; name a function')
     return found, source and hashlib.sha256(source).hexdigest()
 
 # %% ../nbs/01_data.ipynb #c2dbdb74

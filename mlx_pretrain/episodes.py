@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from .chat import ask_pieces, row_pieces
-from .data import Row, _groups, _hash_file, _kind, _Preprocess
+from .data import Row, _groups, _hash_file, _Preprocess
 from .prompt import Example, Piece, PromptFormat
-from .rows import _encoded, _grid, _none_left, _size, _Tally, _values, logger
+from .rows import _encoded, _grid, _none_left, _number, _size, _Tally, _values, logger
 from .tokenizer import DataError, Tokenizer
 
 # %% ../nbs/28_episodes.ipynb #daca7d4f
@@ -92,10 +92,7 @@ def no_reward(
 def _reward(row: Row, key: str) -> float:
     "The reward of a row. Raises `DataError` if there is none."
     if key not in row.value: raise no_reward(row, key)
-    value = row.value[key]
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15: return float(value)
-    found = value if isinstance(value, float) else _kind(value)
-    raise DataError(f'{row.file}, line {row.line}: "{key}" must be a number of reasonable size, found {found}; mend the row')
+    return _number(row, key)
 
 
 def _read(path, fmt: PromptFormat, tokenizer: Tokenizer, key: str | None, edit, tally: _Tally) -> Iterator[tuple[int, list[Piece], float]]:

@@ -6,6 +6,7 @@
 __all__ = ['plot_runs', 'save_figure']
 
 # %% ../nbs/19_plot.ipynb #da8e7b4b
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from .config import UserError
+from .reward import Examined, calibration
 from .run import read_metrics
 
 # %% ../nbs/19_plot.ipynb #d02f6253
@@ -90,19 +92,74 @@ def _plot_rewards(metrics: dict[Path, list[dict]]) -> Figure:
     return figure
 
 # %% ../nbs/19_plot.ipynb #2c875302
+def _read_examined(run: Path) -> Examined | None:
+    "What a reward model said about its held-out rows; `None` if it has not finished, or had none."
+    try: told = json.loads((run / "held_out.json").read_bytes())
+    except (OSError, ValueError): return None
+    return Examined(*(np.array(told[key]) for key in ("scores", "lengths", "values")), told["scale"])
+
+
+def _examine(right, length, examined: Examined, name: str, color: str):
+    "The two panels about held-out rows."
+    scores = examined.scores
+    if scores.ndim == 2:
+        bins = calibration((scores[:, 0] - scores[:, 1]) * examined.scale)
+        right.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o-", color=color, label=name)
+        length.plot(examined.lengths[:, 1], scores[:, 1], "x", color=color, alpha=0.35, markersize=4, label=f"{name}: rejected")
+        length.plot(examined.lengths[:, 0], scores[:, 0], ".", color=color, alpha=0.7, label=f"{name}: chosen")
+    else:
+        right.plot(examined.values, scores, ".", color=color, label=name)
+        length.plot(examined.lengths, scores, ".", color=color, label=name)
+
+
+def _plot_reward_models(metrics: dict[Path, list[dict]]) -> Figure:
+    "Four panels for runs of reward models."
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    loss, right, sure, length = figure.subplots(2, 2).flat
+    found = {run: _read_examined(run) for run in metrics}
+    pairs = any("accuracy" in row or "val_accuracy" in row for rows in metrics.values() for row in rows)
+    for i, (run, rows) in enumerate(metrics.items()):
+        name = run.absolute().name
+        _draw(loss, rows, "step", {"loss": "training", "val_loss": "validation"}, name, f"C{i}")
+        _draw(right, rows, "step", {"accuracy": "training", "val_accuracy": "validation", "val_correlation": ""}, name, f"C{i}")
+        if found[run]: _examine(sure, length, found[run], name, f"C{i}")
+    if pairs: sure.plot([0.5, 1], [0.5, 1], "k:", linewidth=1)
+    if pairs: right.set_ylim(min(0.45, right.get_ylim()[0]), 1.02)
+    loss.set(xlabel="steps", title="loss (nats a pair)" if pairs else "loss (half the squared error)")
+    right.set(xlabel="steps", title="share of pairs in the right order" if pairs else "correlation with the rewards")
+    if pairs: sure.set(xlabel="how sure the model is", ylabel="how often it is right", title="calibration on held-out pairs")
+    else: sure.set(xlabel="reward of the row", ylabel="what the model says", title="held-out rows")
+    length.set(xlabel="tokens of the response", ylabel="what the model says", title="held-out responses and their length")
+    for axes in (loss, right, sure, length):
+        axes.title.set_fontsize(10)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]: axes.legend(fontsize=8)
+    return figure
+
+# %% ../nbs/19_plot.ipynb #221abae3
+def _kind(rows: list[dict]) -> str:
+    "Of which kind a run is, by what it has logged."
+    seen = {key for row in rows for key in row}
+    if {"policy_loss", "reward"} & seen: return "a reward"
+    return "a reward model" if {"accuracy", "error", "val_error"} & seen else "a loss"
+
+
 def plot_runs(
     runs: list[str | Path], # run directories, at least one
-) -> Figure: # 8 × 5 inches, one axes; 12 × 6.5 inches, six axes for reinforcement learning
-    """Training and validation loss of some runs against the tokens they have seen; for reinforcement learning reward, KL, losses and more.
+) -> Figure: # 8 × 5 inches, one axes; 12 × 6.5 inches, six axes for reinforcement learning; 10 × 6.5, four for reward models
+    """Losses of some runs against the tokens they have seen; for reinforcement learning reward, KL and more; for reward models also how
+    often they are right, and how sure.
 
-    Raises `UserError` if there is no run, a run has logged nothing, or they are of both kinds; `RunError` if there are no readable metrics.
+    Raises `UserError` if there is no run, one has logged nothing, or not all are of one kind; `RunError` if there are no readable metrics.
     """
     if not runs: raise UserError("There is nothing to plot: name at least one run directory.")
     metrics = {Path(run): read_metrics(run) for run in runs}
-    rewarded = {run for run, rows in metrics.items() if any("policy_loss" in row or "reward" in row for row in rows)}
-    if rewarded == metrics.keys(): return _plot_rewards(metrics)
-    if rewarded:
-        raise UserError(f"{min(rewarded)} has a reward, and {min(metrics.keys() - rewarded)} has a loss: plot runs of one kind together.")
+    kinds = {_kind(rows): run for run, rows in metrics.items()}
+    if len(kinds) > 1:
+        (kind, run), (other, another), *_ = kinds.items()
+        raise UserError(f"{run} has {kind}, and {another} has {other}: plot runs of one kind together.")
+    if "a reward" in kinds: return _plot_rewards(metrics)
+    if "a reward model" in kinds: return _plot_reward_models(metrics)
     for run, rows in metrics.items():
         if not any(row.get(key) is not None for row in rows for key in ("loss", "val_loss")):
             raise UserError(f"{run} has logged no loss yet: wait for its first logged step, or see logging.metrics.log_loss in its config.")

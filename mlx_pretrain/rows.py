@@ -23,7 +23,7 @@ from pydantic import field_validator
 from .chat import row_pieces
 from .config import ConfigError
 from .core import rng_for
-from .data import DataConfig, Row, _check_ids, _groups, _hash_file, _Preprocess, _quote, _read_lines, _row, _token_type
+from .data import DataConfig, Row, _check_ids, _groups, _hash_file, _kind, _Preprocess, _quote, _read_lines, _row, _token_type
 from .prompt import INSTRUCTION, VERBATIM, Example, Piece, PromptFormat, _begin, _names, encode_pieces
 from .tokenizer import DataError, Tokenizer
 
@@ -168,6 +168,14 @@ def _values(path: str | Path, preprocess: _Preprocess | None, tally: _Tally) -> 
             continue
         if value is None: tally["filtered"] += 1
         else: yield row._replace(value=value)
+
+
+def _number(row: Row, key: str) -> float:
+    "A number in a row. Raises `DataError` if there is none."
+    value = row.value.get(key)
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15: return float(value)
+    found = value if isinstance(value, float) else _kind(value) if key in row.value else "nothing"
+    raise DataError(f'{row.file}, line {row.line}: "{key}" must be a number of reasonable size, found {found}; mend the row')
 
 
 def read_first_row(

@@ -8,7 +8,6 @@ __all__ = ['RewardError', 'reward_name', 'find_reward', 'score']
 # %% ../nbs/29_score.ipynb #b8485f32
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +15,8 @@ import numpy as np
 from .config import UserError
 from .core import RewardModel, as_reward_model
 from .data import _blame, _kind, load_object
+from .pretrained import find_model
+from .reward_model import load_reward
 
 # %% ../nbs/29_score.ipynb #da07dfe5
 class RewardError(UserError):
@@ -32,20 +33,25 @@ def reward_name(
     reward: RewardModel, # from `find_reward`
 ) -> str: # that of its class, or of its function
     "What a reward is called."
+    if type(reward).__repr__ is not object.__repr__: return repr(reward)
     named = getattr(reward, "f", None) or type(reward)
     return getattr(named, "__qualname__", repr(named))
 
 
 def find_reward(
-    spec: str | RewardModel | Callable[[str, str], float], # "file.py:Name" or "module:Name", or the thing itself
+    spec: str | RewardModel | Callable[[str, str], float], # "file.py:Name", "module:Name", a run of a reward model, or the thing itself
 ) -> RewardModel: # an object with `compute_reward`
-    "Raises `DataError` if there is no such file or name, `RewardError` if what it names is no reward."
+    """Raises `DataError` if there is no such file or name, `RewardError` if what it names is no reward, `PretrainedError` if a directory
+    holds no reward model.
+    """
     if not isinstance(spec, str):
         try: return as_reward_model(spec)
         except TypeError as e: raise RewardError(f"{e}; make an object of it") from None
-    if Path(spec).exists():
-        what = f"{spec}:Name" if Path(spec).is_file() else "path/file.py:Name"
-        raise RewardError(f'"reward_model": {spec} does not say what gives the reward; write {what}, with the name of a class or function')
+    if (path := find_model(spec)).is_dir(): return load_reward(path)
+    if path.exists():
+        raise RewardError(f'"reward_model": {spec} does not say what gives the reward; write {spec}:Name, with the name of a class or '
+                          "function")
+    if ":" not in spec: raise RewardError(f'"reward_model": there is no {spec}; give the run of a reward model, or file.py:Name')
     found = load_object(spec, "reward_model")
     if not inspect.isclass(found): return as_reward_model(found)
     if not hasattr(found, "compute_reward"):
@@ -63,6 +69,7 @@ def score(
     name = reward_name(reward)
     def wrong(problem): return RewardError(f"the reward {name} {problem}")
     try: given = reward.compute_reward([*prompts], [*responses])
+    except RewardError: raise                                             # of a part, which has said what is wrong
     except (Exception, SystemExit) as e:
         hint = " (a function is asked about one prompt and one response, and returns one number)" if hasattr(reward, "f") else ""
         raise wrong(f"fails{_blame(e, _file(reward))}; mend it{hint}") from None

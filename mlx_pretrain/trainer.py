@@ -361,6 +361,7 @@ class Trainer(Progress):
     shown = ("loss", "val_loss") # metrics beside the progress bar
     began: float | None = None # `judged_by` before the first step, if it was measured
     probes = 6 # steps that a forecast times
+    best_is_kept = False # does a finished run keep its best weights, and not its last?
 
     def __init__(
         self,
@@ -417,7 +418,7 @@ class Trainer(Progress):
                 for part, arrays in held: _put(part, arrays)
             raise
 
-    def _read(self, values: tuple) -> tuple[float, int, float, bool, dict[str, float], int]:
+    def _numbers(self, values: tuple) -> tuple[float, int, float, bool, dict[str, float], int]:
         "The numbers of an update, and how many tokens it was: as many as it counted, unless its loss says `tokens`."
         loss, count, norm, good = (v.item() for v in values[:4])
         means = {name: value.item() for name, value in values[4].items()} if len(values) > 4 else {}
@@ -439,7 +440,7 @@ class Trainer(Progress):
         with self.whole(lambda: self.steps_done > step):
             values = self.update(self.batches(step), rate, key_for(self.seed, step, "dropout"))
             mx.eval(self.trained.state, self.optimizer.state, values)
-            loss, _, norm, good, means, tokens = self._read(values)
+            loss, _, norm, good, means, tokens = self._numbers(values)
             self.tokens, self.steps_done = self.tokens + tokens, step + 1
         speed = tokens / (time.perf_counter() - start)
         if not good: self.report(loss, norm)
@@ -508,7 +509,7 @@ class Trainer(Progress):
         "Take a step that nobody counts; whoever asks for it puts the arrays back."
         values = self.update(self.batches(step), float(self.schedule(step)))
         mx.eval(self.arrays(), values)
-        return self._read(values)[-1]
+        return self._numbers(values)[-1]
 
     def state(self) -> dict:
         "The rest of a checkpoint: where we are, and how the knobs stand."
@@ -750,7 +751,7 @@ def train_run(
         finally: run.finish(outcome)                                      # also when the disk is full: somebody may wait for the lock
     print(said, flush=True)                                               # last, since nobody may be listening any more
     last = metrics.get(trainer.judged_by)
-    if trainer.best and last is not None and trainer.worse(last) > 0.05 * abs(trainer.best[1]):
+    if trainer.best and not trainer.best_is_kept and last is not None and trainer.worse(last) > 0.05 * abs(trainer.best[1]):
         step, best = trainer.best
         logger.warning(f"Validation was best at step {step} ({best:.3g}) and ended at {last:.3g}: train less, or use the "
                        f"checkpoint of that step, {run.path / run.logging.checkpoint_dir}/step_{step:06d}.")
