@@ -12,7 +12,7 @@ LEFT_OUT = `make test` left out interop, demo, tutorials, docs and the known opt
 .PHONY: help demo test interop docs lab check clean units demo-result optima check-rest
 
 help:
-	@echo "make demo      train a small Llama on two centuries of speeches, teach it to answer, and read what it says"
+	@echo "make demo      train a small Llama on two centuries of speeches, teach it to answer, and align it with a learned reward"
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make test      run the notebooks, the tests and the checks"
 	@echo "make interop   compare with mlx-lm, transformers and torch (a large download)"

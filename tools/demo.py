@@ -1,4 +1,4 @@
-"""`make demo`: a vocabulary, a small Llama, a curve, some text; then fine-tuning, and answers. Each step is a command to type yourself."""
+"""`make demo`: a small Llama reads, learns to answer, and is aligned with a learned reward. Each step is a command to type yourself."""
 import gzip
 import json
 import lzma
@@ -12,6 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, RUN = "configs/demo.yaml", "runs/demo"
 SFT_CONFIG, SFT_RUN = "configs/demo-sft.yaml", "runs/demo-sft"
+REWARD_CONFIG, REWARD_RUN = "configs/demo-reward.yaml", "runs/demo-reward"
+RL_CONFIG, RL_RUN = "configs/demo-rl.yaml", "runs/demo-rl"
 PROMPTS = ("My fellow Americans,", "The state of the Union is", "We must")
 SAMPLING = "--max_new_tokens 80 --temperature 0.6 --top_p 0.95".split()
 
@@ -37,15 +39,15 @@ def summary(seconds):
 Done in {seconds // 60:.0f} min {seconds % 60:.0f} s. Bits per byte on six addresses it never saw: {bits:.3f}   ({others})
 
 Where things are
-  {RUN}/curve.png        the loss, as a picture
+  {RUN}/report.html      the whole road on one page, to look at and to show
   {RUN}/model/           the model; mlx-lm and transformers load it as it is
   {RUN}/metrics.jsonl    every number; {RUN}/logs/log.txt has them for people
-  {SFT_RUN}/             the same for the fine-tuned model
-  {CONFIG}          all that the runs were told, with {SFT_CONFIG}; change it and train again
+  {SFT_RUN}/ {REWARD_RUN}/ {RL_RUN}/     the same for the steps after it
+  configs/demo*.yaml         all that the runs were told; change it and train again
 
 What next
   .venv/bin/mlx-pretrain generate --run {RUN} --prompt "The people"
-  .venv/bin/mlx-pretrain chat --run {SFT_RUN} --temperature 0.5
+  .venv/bin/mlx-pretrain chat --run {RL_RUN} --temperature 0.5
   .venv/bin/python train.py --config {CONFIG} --name wider --model.dimensions.hidden_size 192
   make lab               how it works, notebook by notebook, from 00_model on""")
 
@@ -62,6 +64,12 @@ def main():
     command("python", "sft.py", "--config", SFT_CONFIG, "--pretrained_model", RUN)
     command("mlx-pretrain", "plot", SFT_RUN)
     command("python", "tools/compare.py", RUN, SFT_RUN)
+    command("python", "tools/preferences.py", SFT_RUN)
+    command("mlx-pretrain", "reward", "--config", REWARD_CONFIG, "--pretrained_model", SFT_RUN)
+    command("mlx-pretrain", "plot", REWARD_RUN)
+    command("python", "rl.py", "--config", RL_CONFIG, "--pretrained_model", SFT_RUN, "--reward_model", REWARD_RUN)
+    command("mlx-pretrain", "plot", RL_RUN)
+    command("python", "tools/report.py", RUN, SFT_RUN, REWARD_RUN, RL_RUN)
     summary(time.perf_counter() - start)
 
 

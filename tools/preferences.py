@@ -21,23 +21,23 @@ from mlx_pretrain.rules import Sentiment
 from mlx_pretrain.score import score
 from mlx_pretrain.sft import SFTConfig
 
-SAMPLES, LONGEST, LEAST = 16, 32, 0.2  # answers to a prompt; tokens of one; difference in sentiment from which on a pair counts
+SAMPLES, LONGEST, LEAST = 8, 32, 0.2  # answers to a question; tokens of one; difference in sentiment from which on a pair counts
 
 
 def answers(policy, asked, seed):
     "What the policy says to each of some questions."
     model, tok, _, fmt = policy
     prompts = [prompt_ids(tok, fmt.ask(question)) for question in asked]
-    out = generate(model, prompts, LONGEST, eos_ids=[tok.eos_id], pad_id=tok.pad_id, seed=seed, batch_size=64)
+    out = generate(model, prompts, LONGEST, eos_ids=[tok.eos_id], pad_id=tok.pad_id, seed=seed, batch_size=256)
     rows = [row[mask].tolist() for row, mask in zip(np.array(out.tokens), np.array(out.response_mask), strict=True)]
     return [fmt.unwrap(text_after(tok, p, r)) for p, r in zip(prompts, rows, strict=True)]
 
 
 def pairs(asked, said, friendly):
-    "For each question the friendliest answer with the least friendly one, the second with the last but one, and so on."
+    "For each question the friendliest answer beside the least friendly one, the second beside the last but one, and so on."
     for question, answers, values in zip(asked, said, friendly, strict=True):
         order = np.argsort(values, kind="stable")
-        for low, high in zip(order, order[::-1][:len(order) // 2], strict=False):
+        for low, high in zip(order[:len(order) // 2], order[::-1], strict=False):
             if values[high] - values[low] >= LEAST: yield {"instruction": question, "chosen": answers[high], "rejected": answers[low]}
 
 

@@ -1,0 +1,112 @@
+"What the last steps of `make demo` left behind: a reward model, a policy that was aligned with it, and a page about the whole road."
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import mlx_pretrain  # noqa: F401, I001 (before MLX)
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_pretrain.config import load_config
+from mlx_pretrain.ppo import PPOConfig, PPOTrainer
+from mlx_pretrain.pretrained import load
+from mlx_pretrain.prompt import prompt_ids
+from mlx_pretrain.reward_model import load_reward
+from mlx_pretrain.run import read_metadata, read_metrics
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from compare import asked  # noqa: E402
+from preferences import answers  # noqa: E402
+
+SFT, REWARD, RL, PAGE = (Path("runs", name) for name in ("demo-sft", "demo-reward", "demo-rl", "demo/report.html"))
+
+
+def rows(name): return [json.loads(line) for line in Path("data", name).read_text(encoding="utf-8").splitlines()]
+
+
+def friendly(texts):
+    "VADER's opinion, asked directly."
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    analyser = SentimentIntensityAnalyzer()
+    return np.array([analyser.polarity_scores(text)["compound"] for text in texts])
+
+
+def questions(): return [*dict.fromkeys(row["instruction"] for row in rows("exchanges/val.jsonl"))]
+
+
+@pytest.fixture(scope="module")
+def before(): return friendly(answers(load(SFT), questions() * 3, seed=5))
+
+
+def test_the_pairs_are_what_they_say():
+    for name in ("train", "val"):
+        pairs = rows(f"preferences/{name}.jsonl")
+        assert len(pairs) > 40 and (friendly(p["chosen"] for p in pairs) > friendly(p["rejected"] for p in pairs) + 0.19).all()
+    assert not {p["instruction"] for p in rows("preferences/train.jsonl")} & {p["instruction"] for p in rows("preferences/val.jsonl")}
+
+
+def test_the_reward_model_is_right_on_pairs_it_never_saw():
+    "Asked pair by pair, each text alone, and read off the last token by hand."
+    reward, right, pairs = load_reward(REWARD), [], rows("preferences/val.jsonl")
+    tok, fmt = reward.tokenizer, reward.format
+    for pair in pairs:
+        ask = prompt_ids(tok, fmt.ask(pair["instruction"]))
+        texts = [[*ask, *tok.encode(fmt.wrap(pair[key])), tok.eos_id] for key in ("chosen", "rejected")]
+        chosen, rejected = (reward.model.values(mx.array([ids]))[0, -1].item() for ids in texts)
+        right.append(chosen > rejected)
+    known = read_metadata(REWARD)["reward_model"]
+    assert abs(np.mean(right) - known["accuracy"]) < 2.5 / len(pairs) and np.mean(right) > 0.6
+
+
+def test_it_is_normalised_on_what_the_fine_tuned_model_says():
+    policy = load(SFT)
+    asks = [policy.format.ask(question) for question in questions() * 3]
+    scores = load_reward(REWARD).compute_reward(asks, answers(policy, questions() * 3, seed=6))
+    assert abs(scores.mean()) < 0.4 and 0.7 < scores.std() < 1.3
+
+
+def test_ppo_raised_what_was_meant(before):
+    "The gold score, which it never saw, by more than a standard deviation of what the fine-tuned model says."
+    after = friendly(answers(load(RL), questions() * 3, seed=5))
+    assert after.mean() > before.mean() + before.std()
+
+
+@pytest.mark.parametrize("seed", [43, 44])
+def test_it_does_so_on_other_seeds(seed, before):
+    trainer = PPOTrainer(load_config(PPOConfig, Path("configs/demo-rl.yaml"), {"system.seed": seed}))
+    kl = [trainer.step()["kl"] for _ in range(trainer.total_steps)]
+    policy = load(SFT)._replace(model=trainer.model)
+    after = friendly(answers(policy, questions() * 3, seed=5))
+    print(f"seed {seed}: {before.mean():.3f} → {after.mean():.3f}, {(after.mean() - before.mean()) / before.std():+.2f} standard deviations, "
+          f"at {np.mean(kl[-5:]):.1f} nats")
+    assert kl[0] == 0 < np.mean(kl[-5:]) < 40 and after.mean() > before.mean() + before.std()
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.links = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_page_stands_alone_and_shows_what_was_measured():
+    text, page = PAGE.read_text(encoding="utf-8"), Page()
+    page.feed(text)
+    assert page.tags.count("img") == 5 and all(link.startswith("data:image/png;base64,") for link in page.links) and "script" not in page.tags
+    assert not re.search(r"https?://|@import|url\(", text) and text.count("<tr>") > 25
+    assert f"{read_metadata(REWARD)['reward_model']['accuracy']:.0%}" in text
+
+
+def test_the_page_shows_real_answers():
+    "The first answer of ten, made again."
+    fmt, tok = load(SFT).format, load(SFT).tokenizer
+    first = questions()[0]
+    assert asked(tok, prompt_ids(tok, fmt.ask(first)), fmt.prompt_format).strip() == first
+    assert {"kl", "reward", "val_reward", "val_kl"} <= set().union(*read_metrics(RL))
