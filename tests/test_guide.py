@@ -88,6 +88,10 @@ model: {dimensions: {hidden_size: 32, num_layers: 2}}
 training: {hyperparameters: {iters: 3, batch_size: 2}}
 '''
 
+PAIRS = '''data: {input_file: pairs.jsonl, validation_file: pairs.jsonl, response_length: 8, normalization_samples: 8}
+training: {hyperparameters: {iters: 3, batch_size: 4}}
+'''
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -147,6 +151,15 @@ def test_the_guide_goes_on_with_rewards(place):
     last = read_metrics(place / "runs" / "mine")[-1]
     assert "off-policy" not in said and {"kl", "val_kl", "val_reward", "clip_fraction", "entropy", "eos_fraction"} <= last.keys()
     assert ", reward " in (place / "runs" / "mine" / "logs" / "log.txt").read_text()
+    pairs = [{"instruction": "Sing", "chosen": "o" * i, "rejected": "a" * i} for i in range(1, 9)]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (place / "taste.yaml").write_text(PAIRS)
+    said = run(place, "-m", "mlx_pretrain", "reward", "--config", "taste.yaml", "--pretrained_model", "runs/Llama-2M-SFT")
+    assert "8 rows, 8 kept; pairs" in said and "in the right order" in said
+    shutil.copytree(place / "runs" / "taste", place / "path" / "to" / "reward_model")
+    run(place, "rl.py", "--config", "rl-config.yaml", "--pretrained_model", "runs/Llama-2M-SFT", "--overwrite", "--reward_model",
+        "path/to/reward_model")
+    assert {"kl", "val_kl", "val_reward"} <= read_metrics(place / "runs" / "rl-config")[-1].keys()
     run(place, "-m", "mlx_pretrain", "plot", "mine")
     assert (place / "runs" / "mine" / "curve.png").stat().st_size > 10_000
     assert load(place / "runs" / "mine").format.system_prompt == "You are a helpful, harmless, and honest AI assistant."
