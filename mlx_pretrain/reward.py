@@ -11,7 +11,6 @@ __all__ = ['Sums', 'logger', 'bradley_terry', 'squared_error', 'make_comparison'
 import json
 import logging
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from .model import ScalarLlama
 from .preferences import Columns, PreferenceBatch, Preferences, are_pairs, read_preferences, unfold
 from .pretrained import Pretrained, _fill
 from .reward_model import TrainedReward, last_score, make_scorer
-from .rows import PromptConfig, epoch_batches, read_first_row, resolve_format
+from .rows import PromptConfig, draw_rows, read_first_row, resolve_format
 from .run import Run, checkpoints, load_checkpoint
 from .stage import StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage
 from .trainer import Hyperparameters, TrainingConfig
@@ -200,8 +199,7 @@ class RewardTrainer(StageTrainer):
         if held_out is None: logger.warning('There is no "data.validation_file": nobody will know whether this model is right.')
         h = cfg.training.hyperparameters
         self.compare = make_comparison(self.pairs, cfg.training.center_rewards_coefficient)
-        self.batches_of = lru_cache(2)(lambda epoch: epoch_batches(data.lengths, h.batch_size, cfg.system.seed, epoch))
-        epoch = -(-len(data) // (h.batch_size * h.gradient_accumulation_steps))      # steps; the last may be smaller
+        self.draw, epoch = draw_rows(data, h.batch_size, h.gradient_accumulation_steps, cfg.system.seed)
         super().__init__(cfg, ScalarLlama.of(self.policy), tokenizer, self.batch_loss, data, held_out, epoch, **kwargs)
         self.scores = make_scorer(self.model, tokenizer.pad_id)
 
@@ -219,14 +217,6 @@ class RewardTrainer(StageTrainer):
         "The loss of a batch, and its tokens."
         loss, count, seen = self.compare(last_score(model, batch.tokens, batch.mask), batch.values)
         return loss, count, {**seen, "tokens": batch.mask.sum()}
-
-    def draw(
-        self,
-        step: int, # from 0
-    ) -> list[PreferenceBatch]: # one batch, or as many as are accumulated
-        "The batches of a step."
-        (epoch, place), n = divmod(step, self.epoch), self.cfg.training.hyperparameters.gradient_accumulation_steps
-        return [*map(self.data.batch, self.batches_of(epoch)[place * n:(place + 1) * n])]
 
     def measure(self) -> dict[str, float]:
         "Loss of the held-out rows; accuracy if they are pairs, else the correlation with their rewards."

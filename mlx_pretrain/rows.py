@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Truncation', 'logger', 'truncate', 'PromptConfig', 'resolve_format', 'read_first_row', 'RowBatch', 'Examples',
-           'read_examples', 'epoch_batches']
+           'read_examples', 'epoch_batches', 'draw_rows']
 
 # %% ../nbs/26_rows.ipynb #5b78e73d
 import hashlib
@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -361,3 +361,18 @@ def epoch_batches(
     order = order[np.argsort(buckets, kind="stable")]                     # rows of one bucket stay shuffled
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+# %% ../nbs/26_rows.ipynb #449dcd8c
+def draw_rows(
+    data: Any, # has `lengths` (n,) and `batch(indices)`
+    batch_size: int, # rows of a batch
+    accumulated: int, # batches of a step
+    seed: int, # the run's seed
+) -> tuple[Callable[[int], list], int]: # (step from 0 → its batches: a pure function, steps of an epoch; the last may be smaller)
+    "What each step is made of, each row once an epoch."
+    batches, epoch = lru_cache(2)(lambda n: epoch_batches(data.lengths, batch_size, seed, n)), -(-len(data) // (batch_size * accumulated))
+
+    def draw(step):
+        n, place = divmod(step, epoch)
+        return [*map(data.batch, batches(n)[place * accumulated:(place + 1) * accumulated])]
+    return draw, epoch

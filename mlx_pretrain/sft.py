@@ -8,7 +8,7 @@ __all__ = ['logger', 'response_loss', 'SFTData', 'SFTHyperparameters', 'SFTTrain
 # %% ../nbs/03_sft.ipynb #9da40ccf
 import logging
 from collections.abc import Iterable
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ from .generate import generate_text
 from .model import Llama
 from .pretrained import Pretrained, open_checkpoint
 from .prompt import PromptFormat
-from .rows import Examples, PromptConfig, RowBatch, Truncation, epoch_batches, read_examples, read_first_row, resolve_format
+from .rows import Examples, PromptConfig, RowBatch, Truncation, draw_rows, read_examples, read_first_row, resolve_format
 from .stage import (
     AdaptedTraining, StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage, with_adapters)
 from .trainer import Hyperparameters
@@ -95,17 +95,8 @@ class SFTTrainer(StageTrainer):
         elif pretrained: self.format = pretrained.format                      # plain texts teach no other
         data, held_out = (_read(cfg.data, key, tokenizer, fmt) for key in ("input_file", "validation_file"))
         h = cfg.training.hyperparameters
-        self.batches_of = lru_cache(2)(lambda epoch: epoch_batches(data.lengths, h.batch_size, cfg.system.seed, epoch))
-        epoch = -(-len(data) // (h.batch_size * h.gradient_accumulation_steps))      # steps; the last may be smaller
+        self.draw, epoch = draw_rows(data, h.batch_size, h.gradient_accumulation_steps, cfg.system.seed)
         super().__init__(cfg, model, tokenizer, response_loss, data, held_out, epoch, **kwargs)
-
-    def draw(
-        self,
-        step: int, # from 0
-    ) -> list[RowBatch]: # one batch, or as many as are accumulated
-        "The batches of a step."
-        (epoch, place), n = divmod(step, self.epoch), self.cfg.training.hyperparameters.gradient_accumulation_steps
-        return [*map(self.data.batch, self.batches_of(epoch)[place * n:(place + 1) * n])]
 
     def held_out_batches(self) -> Iterable[RowBatch]:
         "All held-out rows, short ones first."
