@@ -298,7 +298,7 @@ class PPOConfig(TunedConfig):
     pretrained_model: str | None = None
     "What to begin with: a run, a checkpoint, or a Hugging Face directory."
     reward_model: str | None = None
-    "What scores responses: file.py:Name or module:Name, a RewardModel or a function; without it, the rows' own rewards count."
+    "What scores responses: file.py:Name or module:Name, or the run of a reward model; without it, the rows' own rewards count."
     data: PPOData = PPOData()
     "What to ask, and how to learn from the answers."
     training: PPOTraining = PPOTraining()
