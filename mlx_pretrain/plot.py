@@ -46,7 +46,7 @@ def _smooth(
 # %% ../nbs/19_plot.ipynb #1f8533f1
 def _draw(axes, rows: list[dict], x: str, keys: dict[str, str], name: str, color: str):
     "Draw some metrics of one run, by what they are called in the legend; what was not logged is left out."
-    for (key, called), style in zip(keys.items(), ("-", "--")):
+    for (key, called), style in zip(keys.items(), ("-", "--", ":")):
         at, y = _curve(rows, x, key)
         if not len(y): continue
         label = f"{name}: {called}" if called else name
@@ -94,9 +94,10 @@ def _plot_rewards(metrics: dict[Path, list[dict]]) -> Figure:
 # %% ../nbs/19_plot.ipynb #2c875302
 def _read_examined(run: Path) -> Examined | None:
     "What a reward model said about its held-out rows; `None` if it has not finished, or had none."
-    try: told = json.loads((run / "held_out.json").read_bytes())
-    except (OSError, ValueError): return None
-    return Examined(*(np.array(told[key]) for key in ("scores", "lengths", "values")), told["scale"])
+    try:
+        told = json.loads((run / "held_out.json").read_bytes())
+        return Examined(*(np.array(told[key], float) for key in ("scores", "lengths", "values")), told["scale"])
+    except (OSError, ValueError, TypeError, KeyError): return None
 
 
 def _examine(right, length, examined: Examined, name: str, color: str):

@@ -35,6 +35,7 @@ from .lora import _around, add_adapters, merge
 from .model import Llama, ScalarLlama
 from .optim import Optimization
 from .pretrained import Pretrained, open_checkpoint
+from .reward_model import TrainedReward
 from .rows import PromptConfig, read_first_row, resolve_format
 from .run import LoggingConfig, RunError, StepsConfig
 from .score import find_reward, reward_name, score
@@ -484,6 +485,7 @@ class PPOTrainer(StageTrainer):
         fmt = resolve_format(cfg.data, row, pretrained.format, answered)
         if not fmt.input_field: raise ConfigError(f'the rows of {path} have no prompt; name its column in "data.input_field"')
         cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
+        if isinstance(self.reward, TrainedReward): self.reward.check_asked(fmt, cfg.data.preprocessing.max_context_size)
         data, held_out = (self._episodes(cfg, key, tokenizer) for key in ("input_file", "validation_file"))
         self.ppo, self.guards, self.now, self.rollout, self.sampled = cfg.ppo, Guards(), None, None, None
         if answered: self.ppo = self.ppo.model_copy(update={"kl_estimator": "k1"})       # a log-ratio is what it is
@@ -688,7 +690,7 @@ def ppo(
     Raises `UserError` for whatever is wrong in configuration, data, reward or place; nothing is written before these are checked.
     """
     def build(saved):
-        check_begins_elsewhere(cfg, saved, root)
+        for key in ("pretrained_model", "reward_model"): check_begins_elsewhere(cfg, saved, root, key)
         whole = saved and not saved.state.get("base")                     # it holds all that the pretrained model gave
         return PPOTrainer(cfg, open_checkpoint(saved) if whole else None, **kwargs)
     return run_stage(cfg, build, root)

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .chat import ask_pieces
+from .chat import ask_pieces, row_pieces
 from .data import Row, _groups, _hash_file, _Preprocess
-from .prompt import PromptFormat, encode_pieces, pair_pieces
+from .episodes import split_episode
+from .generate import text_after
+from .prompt import Example, PromptFormat, encode_pieces, pair_pieces
 from .rows import _grid, _none_left, _number, _Tally, _values, logger
 from .tokenizer import DataError, Tokenizer
 
@@ -27,10 +29,10 @@ def reading(
     fmt: PromptFormat, # knows what stands around a response
     prompts: list[str], # what was asked, as a model saw it
     responses: list[str], # what was said
-) -> list[list[int]]: # token ids of each pair, from the token that begins a text to the one that ends it
+) -> list[Example]: # each pair in tokens, from the one that begins a text to the one that ends it; the response is marked
     "Prompts and responses as a reward model reads them."
     rows = [pair_pieces(tokenizer, prompt, fmt.wrap(response)) for prompt, response in zip(prompts, responses, strict=True)]
-    return [example.ids for example in encode_pieces(tokenizer, rows)]
+    return encode_pieces(tokenizer, rows)
 
 # %% ../nbs/31_preferences.ipynb #9b09da2d
 def unfold(
@@ -82,7 +84,8 @@ class Preferences:
     """Prompts, what was said, and how good that was.
 
     `prompts`: token ids, n lists; `chosen`: those of prompt and response, n lists; `rejected`: the same of the other response, or `None`;
-    `values` (n,) float32: margins, or the reward of each response; `pad_id`: fills; `source`: path, sha256, rows, kept, dropped, filtered,
+    `values` (n,) float32: margins, or the reward of each response; `pad_id`: fills; `said` (N,): tokens of the response in each of
+    `texts`; `source`: path, sha256, rows, kept, dropped, filtered,
     skipped and tied of their file.
     """
     prompts: list[list[int]]
@@ -90,6 +93,7 @@ class Preferences:
     rejected: list[list[int]] | None
     values: np.ndarray
     pad_id: int
+    said: np.ndarray
     source: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int: return len(self.prompts)
@@ -153,6 +157,14 @@ def are_pairs(
                     f'"{response}" and "{reward}"')
 
 
+def _conversed(fmt: PromptFormat, tokenizer: Tokenizer, row: Row) -> tuple[list[int], str]:
+    "Prompt and response of a row whose answer stands in a conversation, as PPO would see them."
+    try: [example] = encode_pieces(tokenizer, [row_pieces(fmt, tokenizer, row.value)])
+    except DataError as e: raise DataError(f"{row.file}, line {row.line}: {e}") from None
+    prompt, response = split_episode(example, tokenizer.eos_id)
+    return prompt, fmt.unwrap(text_after(tokenizer, prompt, response))
+
+
 def _said(row: Row, key: str) -> str:
     "A response. Raises `DataError` if there is none; an empty one is one."
     if isinstance(said := row.value.get(key), str): return said
@@ -173,15 +185,29 @@ def _judged(path, fmt: PromptFormat, tokenizer: Tokenizer, columns: Columns, pai
     for row in _values(path, edit, tally):
         try:
             row = unfold(row, columns.chosen, columns.rejected, fmt.input_field) if pairs else row
-            said = [_said(row, key) for key in (columns[:2] if pairs else (columns.response,))]
+            if not pairs and isinstance(row.value.get(columns.response), list):
+                prompt, one = _conversed(fmt, tokenizer, row)
+                said = [one]
+            else:
+                said = [_said(row, key) for key in (columns[:2] if pairs else (columns.response,))]
+                try: [(prompt, _)] = encode_pieces(tokenizer, [ask_pieces(fmt, tokenizer, row.value)])
+                except DataError as e: raise DataError(f"{row.file}, line {row.line}: {e}") from None
             key = columns.margin if pairs else columns.reward
             value = 0.0 if pairs and row.value.get(key) is None else _number(row, key)
-            try: [example] = encode_pieces(tokenizer, [ask_pieces(fmt, tokenizer, row.value)])
-            except DataError as e: raise DataError(f"{row.file}, line {row.line}: {e}") from None
         except DataError as e: tally.bad(e)
         else:
             if pairs and said[0] == said[1]: tally["tied"] += 1
-            else: yield _Judged(row.line, example.ids, said, value)
+            else: yield _Judged(row.line, prompt, said, value)
+
+
+def _read(path, fmt: PromptFormat, tokenizer: Tokenizer, group: list[_Judged], tally: _Tally) -> Iterator[tuple[_Judged, tuple]]:
+    "Some rows with their responses in tokens, all at once, from the prompts as PPO will hand them over."
+    try:
+        prompts = [tokenizer.decode(row.prompt) for row in group]
+        yield from zip(group, zip(*(reading(tokenizer, fmt, prompts, list(said)) for said in zip(*(row.said for row in group)))))
+    except DataError as e:
+        if len(group) == 1: return tally.bad(DataError(f"{path}, line {group[0].line}: {e}"))
+        for row in group: yield from _read(path, fmt, tokenizer, [row], tally)
 
 # %% ../nbs/31_preferences.ipynb #b154e3d5
 def read_preferences(
@@ -202,15 +228,12 @@ def read_preferences(
     kept = []
     rows = _judged(path, fmt, tokenizer, columns, pairs, edit, tally)
     for group in _groups(rows, length=lambda row: len(row.prompt) + sum(map(len, row.said))):
-        prompts = [tokenizer.decode(row.prompt) for row in group]         # as PPO will hand them over
-        texts = [reading(tokenizer, fmt, prompts, [row.said[i] for row in group]) for i in range(2 if pairs else 1)]
-        for row, *both in zip(group, *texts):
-            if max(map(len, both)) > context: tally["dropped"] += 1
-            else: kept.append((row.prompt, row.value, *both))
-    if not kept:
-        tied = f"; {tally['tied']} with twice the same response" if tally["tied"] else ""
-        raise DataError(_none_left(path, tally, context) + tied)
+        for row, examples in _read(path, fmt, tokenizer, group, tally):
+            if max(len(one.ids) for one in examples) > context: tally["dropped"] += 1
+            else: kept.append((row.prompt, row.value, *examples))
+    if not kept: raise DataError(_none_left(path, tally, context))
     if tally.first: logger.warning("%s: %d bad rows left out; the first: %s", path, tally["skipped"], tally.first)
-    prompts, values, *texts = map(list, zip(*kept))
+    prompts, values, *both = map(list, zip(*kept))
+    texts, said = [[one.ids for one in some] for some in both], np.array([len(one.ids) - one.start for some in both for one in some])
     source = {"path": str(path), "sha256": sha256, **tally, "kept": len(kept)}
-    return Preferences(prompts, texts[0], texts[1] if pairs else None, np.array(values, np.float32), tokenizer.pad_id, source)
+    return Preferences(prompts, texts[0], texts[1] if pairs else None, np.array(values, np.float32), tokenizer.pad_id, said, source)

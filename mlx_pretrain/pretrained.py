@@ -55,8 +55,14 @@ def args_to_hf(
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "rope_parameters": {"rope_theta": args.rope_theta, **rope},
         **_control_ids(tokenizer), "dtype": "float32", "torch_dtype": "float32",
-        **({} if kind is Llama else {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}),
+        **({} if kind is Llama else _one_label(tokenizer)),
     }
+
+
+def _one_label(tokenizer: Tokenizer) -> dict[str, Any]:
+    "What makes a classifier of it. transformers reads at the last token that is no padding, so padding must not look like the end."
+    none = {"pad_token_id": None} if tokenizer.pad_id == tokenizer.eos_id else {}
+    return {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, **none}
 
 
 def _control_ids(tokenizer: Tokenizer) -> dict[str, int | None]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from pydantic import Field
 
 from .config import ConfigError
@@ -25,9 +26,10 @@ from .lora import base_identity, merge
 from .model import ScalarLlama
 from .preferences import Columns, PreferenceBatch, Preferences, are_pairs, read_preferences, unfold
 from .pretrained import Pretrained, _fill
+from .prompt import PromptFormat, split_format
 from .reward_model import TrainedReward, last_score, make_scorer
 from .rows import PromptConfig, draw_rows, read_first_row, resolve_format
-from .run import Run, checkpoints, load_checkpoint
+from .run import Run, _writing, checkpoints, load_checkpoint
 from .stage import StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage
 from .trainer import Hyperparameters, TrainingConfig
 
@@ -162,11 +164,30 @@ class Examined(NamedTuple):
         self,
         path: Path, # a file
     ):
-        "Write it down, for plots."
-        write_whole(path, json.dumps({k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self._asdict().items()}).encode())
+        "Write it down, for plots. Raises `RunError` if the disk refuses."
+        told = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in self._asdict().items()}
+        with _writing(path): write_whole(path, json.dumps(told).encode())
 
 # %% ../nbs/05_reward.ipynb #2fe35f62
 logger = logging.getLogger("mlx_pretrain")
+
+
+def _form(path: str, cfg: RewardData, columns: Columns, inherited: PromptFormat | None) -> tuple[bool, PromptFormat]:
+    "Are the rows pairs, and how do prompt and response look? Raises `ConfigError` or `DataError` if that cannot be, or cannot be known."
+    def judged(row):
+        pairs = are_pairs(row, columns)
+        return unfold(row, columns.chosen, columns.rejected, cfg.input_field or "prompt") if pairs else row
+    row = read_first_row(path, cfg, False, judged)
+    fmt = resolve_format(cfg, row, inherited, False)
+    if not fmt.input_field: raise ConfigError(f'the rows of {path} have no prompt; name its column in "data.input_field"')
+    asks = {name for _, name in split_format(fmt.prompt_format or "", "data.prompt_format")}
+    if told := asks & {*columns}:
+        raise ConfigError(f'"data.prompt_format" holds {{{min(told)}}}, which is not asked but judged; take it out')
+    says = {name for _, name in split_format(fmt.response_format, "data.response_format")} - {None}
+    if other := says - {"response", fmt.output_field}:
+        raise ConfigError(f'"data.response_format" holds {{{min(other)}}}, but a reward model is told prompt and response alone; take it '
+                          "out")
+    return are_pairs(row, columns), fmt
 
 
 class RewardTrainer(StageTrainer):
@@ -189,19 +210,29 @@ class RewardTrainer(StageTrainer):
             raise ConfigError('"pretrained_model" is missing; a reward model begins as the model that PPO will begin with: name that run')
         self.policy, tokenizer = merge(pretrained.model), pretrained.tokenizer
         cfg = complete(cfg, self.policy)
-        row = read_first_row(path, d, False, lambda row: unfold(row, d.chosen_field, d.rejected_field, d.input_field or "prompt"))
-        fmt = resolve_format(d, row, pretrained.format, False)
-        if not fmt.input_field: raise ConfigError(f'the rows of {path} have no prompt; name its column in "data.input_field"')
+        columns = Columns(d.chosen_field, d.rejected_field, d.margin_field, d.output_field or "response", d.reward_field)
+        self.pairs, fmt = _form(path, d, columns, pretrained.format)
+        columns = columns._replace(response=fmt.output_field)
         cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
-        columns = Columns(d.chosen_field, d.rejected_field, d.margin_field, fmt.output_field, d.reward_field)
-        self.pairs = are_pairs(row, columns)
         data, held_out = (self._read(cfg.data, key, tokenizer, columns) for key in ("input_file", "validation_file"))
         if held_out is None: logger.warning('There is no "data.validation_file": nobody will know whether this model is right.')
         h = cfg.training.hyperparameters
         self.compare = make_comparison(self.pairs, cfg.training.center_rewards_coefficient)
         self.draw, epoch = draw_rows(data, h.batch_size, h.gradient_accumulation_steps, cfg.system.seed)
         super().__init__(cfg, ScalarLlama.of(self.policy), tokenizer, self.batch_loss, data, held_out, epoch, **kwargs)
-        self.scores = make_scorer(self.model, tokenizer.pad_id)
+        self.scores, self.began_as = make_scorer(self.model, tokenizer.pad_id), base_identity(self.policy)
+        if "score.weight" not in dict(tree_flatten(self.model.trainable_parameters())):
+            raise ConfigError('"training.freeze": the head begins at zero, and nothing is learned without it; let score be trained')
+        self.asked = self._asked()
+
+    def _asked(self) -> list[list[int]]:
+        "The prompts on which the reward is normalised, spread over the file. Raises `ConfigError` if none leaves room for a response."
+        n, room = self.cfg.data.normalization_samples, self.policy.args.max_position_embeddings - self.cfg.data.response_length
+        different = [ids for ids in map(list, dict.fromkeys(map(tuple, self.data.prompts))) if 0 < len(ids) <= room]
+        if n and not different:
+            raise ConfigError('"data.response_length": no prompt leaves so much room for a response; lower it, or set '
+                              '"data.normalization_samples: 0"')
+        return [different[i] for i in np.arange(n) * len(different) // max(n, 1)]
 
     def _read(self, cfg: RewardData, key: str, tokenizer, columns: Columns) -> Preferences | None:
         "The rows of one of the two files; `None` if there is none."
@@ -232,31 +263,24 @@ class RewardTrainer(StageTrainer):
         "What a reward model says about the held-out rows."
         said, n = self.held_out, len(self.held_out)
         scores = (self.scores(said.texts) - np.float32(reward.mean)) / np.float32(reward.std)
-        starts = np.array([len(ids) for ids in said.prompts] * (2 if self.pairs else 1))
-        lengths = np.array([*map(len, said.texts)]) - starts
+        lengths = said.said
         if self.pairs: scores, lengths = scores.reshape(2, n).T, lengths.reshape(2, n).T
         return Examined(scores, lengths, said.values, reward.std)
 
     def state(self) -> dict:
         "The rest of a checkpoint."
-        return {**super().state(), "policy": base_identity(self.policy)}
+        return {**super().state(), "policy": self.began_as}
 
     def load(self, saved, reset_optimizer: bool = False):
         "Go on from a checkpoint. Raises `RunError` as `Trainer.load` does."
         super().load(saved, reset_optimizer)
-        if saved.state.get("policy") != base_identity(self.policy):
+        if saved.state.get("policy") != self.began_as:
             logger.warning('"pretrained_model" is not what it was; the reward will be normalised on what the new one says.')
 
     def normalised(self) -> TrainedReward:
         "The reward model, with mean 0 and standard deviation 1 on what the policy says that it began as."
-        reward, n = TrainedReward(self.model, self.tokenizer, self.format), self.cfg.data.normalization_samples
-        if n == 0: return reward
-        tok, room = self.tokenizer, self.policy.args.max_position_embeddings - self.cfg.data.response_length
-        different = [ids for ids in map(list, dict.fromkeys(map(tuple, self.data.prompts))) if 0 < len(ids) <= room]
-        if not different:
-            raise ConfigError('"data.response_length": no prompt leaves so much room for a response; lower it, or set '
-                              '"data.normalization_samples: 0"')
-        prompts = [different[i % len(different)] for i in range(n)]
+        reward, tok, prompts = TrainedReward(self.model, self.tokenizer, self.format), self.tokenizer, self.asked
+        if not prompts: return reward
         out = generate(self.policy, prompts, self.cfg.data.response_length, eos_ids=[tok.eos_id], pad_id=tok.pad_id, seed=self.seed,
                        batch_size=32)
         responses = [row[mask].tolist() for row, mask in zip(np.array(out.tokens), np.array(out.response_mask))]

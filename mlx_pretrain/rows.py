@@ -87,7 +87,7 @@ class PromptConfig(DataConfig):
 
 
 _COLUMNS = {("messages", "messages"): INSTRUCTION, ("instruction", "response"): INSTRUCTION, ("instruction", "output"): INSTRUCTION,
-            ("prompt", "completion"): VERBATIM, (None, "text"): ""}
+            ("prompt", "completion"): VERBATIM, ("prompt", "response"): VERBATIM, (None, "text"): ""}
 
 # %% ../nbs/26_rows.ipynb #0214f223
 logger = logging.getLogger("mlx_pretrain")
@@ -96,9 +96,13 @@ logger = logging.getLogger("mlx_pretrain")
 def _columns(cfg: PromptConfig, row: Row, answered: bool = True) -> tuple[str | None, str]:
     "The names of the two columns; only the first must be there if a response is not needed. Raises `DataError` if they cannot be guessed."
     if cfg.input_field or cfg.output_field: return cfg.input_field or "instruction", cfg.output_field or "response"
-    for pair in _COLUMNS:
-        if {*pair} - {None} <= row.value.keys() or not answered and pair[0] in row.value: return pair
+    has_both = [pair for pair in _COLUMNS if {*pair} - {None} <= row.value.keys() and (answered or pair[0])]
+    asks = [] if answered else [pair for pair in _COLUMNS if pair[0] in row.value]
+    if found := has_both + asks + [pair for pair in _COLUMNS if pair[0] is None and pair[1] in row.value]: return found[0]
     has = ", ".join(map(_quote, list(row.value)[:8])) or "no field at all"
+    if not answered:
+        raise DataError(f'{row.file}, line {row.line}: the row has {has}; name the column of the question in "data.input_field", or call '
+                        'it "instruction" or "prompt"')
     raise DataError(f'{row.file}, line {row.line}: the row has {has}; name the columns of question and answer in "data.input_field" and '
                     '"data.output_field", or call them "instruction" and "response"')
 
@@ -342,8 +346,8 @@ def read_examples(
 
 def _none_left(path: str | Path, tally: _Tally, context: int) -> str:
     "Why there is nothing to train on."
-    why = {"dropped": f'longer than "data.preprocessing.max_context_size" ({context})', "filtered": 'left out by "data.preprocess"',
-           "skipped": f"bad, the first: {tally.first}"}
+    why = {"tied": "with twice the same response", "dropped": f'longer than "data.preprocessing.max_context_size" ({context})',
+           "filtered": 'left out by "data.preprocess"', "skipped": f"bad, the first: {tally.first}"}
     reasons = [f"{tally[key]} {reason}" for key, reason in why.items() if tally[key]]
     return f"{path}: no row is left of {tally['rows']} ({'; '.join(reasons)}); mend the rows or the configuration"
 

@@ -107,7 +107,7 @@ def _hidden(metrics: MetricsConfig) -> set[str]:
     return {key for switch, keys in _SWITCHES.items() if not getattr(metrics, switch) for key in keys}
 
 # %% ../nbs/15_run.ipynb #ba492e45
-_TAKEN = ("config.yaml", "metadata.json", "metrics.jsonl", "tokenizer", "adapters", "model", "curve.png")
+_TAKEN = ("config.yaml", "metadata.json", "metrics.jsonl", "tokenizer", "adapters", "model", "curve.png", "held_out.json")
 
 
 class LoggingConfig(Section):

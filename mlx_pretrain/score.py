@@ -66,8 +66,7 @@ def score(
     responses: list[str], # what was said, B texts
 ) -> np.ndarray: # (B,) float32, all finite
     "The reward of each response. Raises `RewardError` if it fails, or returns anything but B finite numbers."
-    name = reward_name(reward)
-    def wrong(problem): return RewardError(f"the reward {name} {problem}")
+    def wrong(problem): return RewardError(f"the reward {reward_name(reward)} {problem}")
     try: given = reward.compute_reward([*prompts], [*responses])
     except RewardError: raise                                             # of a part, which has said what is wrong
     except (Exception, SystemExit) as e:

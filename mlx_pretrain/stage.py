@@ -131,13 +131,13 @@ def check_begins_elsewhere(
     cfg: TunedConfig, # the whole run
     saved: Saved | None, # the checkpoint it goes on from, if it does
     root: str | Path, # directory of all runs
+    key: str = "pretrained_model", # or another that may name a run
 ):
     "Raise `ConfigError` if a run would replace the model that it begins with."
-    place = (Path(root) / cfg.name).resolve()
-    if cfg.pretrained_model is None or saved and place in saved.path.resolve().parents: return
-    if place in ((begins := find_model(cfg.pretrained_model).resolve()), *begins.parents):
-        raise ConfigError(f'"pretrained_model" is {cfg.pretrained_model}, and the run called {cfg.name!r} would replace it; '
-                          'choose another "name"')
+    place, path = (Path(root) / cfg.name).resolve(), getattr(cfg, key)
+    if path is None or saved and place in saved.path.resolve().parents: return
+    if place in ((begins := find_model(path).resolve()), *begins.parents):
+        raise ConfigError(f'"{key}" is {path}, and the run called {cfg.name!r} would replace it; choose another "name"')
 
 # %% ../nbs/27_stage.ipynb #266bf8f8
 def with_adapters(

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from compare import asked as question_in
 from mlx_pretrain.config import UserError, load_config
 from mlx_pretrain.episodes import lay_out, read_episodes
+from mlx_pretrain.generate import generate_text
 from mlx_pretrain.plot import plot_runs
 from mlx_pretrain.ppo import PPOConfig, Sampled, log_probs, respond
 from mlx_pretrain.pretrained import load
@@ -30,13 +31,13 @@ from mlx_pretrain.rules import Sentiment
 from mlx_pretrain.run import checkpoints, read_metadata, read_metrics
 from mlx_pretrain.score import score
 
-SHOWN = 10  # samples side by side
+SHOWN, BEGINNING = 10, "The state of the Union is"  # samples side by side; how a text begins
 STYLE = """
 body { max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; font: 16px/1.55 system-ui, sans-serif; color: #1d2733; background: #fff }
 h1 { font-size: 2rem; line-height: 1.2 } h2 { margin-top: 2.6rem } p { max-width: 44rem } img { max-width: 100%; height: auto }
 table { border-collapse: collapse; width: 100% } td, th { padding: .45rem .7rem; border-bottom: 1px solid #e3e8ee; text-align: left;
-vertical-align: top; overflow-wrap: anywhere } th { color: #5b6b7c; font-weight: 600 } td.number { text-align: right; white-space: nowrap;
-font-variant-numeric: tabular-nums } .good { color: #1b7a43 } .bad { color: #b3261e } .quiet { color: #5b6b7c }
+vertical-align: top } th { color: #5b6b7c; font-weight: 600; white-space: nowrap } td { overflow-wrap: anywhere } td.number { text-align: right;
+white-space: nowrap; font-variant-numeric: tabular-nums } td.word { white-space: nowrap } .good { color: #1b7a43 } .bad { color: #b3261e } .quiet { color: #5b6b7c }
 blockquote { margin: .8rem 0; padding: .2rem 1rem; border-left: 3px solid #c9d4df; max-width: 44rem; white-space: pre-wrap }
 """
 
@@ -100,6 +101,12 @@ def picture(figure, about):
 def text(said): return html.escape(" ".join(said.split())) or '<span class="quiet">(nothing)</span>'
 
 
+def writes(base):
+    "How a pretrained model goes on."
+    opened = load(base)
+    return text(generate_text(opened.model, opened.tokenizer, [BEGINNING], 60, temperature=0.6, top_p=0.95)[0])
+
+
 def number(value): return f'<td class="number {"good" if value > 0.05 else "bad" if value < -0.05 else "quiet"}">{value:+.2f}</td>'
 
 
@@ -127,7 +134,7 @@ def sampled_extremes(way):
     rows = []
     for one in way:
         for name, i in (("best", one.learned.argmax()), ("worst", one.learned.argmin())):
-            rows.append(f'<tr><td>{one.step}</td><td class="number">{one.kl.mean():.1f}</td><td>{name}</td>'
+            rows.append(f'<tr><td>{one.step}</td><td class="number">{one.kl.mean():.1f}</td><td class="word">{name}</td>'
                         f"<td>{text(one.sampled.said[i])}</td>{number(one.learned[i])}{number(one.gold[i])}</tr>")
     head = "<tr><th>steps</th><th>KL</th><th></th><th>sample</th><th>reward model</th><th>VADER</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
@@ -159,6 +166,7 @@ be seen is that each step does what it should.</p>
 <p>Next-token training on {known["train_tokens"] / 1e6:.1f} million tokens. On six addresses it never saw it needs <b>{bits:.2f} bits</b> for
 a byte.</p>
 {picture(plot_runs([base]), "loss of pretraining")}
+<p>How it goes on after “{BEGINNING}”:</p><blockquote>{writes(base)}</blockquote>
 <h2>2 · It answers</h2>
 <p>Fine-tuning on short exchanges. The loss of held-out answers fell to <b>{min(losses):.2f}</b> nats a token.</p>
 {picture(plot_runs([sft]), "loss of fine-tuning")}

@@ -81,8 +81,8 @@ def test_it_does_so_on_other_seeds(seed, before):
     kl = [trainer.step()["kl"] for _ in range(trainer.total_steps)]
     policy = load(SFT)._replace(model=trainer.model)
     after = friendly(answers(policy, questions() * 3, seed=5))
-    print(f"seed {seed}: {before.mean():.3f} → {after.mean():.3f}, {(after.mean() - before.mean()) / before.std():+.2f} standard deviations, "
-          f"at {np.mean(kl[-5:]):.1f} nats")
+    gain = (after.mean() - before.mean()) / before.std()
+    print(f"seed {seed}: {before.mean():.3f} → {after.mean():.3f}, {gain:+.2f} standard deviations, at {np.mean(kl[-5:]):.1f} nats")
     assert kl[0] == 0 < np.mean(kl[-5:]) < 40 and after.mean() > before.mean() + before.std()
 
 
@@ -99,7 +99,8 @@ class Page(HTMLParser):
 def test_the_page_stands_alone_and_shows_what_was_measured():
     text, page = PAGE.read_text(encoding="utf-8"), Page()
     page.feed(text)
-    assert page.tags.count("img") == 5 and all(link.startswith("data:image/png;base64,") for link in page.links) and "script" not in page.tags
+    assert page.tags.count("img") == 5 and "script" not in page.tags
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert not re.search(r"https?://|@import|url\(", text) and text.count("<tr>") > 25
     assert f"{read_metadata(REWARD)['reward_model']['accuracy']:.0%}" in text
 

@@ -1,0 +1,755 @@
+"Reward models: what is learned from pairs and numbers, read as PPO asks, kept on the disk, and used beside adapters; and rules."
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_pretrain import reward, reward_model
+from mlx_pretrain.config import UserError
+from mlx_pretrain.data import Row
+from mlx_pretrain.episodes import Episodes, read_episodes
+from mlx_pretrain.lora import LoRAConfig, apply_lora
+from mlx_pretrain.model import Linear, Llama, LlamaArgs, ScalarLlama
+from mlx_pretrain.plot import plot_runs
+from mlx_pretrain.ppo import PPOConfig, PPOTrainer, log_probs, make_reader, ppo, respond
+from mlx_pretrain.preferences import lay_beside, read_preferences, reading, unfold
+from mlx_pretrain.pretrained import Pretrained, export
+from mlx_pretrain.prompt import PromptFormat, encode_pieces, pair_pieces
+from mlx_pretrain.reward import Examined, RewardConfig, RewardTrainer, bradley_terry, calibration, correlation, squared_error, train_reward
+from mlx_pretrain.reward_model import TrainedReward, last_score, load_reward, make_scorer
+from mlx_pretrain.rules import Contains, Length, Matches, Sentiment, WeightedSum
+from mlx_pretrain.run import checkpoints, load_checkpoint, read_metadata
+from mlx_pretrain.score import RewardError, reward_name, score
+from mlx_pretrain.tokenizer import ByteTokenizer, HFTokenizer
+from mlx_pretrain.trainer import forecast
+import mlx.core as mx
+from common import tokenizer
+from mlx.utils import tree_flatten
+from toys import Letters, planted, task, tiny
+
+ASKED = PromptFormat(prompt_format="{instruction}", input_field="prompt", output_field="completion")
+RNG = np.random.default_rng
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def small(tok=None, seed=0, **sizes):
+    tok = tok or ByteTokenizer()
+    args = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "head_dim": 8, **sizes}
+    return Pretrained(Llama(LlamaArgs(vocab_size=tok.vocab_size, **args), seed), tok, Path("small"))
+
+
+def scalar(seed=0, loud=8, **more):
+    "A model that has an opinion on each place of a text."
+    model = ScalarLlama.of(tiny(seed=seed, loud=loud, **more).model)
+    model.score.weight = mx.random.normal(model.score.weight.shape, key=mx.random.key(seed))
+    return model
+
+
+def trainer_on(tmp_path, rows, held_out=None, pretrained=None, steps=40, lr=3e-3, batch=16, training=None, hyper=None, **data):
+    "A trainer of a reward model."
+    data = {"input_file": write(tmp_path / "rows.jsonl", rows), "response_length": 8, **data}
+    if held_out: data["validation_file"] = write(tmp_path / "held_out.jsonl", held_out)
+    hyper = {"batch_size": batch, "learning_rate": lr, "iters": steps, **(hyper or {})}
+    cfg = {"data": data, "training": {"hyperparameters": hyper, **(training or {})}}
+    return RewardTrainer(RewardConfig.model_validate_json(json.dumps(cfg)), pretrained or tiny())
+
+
+def count_a(prompt, response): return response.count("a") / 8
+
+
+def pairs(n, seed=0, swap=False):
+    "Pairs by a known rule: more `a` is better."
+    rng, made = RNG(seed), []
+    while len(made) < n:
+        said = ["".join(rng.choice(list("abcdefgh"), rng.integers(1, 9))) for _ in range(2)]
+        if said[0].count("a") == said[1].count("a"): continue
+        better, worse = sorted(said, key=lambda text: -text.count("a"))
+        made.append({"prompt": "", "chosen": worse if swap else better, "rejected": better if swap else worse})
+    return made
+
+
+def fails(check, *args):
+    "Does a check go red?"
+    try: check(*args)
+    except AssertionError: return True
+    return False
+
+
+# ---- the losses
+
+def by_formula(chosen, rejected, margin, price):
+    "−log σ(chosen − rejected − margin) + price · (chosen + rejected)², summed, and its gradient, in double precision."
+    wrong = 1 - 1 / (1 + np.exp(-(chosen - rejected - margin)))           # probability of the other order
+    pull = 2 * price * (chosen + rejected)
+    return (-np.log(1 - wrong) + price * (chosen + rejected) ** 2).sum(), -wrong + pull, wrong + pull
+
+
+def check_bradley_terry(loss):
+    rng = RNG(0)
+    for price in (0.0, 0.01, 0.7):
+        chosen, rejected, margin = rng.normal(0, 2, 50), rng.normal(0, 2, 50), rng.normal(0, 1, 50)
+        arrays = [mx.array(x, mx.float32) for x in (chosen, rejected, margin)]
+        (total, count, _), gradients = mx.value_and_grad(lambda c, r, m, price=price: loss(c, r, m, price), argnums=(0, 1))(*arrays)
+        wanted, *wanted_gradients = by_formula(chosen, rejected, margin, price)
+        assert abs(total.item() - wanted) < 1e-5 * abs(wanted) and count.item() == 50
+        assert all(np.abs(np.array(g) - w).max() < 1e-5 for g, w in zip(gradients, wanted_gradients, strict=True))
+
+
+def test_bradley_terry_by_its_formula():
+    "Loss, and gradient to both responses, with margin and centring."
+    check_bradley_terry(bradley_terry)
+
+
+@pytest.mark.parametrize(("right", "wrong"), {
+    "swapped": ("chosen - rejected", "rejected - chosen"), "margin with a wrong sign": ("margin - lead", "-margin - lead"),
+    "centring on the difference": ("chosen + rejected)", "chosen - rejected)"),
+    "no centring": ("center_rewards_coefficient * mx", "0 * mx"), "a mean": ("loss.sum()", "loss.mean()")}.values())
+def test_another_loss_is_not_bradley_terry(right, wrong):
+    "Negative controls."
+    assert fails(check_bradley_terry, planted(bradley_terry, right, wrong))
+
+
+def test_bradley_terry_far_from_zero():
+    "No overflow, and a gradient of 1 where the model is sure and wrong. Red with log(1 + exp(x))."
+    loss, grad = mx.value_and_grad(lambda c: bradley_terry(c, mx.array([0.0]), 1e5)[0])(mx.array([-1e4]))
+    assert abs(loss.item() - 1.1e5) < 1 and grad.item() == -1
+
+
+def test_accuracy_counts_a_tie_as_half():
+    "Red if a model that says nothing is right, or wrong, about everything."
+    assert bradley_terry(mx.array([1.0, 2.0, 3.0, 0.0]), mx.array([0.0, 2.0, 4.0, 0.0]))[2]["accuracy"].item() == 2.0
+
+
+def check_squared_error(loss):
+    rng = RNG(1)
+    said, wanted = rng.normal(size=20), rng.normal(size=20)
+    (total, count, seen), grad = mx.value_and_grad(loss)(mx.array(said, mx.float32), mx.array(wanted, mx.float32))
+    assert abs(total.item() - 0.5 * ((said - wanted) ** 2).sum()) < 1e-5 and count.item() == 20
+    assert np.abs(np.array(grad) - (said - wanted)).max() < 1e-6 and abs(seen["error"].item() - np.abs(said - wanted).sum()) < 1e-4
+
+
+def test_squared_error_by_its_formula():
+    "And what is not it: twice as much, the other sign, no square."
+    check_squared_error(squared_error)
+    for right, wrong in (("0.5 * mx", "mx"), ("0.5", "-0.5"), ("mx.square", "mx.abs")):
+        if "mx.square" in right: right, wrong = "mx.square(scores - rewards)", "(mx.abs(scores - rewards))"
+        assert fails(check_squared_error, planted(squared_error, right, wrong))
+
+
+def check_loss_of_a_batch(trainer, rows):
+    "A batch of three pairs: each margin belongs to its own pair, the better response is the first of the row."
+    trainer.model.update(scalar().parameters())
+    total, count, seen = trainer.batch_loss(trainer.model, trainer.data.batch(np.array([2, 0, 1])))
+    def says(text): return trainer.model.values(mx.array([[1, *trainer.tokenizer.encode(text), 2]]))[0, -1].item()
+    wanted = sum(by_formula(says(row["chosen"]), says(row["rejected"]), row["margin"], 0.01)[0] for row in rows)
+    assert abs(total.item() - wanted) < 1e-3 * wanted and count.item() == 3
+    assert seen["tokens"].item() == sum(len(row[key]) + 2 for row in rows for key in ("chosen", "rejected"))
+
+
+ROWS = [{"prompt": "", "chosen": "abc", "rejected": "h", "margin": 0.5}, {"prompt": "", "chosen": "b", "rejected": "aaaa", "margin": 3.0},
+        {"prompt": "", "chosen": "cccccc", "rejected": "dd", "margin": -1.0}]
+
+
+def test_the_loss_of_a_batch_is_that_of_its_pairs(tmp_path, monkeypatch):
+    "From the file to the sum. Red if responses are swapped, or margins belong to other pairs."
+    check_loss_of_a_batch(trainer_on(tmp_path, ROWS), ROWS)
+    swapped = planted(reward.make_comparison, "*mx.split(scores, 2)", "*mx.split(scores, 2)[::-1]")
+    mixed = planted(reward.make_comparison, "values, center", "values[::-1], center")
+    for wrong in (swapped, mixed):
+        monkeypatch.setattr(reward, "make_comparison", wrong)
+        assert fails(check_loss_of_a_batch, trainer_on(tmp_path, ROWS), ROWS)
+
+
+def test_small_batches_together_are_the_large_one(tmp_path):
+    "Five pairs at once, or two and two and one. Red if a mean of means is taken."
+    rows, made = pairs(5), []
+    for size, together in ((5, 1), (2, 3)):
+        made.append(trainer_on(tmp_path, rows, batch=size, hyper={"gradient_accumulation_steps": together}, steps=2))
+        assert made[-1].epoch == 1
+        for _ in range(2): metrics = made[-1].step()
+    assert metrics["tokens"] == 2 * sum(len(row[key]) + 2 for row in rows for key in ("chosen", "rejected"))
+    for (_, a), (_, b) in zip(*(tree_flatten(t.model.parameters()) for t in made), strict=True): assert mx.abs(a - b).max() < 2e-4
+
+
+# ---- pooling
+
+TEXTS = [[1, 5, 4, 2], [1, 2], [1, 3, 3, 7, 8, 9, 10, 4, 2], [1, 9, 0, 9, 2], [1, *[3 + n % 8 for n in range(20)], 2]]
+
+
+def check_pooling(pool):
+    "In a batch and alone: score, and gradient of all weights."
+    model, weights = scalar(), RNG(2).normal(size=len(TEXTS))
+    def run(tokens, mask, weight):
+        def total(parameters):
+            model.update(parameters)
+            scores = pool(model, mx.array(tokens), mx.array(mask))
+            return (scores * mx.array(weight, mx.float32)).sum(), scores
+        (_, scores), grads = mx.value_and_grad(total)(model.trainable_parameters())
+        return np.array(scores), {name: np.array(g) for name, g in tree_flatten(grads)}
+    alone = [run([text], [[True] * len(text)], [weight]) for text, weight in zip(TEXTS, weights)]
+    model.update(scalar().parameters())
+    for text, ((score_alone,), _) in zip(TEXTS, alone): assert abs(score_alone - model.values(mx.array([text]))[0, -1].item()) < 1e-4
+    for extra, seed in ((0, 0), (9, 1)):
+        tokens, mask = lay_beside(TEXTS, 0)
+        tokens, mask = np.pad(tokens, ((0, 0), (0, extra))), np.pad(mask, ((0, 0), (0, extra)))
+        if seed: tokens = np.where(mask, tokens, RNG(seed).integers(0, 11, tokens.shape)).astype(np.int32)
+        scores, grads = run(tokens, mask, weights)
+        assert np.abs(scores - [one[0] for one, _ in alone]).max() < 1e-4
+        for name, grad in grads.items():
+            wanted = sum(one[name] for _, one in alone)
+            assert np.abs(grad - wanted).max() <= 1e-4 * max(1, np.abs(wanted).max()), name
+
+
+def test_a_text_in_a_batch_is_scored_as_if_alone():
+    "Whatever stands in the padding, however wide it is, gradients included."
+    check_pooling(last_score)
+
+
+@pytest.mark.parametrize("wrong", {
+    "last column": "mx.full((len(tokens), 1), tokens.shape[1] - 1)", "one too early": "mask.sum(axis=1, keepdims=True) - 2",
+    "mask ignored": "(tokens != 0).sum(axis=1, keepdims=True) - 1",
+    "one too late": "mx.minimum(mask.sum(axis=1, keepdims=True), tokens.shape[1] - 1)"}.values())
+def test_pooling_elsewhere_is_seen(wrong):
+    "Negative controls."
+    assert fails(check_pooling, planted(last_score, "mask.sum(axis=1, keepdims=True) - 1", wrong))
+
+
+def check_order(maker):
+    model, texts = scalar(), [TEXTS[i] for i in (4, 1, 0, 2, 3, 1, 4)]
+    alone = [last_score(model, mx.array([text]), mx.ones((1, len(text)), dtype=mx.bool_)).item() for text in texts]
+    assert np.abs(maker(model, 0, 2)(texts) - alone).max() < 1e-4
+
+
+def test_a_scorer_keeps_the_order_and_follows_the_training():
+    "Sorted by length inside; asked again after the weights have changed, it says something else."
+    check_order(make_scorer)
+    assert fails(check_order, planted(make_scorer, "found[places] =", "found[np.sort(places)] ="))
+    model = scalar()
+    scores = make_scorer(model, 0)
+    before = scores(TEXTS)
+    model.update(scalar(1).parameters())
+    assert np.abs(scores(TEXTS) - make_scorer(model, 0)(TEXTS)).max() == 0 and np.abs(scores(TEXTS) - before).max() > 1e-3
+    assert scores([]).shape == (0,)
+
+
+# ---- what is read
+
+def says(role, content): return {"role": role, "content": content}
+
+
+AROUND = PromptFormat(prompt_format="{system_prompt}\nQ: {instruction}\nA:", response_format=" <<{response}>>\n",
+                      system_prompt="Be  kind. ", input_field="prompt", output_field="completion")
+SAID = [("the boats", "count  them", " every morning "), ("é 🙂<eos>", "<pad>\n", "e\u0301▁"), (" ", "", "\n\n"),
+        ("a\u2028", "no\0thing", "<<x>>")]
+
+
+def both_ways(tmp_path, tok, fmt, rows, asked):
+    "Tokens of the chosen responses: as they are trained, and as PPO has them read when the policy says just that."
+    trained = read_preferences(write(tmp_path / "pairs.jsonl", rows), tok, fmt, 500)
+    prompts = read_episodes(write(tmp_path / "asked.jsonl", asked), tok, fmt, 500, 100).prompts
+    assert prompts == trained.prompts
+    responses = []
+    for row, prompt in zip(rows, prompts):
+        better = row["chosen"] if isinstance(row["chosen"], str) else row["chosen"][-1]["content"]
+        whole = encode_pieces(tok, [pair_pieces(tok, tok.decode(prompt), fmt.wrap(better))])[0]
+        responses.append(whole.ids[whole.start:])
+    asks, seen = TrainedReward(scalar(), tok, fmt), []
+    asks.scores = lambda texts: (seen.extend(texts), np.zeros(len(texts), np.float32))[1]
+    respond(Pretrained(None, tok, Path(), fmt), Episodes(prompts, responses, None, 100), np.arange(len(prompts)), asks)
+    return trained.chosen, seen
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface"])
+@pytest.mark.parametrize("fmt", [AROUND, ASKED, ASKED.model_copy(update={"response_format": "{response}", "system_prompt": "Hm."})],
+                         ids=["text around", "plain", "system prompt"])
+def test_what_is_trained_is_what_ppo_has_read(kind, fmt, tmp_path, monkeypatch):
+    "The same tokens, text and blanks around the response included. Red if the format is put around only one of the two."
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in SAID]
+    trained, used = both_ways(tmp_path, tokenizer(kind), fmt, rows, [{"prompt": p} for p, _, _ in SAID])
+    assert trained == used and all(ids[-1] == tokenizer(kind).eos_id for ids in used)
+    if fmt is not AROUND: return
+    monkeypatch.setattr(reward_model, "reading", planted(reading, "fmt.wrap(response)", "response"))
+    trained, used = both_ways(tmp_path, tokenizer(kind), fmt, rows, [{"prompt": p} for p, _, _ in SAID])
+    assert all(a != b for a, b in zip(trained, used, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_conversations_are_read_as_ppo_has_them_read(kind, tmp_path):
+    "Two whole conversations, only the answers in them, or answers to a text; earlier turns and a system message are part of the prompt."
+    talk = [says("system", "Be brief."), says("user", "q"), says("assistant", "early"), says("user", "p <eos>")]
+    answers = [says("assistant", "yes "), says("assistant", " no")]
+    forms = [{"chosen": [*talk, answers[0]], "rejected": [*talk, answers[1]]},
+             {"prompt": talk, "chosen": answers[:1], "rejected": answers[1:]},
+             {"prompt": talk[1:2], "chosen": [talk[1], answers[0]], "rejected": [talk[1], answers[1]]},
+             {"prompt": "q", "chosen": [talk[1], answers[0]], "rejected": [talk[1], answers[1]]}]
+    asked = [{"prompt": talk}, {"prompt": talk}, {"prompt": talk[1:2]}, {"prompt": talk[1:2]}]
+    fmt = AROUND.model_copy(update={"prompt_format": "[{instruction}]"})
+    trained, used = both_ways(tmp_path, tokenizer(kind), fmt, forms, asked)
+    assert trained == used and trained[0] == trained[1] and trained[2] == trained[3]
+    assert "early" in tokenizer(kind).decode(trained[0]) and "yes" in tokenizer(kind).decode(trained[0])
+
+
+def test_too_long_a_text_loses_its_oldest_tokens():
+    "PPO may ask about more than the model reads: what begins a text stays, and the end. Red if the response is cut."
+    tok, seen = Letters("abcdefgh"), []
+    model = scalar()
+    model.args = model.args.model_copy(update={"max_position_embeddings": 6})
+    asks = TrainedReward(model, tok, ASKED)
+    asks.scores = lambda texts: (seen.extend(texts), np.zeros(len(texts), np.float32))[1]
+    asks.compute_reward(["aaaaaaaab", "a"], ["cd", "cdd"])
+    assert [tok.decode(ids) for ids in seen] == ["abcd", "acdd"] and all(ids[0] == 1 and ids[-1] == 2 and len(ids) == 6 for ids in seen)
+
+
+def test_unfolding_leaves_texts_alone():
+    row = Row("f", 1, {"prompt": "a", "chosen": "b", "rejected": "c"})
+    assert unfold(row) is row
+
+
+def test_a_response_format_with_another_column_is_read_as_it_is_said(tmp_path):
+    "A model taught to say `q: answer` is scored on that, and must be trained on it too, or such a format refused."
+    rows = [{"prompt": "q", "chosen": "yes", "rejected": "no"}]
+    try: trainer = trainer_on(tmp_path, rows, pretrained=small(), response_format="{instruction}: {response}")
+    except UserError: return
+    assert "q: yes" in trainer.tokenizer.decode(trainer.data.chosen[0])
+
+
+def test_the_length_of_a_response_is_that_of_the_response(tmp_path):
+    "With a chat template the prompt has control tokens, which its text has not. Red if lengths are taken from two readings."
+    folder = tmp_path / "tok"
+    ByteTokenizer().save(folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<bos>{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<bos>assistant:{% endif %}")
+    rows = [{"prompt": "hm", "chosen": "abcd", "rejected": "ab"}]
+    begin = small(HFTokenizer(folder))._replace(format=PromptFormat(prompt_format=None))
+    trainer = trainer_on(tmp_path, rows, rows, begin, steps=1)
+    assert trainer.examine(trainer.normalised()).lengths.tolist() == [[5, 3]]
+
+
+# ---- learning a known rule, and PPO against it
+
+def test_a_known_rule_is_learned_and_ppo_raises_it(tmp_path):
+    "At least 90% of held-out pairs in the right order; at most 10% if all pairs were swapped; and the policy says more `a`."
+    held_out = pairs(200, seed=1)
+    right, wrong = (trainer_on(tmp_path, pairs(200, swap=swap), held_out, steps=30, batch=32, lr=5e-3) for swap in (False, True))
+    for trainer in (right, wrong): metrics = trainer.run()
+    assert right.measure()["val_accuracy"] >= 0.9 and metrics["val_accuracy"] == wrong.measure()["val_accuracy"] <= 0.1
+    learned = right.normalised()
+    trainer = task(learned, steps=12, batch=32, lr=1e-2, response_length=6, kl_coef=0.05)
+    def known():
+        said = trainer.collect(trainer.data, np.zeros(256, int), {"temperature": 1.0}, -7).said
+        return np.mean([count_a("", response) for response in said])
+    before = known()
+    trainer.run()
+    assert known() > before + 0.15
+
+
+def test_rewards_of_rows_are_learned(tmp_path):
+    "Single responses: a correlation of at least 0.9 with the rewards of held-out rows."
+    def rows(seed): return [{"prompt": "", "completion": row["chosen"], "reward": count_a("", row["chosen"])} for row in pairs(200, seed)]
+    trainer = trainer_on(tmp_path, rows(0), rows(1), steps=60, batch=32, lr=1e-2)
+    assert trainer.run()["val_correlation"] > 0.9
+
+
+# ---- normalised
+
+def test_normalised_on_what_the_starting_policy_says(tmp_path):
+    "Mean 0 and standard deviation 1 on fresh samples. Red if it is normalised on the rows, or not at all."
+    trainer = trainer_on(tmp_path, pairs(200), steps=40, normalization_samples=512)
+    trainer.run()
+    made = trainer.normalised()
+    fresh = task(made, prompts=("",) * 8, response_length=8).collect
+    scores = fresh(Episodes([[1]], None, None, 8), np.zeros(1024, int), {"temperature": 1.0}, -9).scores
+    assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.15
+    plain = TrainedReward(trainer.model, trainer.tokenizer, trainer.format)
+    rows = plain.scores(trainer.data.texts)
+    assert abs(rows.mean() - made.mean) > 0.2 * made.std or abs(rows.std() / made.std - 1) > 0.1
+
+
+def test_normalised_on_prompts_from_all_over_the_file(tmp_path, monkeypatch):
+    "Files are often sorted. Red if only the first prompts are asked."
+    asked, work = [], reward.generate
+    monkeypatch.setattr(reward, "generate", lambda model, prompts, *args, **kwargs: (asked.extend(map(tuple, prompts)),
+                                                                                     work(model, prompts, *args, **kwargs))[1])
+    letters = "abcdefgh"
+    rows = [{"prompt": a + b, "chosen": "a", "rejected": "b"} for a in letters for b in letters]
+    trainer = trainer_on(tmp_path, rows, normalization_samples=16)
+    trainer.normalised()
+    assert len(asked) == 16 and {letters[ids[1] - 3] for ids in asked} > {"a", "b", "c", "d"}
+
+
+def test_a_constant_reward_is_only_shifted(tmp_path, caplog):
+    "The head begins with zeros. Red if it divides by zero, or calls rounding errors a standard deviation."
+    trainer = trainer_on(tmp_path, pairs(8))
+    made = trainer.normalised()
+    assert (made.mean, made.std) == (0.0, 1.0) and "the same about all" in caplog.text
+    assert made.compute_reward(["", ""], ["a", ""]).tolist() == [0.0, 0.0] and made.compute_reward([], []).shape == (0,)
+    trainer = trainer_on(tmp_path, pairs(8), normalization_samples=1)     # one sample has no spread either
+    trainer.model.update(scalar().parameters())
+    assert trainer.normalised().std == 1.0
+
+
+def test_opened_again_it_gives_the_same_bits(tmp_path):
+    "Format, tokenizer, mean and standard deviation with it; in Hugging Face's form the numbers before they are shifted."
+    tok, model = ByteTokenizer(), ScalarLlama.of(small().model)
+    model.score.weight = mx.random.normal(model.score.weight.shape, key=mx.random.key(3))
+    made = TrainedReward(model, tok, AROUND, 0.1, 1 / 3)
+    made.save(tmp_path / "model")
+    again, asked = load_reward(tmp_path / "model"), (["a", "bc"], ["", "xyz 🙂"])
+    assert again.compute_reward(*asked).tolist() == made.compute_reward(*asked).tolist() and again.format == AROUND
+    assert (again.mean, again.std) == (0.1, 1 / 3)
+    plain = TrainedReward(again.model, again.tokenizer, again.format).compute_reward(*asked)
+    assert np.abs((plain - 0.1) * 3 - made.compute_reward(*asked)).max() < 1e-5 and np.ptp(plain) > 0
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["num_labels"] == 1
+
+
+def test_other_programs_read_the_same_place(tmp_path):
+    "Many published tokenizers have no token that fills, and the one that ends does it; the last token is read there, and is no filling."
+    ByteTokenizer().save(folder := tmp_path / "tok")
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    del told["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    tok = HFTokenizer(folder)
+    assert tok.pad_id == tok.eos_id
+    TrainedReward(ScalarLlama.of(small(tok).model), tok, ASKED).save(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["pad_token_id"] != config["eos_token_id"]
+
+
+# ---- runs
+
+class Killed(BaseException): pass
+
+
+def reward_cfg(home, name, rows=None, steps=6, every=2, resume=False, **more):
+    if not (home / "base").exists(): export(small().model, ByteTokenizer(), home / "base")
+    rows, held_out = (write(home / file, rows or pairs(20, seed)) for file, seed in (("r.jsonl", 0), ("h.jsonl", 1)))
+    cfg = {"name": name, "pretrained_model": str(home / "base"), "resume": {"checkpoint": "latest" if resume else None},
+           "data": {"input_file": rows, "validation_file": held_out, "response_length": 4, "normalization_samples": 16},
+           "training": {"hyperparameters": {"batch_size": 4, "iters": steps, "learning_rate": 1e-2, **more.pop("hyper", {})}},
+           "logging": {"keep_last": 50, "steps": {"checkpoint_interval": every, "validation_interval": 3, "logging_interval": 1}}, **more}
+    return RewardConfig.model_validate_json(json.dumps(cfg))
+
+
+def same_end(calm, cut):
+    "The same arrays and state in the last checkpoint, and the same files of the model."
+    (a, was), (b, now) = (load_checkpoint(checkpoints(run)[-1]) for run in (calm, cut))
+    assert [name for name, _ in tree_flatten(a)] == [name for name, _ in tree_flatten(b)]
+    assert all(mx.array_equal(x, y) for (_, x), (_, y) in zip(tree_flatten(a), tree_flatten(b), strict=True)) and was == now
+    for file in (calm / "model").iterdir(): assert file.read_bytes() == (cut / "model" / file.name).read_bytes(), file.name
+
+
+def stop_after(step):
+    def stop(trainer, metrics):
+        if metrics["step"] == step: raise Killed
+    return stop
+
+
+def test_a_killed_reward_training_ends_as_one_that_was_not(tmp_path):
+    "Weights, the optimizer's memory, state, mean and standard deviation, to the bit. Red if batches or validations are counted anew."
+    calm = train_reward(reward_cfg(tmp_path, "calm"), tmp_path / "runs")
+    with pytest.raises(Killed): train_reward(reward_cfg(tmp_path, "cut"), tmp_path / "runs", callbacks=[stop_after(5)])
+    assert checkpoints(tmp_path / "runs" / "cut")[-1].name == "step_000004"
+    same_end(calm, train_reward(reward_cfg(tmp_path, "cut", resume=True), tmp_path / "runs"))
+    known = [read_metadata(tmp_path / "runs" / name)["reward_model"] for name in ("calm", "cut")]
+    assert known[0] == known[1] and {"mean", "std", "accuracy", "calibration_error", "length_correlation"} == known[0].keys()
+    other = train_reward(reward_cfg(tmp_path, "other", hyper={"learning_rate": 9e-3}), tmp_path / "runs")
+    assert fails(same_end, calm, other)
+
+
+def test_killed_before_the_model_was_written(tmp_path, monkeypatch):
+    "After the last step, while it is normalised: going on writes what was to be written."
+    calm = train_reward(reward_cfg(tmp_path, "calm"), tmp_path / "runs")
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardTrainer, "normalised", lambda self: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed): train_reward(reward_cfg(tmp_path, "cut"), tmp_path / "runs")
+    assert not (tmp_path / "runs" / "cut" / "model").exists()
+    same_end(calm, train_reward(reward_cfg(tmp_path, "cut", resume=True), tmp_path / "runs"))
+
+
+def test_the_best_weights_are_kept(tmp_path, monkeypatch):
+    "By the loss on held-out pairs. Red if the last weights are written, or those with the highest loss."
+    measured = iter([0.5, 0.2, 0.9])
+    monkeypatch.setattr(RewardTrainer, "measure", lambda self: {"val_loss": next(measured), "val_accuracy": 0.5})
+    run = train_reward(reward_cfg(tmp_path, "run", steps=9), tmp_path / "runs")
+    assert read_metadata(run)["best"] == {"step": 6, "val_loss": 0.2}
+    weights = load_checkpoint(next(path for path in checkpoints(run) if path.name == "step_000006"))[0]["model"]
+    last = load_checkpoint(checkpoints(run)[-1])[0]["model"]
+    written = dict(tree_flatten(load_reward(run).model.parameters()))
+    assert all(mx.array_equal(written[name], weights[name]) for name in weights)
+    assert not all(mx.array_equal(written[name], last[name]) for name in weights)
+
+
+def test_a_run_is_opened_by_name_and_its_figures_are_those_of_its_rows(tmp_path, monkeypatch):
+    "The accuracy that is told is that of the model that is written, asked as PPO asks it."
+    monkeypatch.chdir(tmp_path)
+    run = train_reward(reward_cfg(tmp_path, "mine", steps=12), "runs")
+    opened, rows = load_reward("mine"), pairs(20, 1)
+    better, worse = (opened.compute_reward([row["prompt"] for row in rows], [row[key] for row in rows]) for key in ("chosen", "rejected"))
+    told = json.loads((run / "held_out.json").read_text())
+    assert np.abs(np.array(told["scores"]) - np.stack([better, worse], axis=1)).max() < 1e-5
+    assert read_metadata(run)["reward_model"]["accuracy"] == pytest.approx(((better > worse) + 0.5 * (better == worse)).mean())
+    assert np.array(told["lengths"]).tolist() == [[len(row["chosen"]) + 1, len(row["rejected"]) + 1] for row in rows]
+
+
+def test_the_policy_is_hashed_once(tmp_path, monkeypatch):
+    "It never changes, and may be large. Red if each checkpoint reads all its weights."
+    calls, work = [], reward.base_identity
+    monkeypatch.setattr(reward, "base_identity", lambda model: (calls.append(1), work(model))[1])
+    train_reward(reward_cfg(tmp_path, "run", every=1), tmp_path / "runs")
+    assert len(calls) <= 1
+
+
+def test_a_run_is_drawn(tmp_path):
+    "Pairs: loss, accuracy, calibration, length. Single responses: the correlation that was measured is drawn as well."
+    train_reward(reward_cfg(tmp_path, "pairs"), tmp_path / "runs")
+    axes = plot_runs([tmp_path / "runs" / "pairs"]).axes
+    assert len(axes) == 4 and all(panel.lines or panel.collections for panel in axes)
+
+
+def test_the_correlation_of_a_run_is_drawn(tmp_path):
+    "Red as long as a panel with that title stays empty."
+    rows = [{"prompt": "", "completion": "a" * n, "reward": n} for n in range(8)]
+    train_reward(reward_cfg(tmp_path, "single", rows), tmp_path / "runs")
+    right = plot_runs([tmp_path / "runs" / "single"]).axes[1]
+    assert "correlation" in right.get_title() and right.lines
+
+
+def test_calibration_and_correlation_by_hand():
+    "Five pairs in two groups; a model that is sure and right, or sure and wrong."
+    assert [bin.pairs for bin in calibration(np.array([0.1, -0.2, 3.0, 4.0, 5.0]), 2)] == [3, 2]
+    unsure, sure = calibration(np.array([0.0, 0.0, -20.0, -20.0]), 2)
+    assert (unsure.confidence, unsure.accuracy) == (0.5, 0.5) and sure.confidence > 0.999 and sure.accuracy == 0
+    assert correlation(np.array([1.0, 2, 3]), np.array([-2.0, -4, -6])) == pytest.approx(-1) and correlation(np.ones(3), np.arange(3)) == 0
+    scores = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.5, 0.5]])
+    told = Examined(scores, np.array([[2, 1]] * 4), np.zeros(4), 3.0).summary()
+    assert told["accuracy"] == 0.625
+    sure = 1 / (1 + np.exp(-3.0 * np.array([0.0, 1.0, 1.0, 2.0])))        # four groups of one, by how sure it is
+    wanted = np.abs(sure - [0.5, 1.0, 0.0, 1.0]).mean()
+    assert told["calibration_error"] == pytest.approx(wanted) and told["length_correlation"] == pytest.approx(
+        np.corrcoef(scores.ravel(), [2, 1] * 4)[0, 1])
+
+
+# ---- in PPO
+
+def test_ctrl_c_while_a_reward_is_compiled_loses_nothing(monkeypatch):
+    "Cut short while the reward model is compiled, the step is the same to the bit. Red if the model keeps stand-ins for its weights."
+    made = TrainedReward(scalar(), Letters("abcdefgh"), ASKED)
+    calm = task(made, batch=8, steps=2, response_length=4).step()
+    work, calls = reward_model.last_score, []
+    def pressed(*args):
+        found = work(*args)
+        calls.append(1)
+        if len(calls) == 1: raise KeyboardInterrupt
+        return found
+    monkeypatch.setattr(reward_model, "last_score", pressed)
+    cut = task(TrainedReward(made.model, made.tokenizer, ASKED), batch=8, steps=2, response_length=4)
+    with pytest.raises(KeyboardInterrupt): cut.step()
+    assert cut.step()["reward"] == calm["reward"]
+
+
+def test_ctrl_c_while_a_validation_is_compiled_loses_nothing(tmp_path, monkeypatch):
+    "The same in the training of a reward model."
+    trainer, work, calls = trainer_on(tmp_path, pairs(8), pairs(8, 1)), reward_model.last_score, []
+    def pressed(*args):
+        found = work(*args)
+        calls.append(1)
+        if len(calls) == 1: raise KeyboardInterrupt
+        return found
+    trainer.step()
+    monkeypatch.setattr(reward_model, "last_score", pressed)
+    with pytest.raises(KeyboardInterrupt): trainer.measure()
+    assert 0 <= trainer.measure()["val_accuracy"] <= 1 and trainer.step()["step"] == 2
+
+
+def test_asking_does_not_read_all_weights_for_a_name(monkeypatch):
+    "A name is needed for an error only. Red if each step copies and hashes the whole reward model."
+    made, calls, work = TrainedReward(scalar(), Letters("abcdefgh"), ASKED), [], reward_model.tree_flatten
+    monkeypatch.setattr(reward_model, "tree_flatten", lambda tree: (calls.append(1), work(tree))[1])
+    for _ in range(3): score(made, ["a"], ["b"])
+    assert len(calls) <= 1
+
+
+def test_a_reward_is_the_same_from_wherever_it_is_named(tmp_path, monkeypatch):
+    "A run's name, its directory, its full path: a resumed PPO must not forget its best for that."
+    monkeypatch.chdir(tmp_path)
+    train_reward(reward_cfg(tmp_path, "mine"), "runs")
+    names = [reward_name(load_reward(path)) for path in ("mine", "runs/mine", tmp_path / "runs" / "mine", "runs/mine/model")]
+    assert len({name.partition(" ")[2] for name in names}) == 1           # weights, mean and standard deviation
+    assert len({PPOTrainer(ppo_cfg(tmp_path, "al"), reward=path).rewarded_by for path in ("mine", str(tmp_path / "runs" / "mine"))}) == 1
+
+
+def ppo_cfg(home, name, lora=2, steps=5, every=2, resume=False, hyper=None, **data):
+    if not (home / "base").exists(): export(small().model, ByteTokenizer(), home / "base")
+    rows = write(home / "asked.jsonl", [{"prompt": text} for text in ("a", "bc", "hello there")])
+    return PPOConfig.model_validate_json(json.dumps({
+        "name": name, "pretrained_model": str(home / "base"), "resume": {"checkpoint": "latest" if resume else None},
+        "data": {"input_file": rows, "response_length": 4, "ppo_mini_batch_size": 4, "ppo_epochs": 2, **data},
+        "training": {"hyperparameters": {"batch_size": 8, "learning_rate": 1e-2, "iters": steps, **(hyper or {})}, "lora": {"rank": lora}},
+        "logging": {"keep_last": 50, "steps": {"checkpoint_interval": every, "validation_interval": 3, "logging_interval": 1}}}))
+
+
+def number(prompt, response): return sum(ord(c) % 7 for c in response) / 10
+
+
+def test_a_killed_ppo_with_adapters_ends_as_one_that_was_not(tmp_path):
+    "To the bit; its checkpoints hold adapters and the critic's head, neither the base nor a reference."
+    held_out = {"validation_file": write(tmp_path / "h.jsonl", [{"prompt": "zz"}, {"prompt": "q"}])}
+    calm = ppo(ppo_cfg(tmp_path, "calm", **held_out), tmp_path / "runs", reward=number)
+    with pytest.raises(Killed):
+        ppo(ppo_cfg(tmp_path, "cut", **held_out), tmp_path / "runs", reward=number, callbacks=[stop_after(4)])
+    assert checkpoints(tmp_path / "runs" / "cut")[-1].name == "step_000003"          # the best so far
+    same_end(calm, ppo(ppo_cfg(tmp_path, "cut", resume=True, **held_out), tmp_path / "runs", reward=number))
+    arrays, state = load_checkpoint(checkpoints(calm)[-1])
+    names = {group: {name.rpartition(".")[2] for name in weights} for group, weights in arrays.items() if group != "optimizer"}
+    assert names == {"model": {"lora_a", "lora_b"}, "critic": {"lora_a", "lora_b", "weight"}}
+    assert [name for name in arrays["critic"] if name.endswith("weight")] == ["score.weight"] and state["base"]["lora"]["rank"] == 2
+    assert {file.name for file in (calm / "adapters").iterdir()} == {"adapters.safetensors", "adapter_config.json"}
+    whole, _ = load_checkpoint(checkpoints(ppo(ppo_cfg(tmp_path, "whole", lora=0, steps=1), tmp_path / "runs", reward=number))[-1])
+    assert "reference" in whole                                           # negative control: without adapters it must be there
+
+
+def with_lora(pretrained=None, **more):
+    "A trainer on letters with adapters."
+    pretrained, more = pretrained or tiny(loud=8), {"steps": 4, "batch": 8, "lr": 1e-2, "response_length": 6, **more}
+    cfg = task(count_a, prompts=("a", "bcd"), pretrained=pretrained, **more).cfg
+    cfg = cfg.model_copy(update={"training": cfg.training.model_copy(update={"lora": LoRAConfig(rank=2)})})
+    return PPOTrainer(cfg, pretrained, reward=count_a)
+
+
+def test_the_reference_is_the_base_exactly():
+    "Its log-probabilities, to the bit, before and after training; and the KL of the first step is 0 and not nearly 0."
+    base, trainer = tiny(loud=8).model, with_lora()
+    read = make_reader(base, base, trainer.trained.critic)
+    for n in range(3):
+        metrics = trainer.step()
+        r = trainer.rollout
+        logp, ref_logp, *_ = read(r.tokens, r.pad, r.response_mask, mx.array(1.0))
+        assert mx.array_equal(r.ref_logp, ref_logp) and mx.array_equal(logp, ref_logp)
+        assert (metrics["kl"] == 0) == (n == 0) and mx.array_equal(r.logp, r.ref_logp) == (n == 0)
+
+
+def place(w): return np.asarray(memoryview(w)).__array_interface__["data"][0]
+
+
+def test_policy_critic_and_reference_share_their_weights():
+    "One copy in memory, also after steps and a forecast. Red if the base is copied for one of them."
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64, "tie_word_embeddings": False}
+    pretrained = small(Letters("abcdefgh"), **wide)
+    mx.eval(pretrained.model.parameters())
+    size, before = sum(w.nbytes for _, w in tree_flatten(pretrained.model.parameters())), mx.get_active_memory()
+    trainer = with_lora(pretrained)
+    for _ in range(2): trainer.step()
+    mx.eval(trainer.trained.parameters(), trainer.optimizer.state, trainer.reference.parameters())
+    assert mx.get_active_memory() - before < 0.5 * size
+    policy, critic, reference = (dict(tree_flatten(m.parameters())) for m in (trainer.model, trainer.trained.critic, trainer.reference))
+    for name, w in reference.items():
+        assert place(w) == place(policy[name]) and (name.startswith("lm_head") or place(w) == place(critic[name]))
+    whole = task(count_a, pretrained=tiny(loud=8), batch=8, response_length=4)
+    whole.step()
+    assert place(whole.model.lm_head.weight) != place(whole.reference.lm_head.weight)     # negative control: trained weights are apart
+
+
+def test_a_forecast_leaves_no_trace_beside_adapters():
+    "A checkpoint has only what is trained, and so has what is put back. Red if weights, memory or counts have changed."
+    plain, asked = with_lora(), with_lora()
+    for _ in range(2):
+        forecast(asked)
+        plain.step(), asked.step()
+    for (_, a), (_, b) in zip(*(tree_flatten([t.trained.parameters(), t.optimizer.state]) for t in (plain, asked)), strict=True):
+        assert mx.array_equal(a, b)
+    assert plain.state() == asked.state()
+
+
+def changed(trainer):
+    "Which of all trained numbers three steps change; without a gradient Adam changes nothing."
+    before = {name: np.array(w) for name, w in tree_flatten(trainer.trained.parameters())}
+    for _ in range(3): trainer.step()
+    return {name for name, w in tree_flatten(trainer.trained.parameters()) if not np.array_equal(before[name], np.array(w))}
+
+
+def test_every_adapter_and_the_head_get_a_gradient(monkeypatch):
+    "Those of the policy, those of the critic, and the critic's head; nothing else."
+    trainer = with_lora()
+    wanted = {name for name, _ in tree_flatten(trainer.trained.parameters()) if name.endswith(("lora_a", "lora_b")) or "score" in name}
+    assert changed(trainer) == wanted and len(wanted) == 2 * 2 * 7 + 1 and not trainer.reference.trainable_parameters().get("lm_head")
+    unfreeze = Linear.unfreeze
+    monkeypatch.setattr(Linear, "unfreeze", lambda self, **how: unfreeze(self, **how) if how else self)
+    assert "critic.score.weight" not in changed(with_lora())              # negative control: a head that stays as it is
+
+
+def test_a_policy_that_came_with_adapters_is_merged_first():
+    "The reference is the model with the adapters that it came with. Red if they are lost, or trained on."
+    start = tiny(loud=8)
+    adapted = apply_lora(start.model, LoRAConfig(rank=2))
+    adapted.update({"model": {"layers": [{"mlp": {"down_proj": {"lora_b": mx.ones((2, 32))}}}]}})
+    trainer, ids = with_lora(start._replace(model=adapted)), mx.array([[1, 3, 4, 5]])
+    assert mx.abs(trainer.reference(ids) - adapted(ids)).max() < 1e-4 < mx.abs(trainer.reference(ids) - start.model(ids)).max()
+    assert trainer.step()["kl"] == 0
+
+
+def test_the_written_policy_is_the_trained_one(tmp_path):
+    "What a run with adapters leaves behind says what the policy said: merged, and rounded at most."
+    from mlx_pretrain.pretrained import load
+    kept = []
+    run = ppo(ppo_cfg(tmp_path, "run"), tmp_path / "runs", reward=number, callbacks=[lambda trainer, _: kept.append(trainer.model)])
+    tokens, pad = mx.array([[257, 97, 98, 99]]), mx.array([0])
+    (a, _), (b, _), (c, _) = (log_probs(m, tokens, pad, 3) for m in (kept[-1], load(run).model, load(tmp_path / "base").model))
+    assert mx.abs(a - b).max() < 1e-5 < mx.abs(a - c).max()
+    best = load(checkpoints(run)[-1]).model
+    assert mx.abs(log_probs(best, tokens, pad, 3)[0] - a).max() < 1e-5
+
+
+# ---- rules
+
+def test_rules_by_hand():
+    assert Length(4).compute_reward([""] * 5, ["a b c d", "a b", "", "a b c d e", "w " * 99]) == [1.0, 0.5, 0.0, 0.75, -1.0]
+    assert Contains(("The boat", "sea")).compute_reward([""] * 3, ["the BOAT at sea", "seaside, the boats", "sea."]) == [1.0, 0.0, 0.5]
+    assert Contains("C++").compute_reward([""] * 2, ["I like C++!", "C+"]) == [1.0, 0.0] and Contains("a").words == ("a",)
+    assert Matches(r"^\d+$").compute_reward([""] * 3, ["no\n12\nno", "12a", ""]) == [1.0, 0.0, 0.0]
+    good, none, bad = Sentiment().compute_reward([""] * 3, ["What a wonderful, happy day!", "a table", "I hate this awful mess."])
+    assert 1 >= good > 0.5 > none == 0 > -0.5 > bad >= -1
+
+
+def test_a_weighted_sum_by_hand(tmp_path):
+    "Of rules, functions, and what is named in a file; sums in sums."
+    (tmp_path / "mine.py").write_text("def half(prompt, response): return 0.5\n")
+    made = WeightedSum((2.0, Length(2)), (-1, count_a), (1, f"{tmp_path}/mine.py:half"))
+    assert made.compute_reward(["", ""], ["a a", "x"]).tolist() == [2.25, 1.5]
+    assert WeightedSum((10, made)).compute_reward(["", ""], ["a a", "x"]).tolist() == [22.5, 15.0]
+    assert repr(WeightedSum((0.5, Length(3)), (1, Contains("a")))) == "WeightedSum(0.5 Length(words=3), 1 Contains(words=('a',)))"
+
+
+def test_a_sum_of_a_learned_reward_and_a_rule(tmp_path):
+    "A trained run is a part like any other."
+    run = train_reward(reward_cfg(tmp_path, "mine"), tmp_path / "runs")
+    made = WeightedSum((1.0, str(run)), (0.5, Length(1)))
+    alone = load_reward(run).compute_reward(["", ""], ["aa", "b"])
+    assert np.abs(made.compute_reward(["", ""], ["aa", "b"]) - alone - 0.5).max() < 1e-6
+
+
+@pytest.mark.parametrize("rule, told, part", [
+    (Length, [0], "Length(0)"), (Contains, [()], "Contains"), (Contains, [("a", "")], "empty"), (Matches, ["("], "'('"),
+    (WeightedSum, [], "at least one"), (WeightedSum, [(float("nan"), count_a)], "finite"), (WeightedSum, [count_a], "pairs"),
+    (WeightedSum, [("much", count_a)], "pairs"), (WeightedSum, [(1, 7)], "7"), (WeightedSum, [(1, "nowhere")], "nowhere")])
+def test_a_rule_that_makes_no_sense(rule, told, part):
+    with pytest.raises(RewardError) as caught: rule(*told)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_part_that_fails_is_to_blame():
+    def broken(prompt, response): return 1 / 0
+    with pytest.raises(RewardError) as caught: score(WeightedSum((1, Length(2)), (1, broken)), ["a"], ["b"])
+    assert "broken" in str(caught.value) and "WeightedSum" not in str(caught.value) and "test_reward.py" in str(caught.value)
+
+
+def test_the_configuration_says_that_a_run_can_be_given():
+    "What `--help` and the documentation say about `reward_model` names what it takes since there are learned rewards."
+    assert "run" in PPOConfig.model_fields["reward_model"].description.split("without it")[0]
