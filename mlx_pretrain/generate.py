@@ -248,10 +248,11 @@ def generate_text(
     top_k: int = 0, # see `sample`
     top_p: float = 1.0, # see `sample`
     seed: int = 0, # of the draws
+    batch_size: int | None = None, # texts written at once; by default all
 ) -> list[str]: # what was written, without the prompts
     "Write on from several texts at once. Raises `GenerateError` as `generate` does."
     eos, rows = tokenizer.eos_id, [prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     out = generate(model, rows, max_new_tokens, eos_ids=[eos], pad_id=tokenizer.pad_id,
-                   temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+                   temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch_size=batch_size)
     written = [tokens[mask].tolist() for tokens, mask in zip(np.array(out.tokens), np.array(out.response_mask))]
     return ["".join(text_pieces(tokenizer, ids, [t for t in tokens if t != eos])) for ids, tokens in zip(rows, written)]

@@ -72,7 +72,7 @@ def lay_beside(
     rows: list[list[int]], # token ids, N rows
     pad_id: int, # fills
 ) -> tuple[np.ndarray, np.ndarray]: # tokens (N, T) int32, mask (N, T) bool
-    "Texts of different lengths as a rectangle, in one of few widths."
+    "Texts of different lengths as a rectangle, padded to one of a few widths, so that few shapes are compiled."
     lengths = np.array([*map(len, rows)])                                 # (N,)
     tokens = np.full((len(rows), _grid(int(lengths.max()))), pad_id, np.int32)
     for place, row in zip(tokens, rows): place[:len(row)] = row

@@ -62,7 +62,7 @@ class TrainedReward(RewardModel):
     def __init__(
         self,
         model: ScalarLlama, # gives a number for a text
-        tokenizer: Tokenizer, # its own, which need not be the policy's
+        tokenizer: Tokenizer, # its own, which need not be the policy's; it reads prompts as the policy's format wrote them, though
         fmt: PromptFormat, # what stands around a response
         mean: float = 0.0, # is taken off
         std: float = 1.0, # divides what remains

@@ -36,7 +36,7 @@ class Length(RewardModel):
 
 @dataclass(frozen=True)
 class Contains(RewardModel):
-    "The share of some words or phrases that a response holds, in upper or lower case."
+    "The share of some words or phrases that a response holds, whatever their case."
     words: tuple[str, ...]
     "What should be there; one text is fine too."
 

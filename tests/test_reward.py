@@ -374,9 +374,12 @@ def test_normalised_on_what_the_starting_policy_says(tmp_path):
 
 def test_normalised_on_prompts_from_all_over_the_file(tmp_path, monkeypatch):
     "Files are often sorted. Red if only the first prompts are asked."
-    asked, work = [], reward.generate
-    monkeypatch.setattr(reward, "generate", lambda model, prompts, *args, **kwargs: (asked.extend(map(tuple, prompts)),
-                                                                                     work(model, prompts, *args, **kwargs))[1])
+    asked, work = [], reward.generate_text
+
+    def noted(model, tok, prompts, *args, **kwargs):
+        asked.extend(map(tuple, prompts))
+        return work(model, tok, prompts, *args, **kwargs)
+    monkeypatch.setattr(reward, "generate_text", noted)
     letters = "abcdefgh"
     rows = [{"prompt": a + b, "chosen": "a", "rejected": "b"} for a in letters for b in letters]
     trainer = trainer_on(tmp_path, rows, normalization_samples=16)
@@ -459,7 +462,7 @@ def test_a_killed_reward_training_ends_as_one_that_was_not(tmp_path):
     assert checkpoints(tmp_path / "runs" / "cut")[-1].name == "step_000004"
     same_end(calm, train_reward(reward_cfg(tmp_path, "cut", resume=True), tmp_path / "runs"))
     known = [read_metadata(tmp_path / "runs" / name)["reward_model"] for name in ("calm", "cut")]
-    assert known[0] == known[1] and {"mean", "std", "accuracy", "calibration_error", "length_correlation"} == known[0].keys()
+    assert known[0] == known[1] and {"mean", "std", "accuracy", "calibration_error", "length_correlation"} <= known[0].keys()
     other = train_reward(reward_cfg(tmp_path, "other", hyper={"learning_rate": 9e-3}), tmp_path / "runs")
     assert fails(same_end, calm, other)
 

@@ -13,9 +13,9 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 
 import numpy as np
 
-from mlx_pretrain.config import UserError, load_config
-from mlx_pretrain.generate import generate, text_after
-from mlx_pretrain.pretrained import load
+from mlx_pretrain.config import ConfigError, UserError, load_config
+from mlx_pretrain.generate import generate_text
+from mlx_pretrain.pretrained import find_model, load
 from mlx_pretrain.prompt import prompt_ids
 from mlx_pretrain.rules import Sentiment
 from mlx_pretrain.score import score
@@ -24,34 +24,34 @@ from mlx_pretrain.sft import SFTConfig
 SAMPLES, LONGEST, LEAST = 8, 32, 0.2  # answers to a question; tokens of one; difference in sentiment from which on a pair counts
 
 
-def answers(policy, asked, seed):
+def answers(policy, questions, seed):
     "What the policy says to each of some questions."
     model, tok, _, fmt = policy
-    prompts = [prompt_ids(tok, fmt.ask(question)) for question in asked]
-    out = generate(model, prompts, LONGEST, eos_ids=[tok.eos_id], pad_id=tok.pad_id, seed=seed, batch_size=256)
-    rows = [row[mask].tolist() for row, mask in zip(np.array(out.tokens), np.array(out.response_mask), strict=True)]
-    return [fmt.unwrap(text_after(tok, p, r)) for p, r in zip(prompts, rows, strict=True)]
+    prompts = [prompt_ids(tok, fmt.ask(question)) for question in questions]
+    return [*map(fmt.unwrap, generate_text(model, tok, prompts, LONGEST, seed=seed, batch_size=256))]
 
 
-def pairs(asked, said, friendly):
+def pairs(questions, said, friendly):
     "For each question the friendliest answer beside the least friendly one, the second beside the last but one, and so on."
-    for question, answers, values in zip(asked, said, friendly, strict=True):
+    for question, some, values in zip(questions, said, friendly, strict=True):
         order = np.argsort(values, kind="stable")
         for low, high in zip(order[:len(order) // 2], order[::-1], strict=False):
-            if values[high] - values[low] >= LEAST: yield {"instruction": question, "chosen": answers[high], "rejected": answers[low]}
+            if values[high] - values[low] >= LEAST: yield {"prompt": question, "chosen": some[high], "rejected": some[low]}
 
 
 def main(run, folder=Path("data/preferences")):
-    policy, cfg = load(run), load_config(SFTConfig, Path(run) / "config.yaml")
+    policy, cfg = load(run), load_config(SFTConfig, find_model(run) / "config.yaml").data
+    if policy.format is None: raise ConfigError(f"{run} was not taught to answer; name a fine-tuned run")
+    if cfg.validation_file is None: raise ConfigError(f'{run} has no "data.validation_file", from which the held-out pairs would come')
     folder.mkdir(parents=True, exist_ok=True)
-    for n, (name, file) in enumerate((("train", cfg.data.input_file), ("val", cfg.data.validation_file))):
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-        asked = [*dict.fromkeys(json.loads(line)["instruction"] for line in lines)]
-        said = [answers(policy, asked, seed=SAMPLES * n + i) for i in range(SAMPLES)]     # SAMPLES × questions
-        friendly = np.array([score(Sentiment(), asked, some) for some in said]).T         # questions × SAMPLES
-        rows = [*pairs(asked, [*zip(*said, strict=True)], friendly)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        print(f"{folder / name}.jsonl: {len(rows)} pairs, from {SAMPLES} answers to each of {len(asked)} questions")
+    for n, (name, file) in enumerate((("train", cfg.input_file), ("val", cfg.validation_file))):
+        rows = (json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines())
+        questions = [*dict.fromkeys(row[policy.format.input_field] for row in rows)]
+        said = [answers(policy, questions, seed=SAMPLES * n + i) for i in range(SAMPLES)]    # SAMPLES × questions
+        friendly = np.array([score(Sentiment(), questions, some) for some in said]).T        # questions × SAMPLES
+        found = [*pairs(questions, [*zip(*said, strict=True)], friendly)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
+        print(f"{folder / name}.jsonl: {len(found)} pairs, from {SAMPLES} answers to each of {len(questions)} questions")
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ STYLE = """
 body { max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; font: 16px/1.55 system-ui, sans-serif; color: #1d2733; background: #fff }
 h1 { font-size: 2rem; line-height: 1.2 } h2 { margin-top: 2.6rem } p { max-width: 44rem } img { max-width: 100%; height: auto }
 table { border-collapse: collapse; width: 100% } td, th { padding: .45rem .7rem; border-bottom: 1px solid #e3e8ee; text-align: left;
-vertical-align: top } th { color: #5b6b7c; font-weight: 600; white-space: nowrap } td { overflow-wrap: anywhere } td.number { text-align: right;
-white-space: nowrap; font-variant-numeric: tabular-nums } td.word { white-space: nowrap } .good { color: #1b7a43 } .bad { color: #b3261e } .quiet { color: #5b6b7c }
+vertical-align: top } th { color: #5b6b7c; font-weight: 600; white-space: nowrap } td { overflow-wrap: anywhere }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums } td.word { white-space: nowrap }
+.good { color: #1b7a43 } .bad { color: #b3261e } .quiet { color: #5b6b7c }
 blockquote { margin: .8rem 0; padding: .2rem 1rem; border-left: 3px solid #c9d4df; max-width: 44rem; white-space: pre-wrap }
 """
 
@@ -61,7 +62,7 @@ def judged(step, policy, first, episodes, reward, seed):
 
 
 def on_the_way(sft, rl):
-    "The policy before PPO, at each checkpoint, and in the end."
+    "The policy before PPO, and at each checkpoint, of which the last is the end."
     cfg, first = load_config(PPOConfig, Path(rl) / "config.yaml"), load(sft)
     reward = load_reward(cfg.reward_model)
     d = cfg.data
@@ -155,16 +156,17 @@ def page(way, fmt, base, sft, reward, rl):
     pairs = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
     tok = load(sft).tokenizer
     seconds = sum(read_metadata(run)["took"]["seconds"] for run in (base, sft, reward, rl))
-    examples = "".join(f"<tr><td>{text(p['instruction'])}</td><td>{text(p['chosen'])}</td><td>{text(p['rejected'])}</td></tr>" for p in pairs[::max(1, len(pairs) // 4)][:4])
+    examples = "".join(f"<tr><td>{text(p['prompt'])}</td><td>{text(p['chosen'])}</td><td>{text(p['rejected'])}</td></tr>"
+                       for p in pairs[::max(1, len(pairs) // 4)][:4])
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>From text to taste</title><style>{STYLE}</style>
 <h1>From text to taste: a language model trained on this machine</h1>
-<p>A Llama of {known["parameters"] / 1e6:.1f} million parameters read two centuries of speeches, learned to answer, learned from comparisons
-what is friendly, and was then aligned with that. Training took {seconds / 60:.0f} minutes in all. It is far too small to make sense; what can
-be seen is that each step does what it should.</p>
+<p>A Llama of {known["parameters"] / 1e6:.1f} million parameters read two centuries of speeches, learned to answer, learned from
+comparisons what is friendly, and was then aligned with that. Training took {seconds / 60:.0f} minutes in all. It is far too small to make
+sense; what can be seen is that each step does what it should.</p>
 <h2>1 · It reads</h2>
-<p>Next-token training on {known["train_tokens"] / 1e6:.1f} million tokens. On six addresses it never saw it needs <b>{bits:.2f} bits</b> for
-a byte.</p>
+<p>Next-token training on a text of {known["train_tokens"] / 1e6:.1f} million tokens. On six addresses it never saw it needs
+<b>{bits:.2f} bits</b> for a byte.</p>
 {picture(plot_runs([base]), "loss of pretraining")}
 <p>How it goes on after “{BEGINNING}”:</p><blockquote>{writes(base)}</blockquote>
 <h2>2 · It answers</h2>

@@ -46,7 +46,7 @@ def test_the_pairs_are_what_they_say():
     for name in ("train", "val"):
         pairs = rows(f"preferences/{name}.jsonl")
         assert len(pairs) > 40 and (friendly(p["chosen"] for p in pairs) > friendly(p["rejected"] for p in pairs) + 0.19).all()
-    assert not {p["instruction"] for p in rows("preferences/train.jsonl")} & {p["instruction"] for p in rows("preferences/val.jsonl")}
+    assert not {p["prompt"] for p in rows("preferences/train.jsonl")} & {p["prompt"] for p in rows("preferences/val.jsonl")}
 
 
 def test_the_reward_model_is_right_on_pairs_it_never_saw():
@@ -54,7 +54,7 @@ def test_the_reward_model_is_right_on_pairs_it_never_saw():
     reward, right, pairs = load_reward(REWARD), [], rows("preferences/val.jsonl")
     tok, fmt = reward.tokenizer, reward.format
     for pair in pairs:
-        ask = prompt_ids(tok, fmt.ask(pair["instruction"]))
+        ask = prompt_ids(tok, fmt.ask(pair["prompt"]))
         texts = [[*ask, *tok.encode(fmt.wrap(pair[key])), tok.eos_id] for key in ("chosen", "rejected")]
         chosen, rejected = (reward.model.values(mx.array([ids]))[0, -1].item() for ids in texts)
         right.append(chosen > rejected)
