@@ -13,6 +13,7 @@ from mlx_pretrain.cli import main
 from mlx_pretrain.config import load_config
 from mlx_pretrain.ppo import PPOConfig
 from mlx_pretrain.pretrain import PretrainConfig
+from mlx_pretrain.reward import RewardConfig
 from mlx_pretrain.sft import SFTConfig
 from mlx_pretrain.run import checkpoints, read_metrics
 
@@ -114,7 +115,7 @@ def test_a_name_with_blanks_and_brackets(here, capfd):
 @pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
 def test_the_configs_are_valid(config):
     from mlx_pretrain.model import parameter_count
-    kinds = {"sft": SFTConfig, "chat": SFTConfig, "rl": PPOConfig}
+    kinds = {"reward": RewardConfig, "sft": SFTConfig, "chat": SFTConfig, "rl": PPOConfig}
     cfg = load_config(next((kind for word, kind in kinds.items() if word in config), PretrainConfig), ROOT / "configs" / config)
     if cfg.name == "Llama (2M)":
         assert 1.8e6 < parameter_count(cfg.model.args(cfg.data.tokenizer.vocab_size)) < 2.2e6
