@@ -159,9 +159,9 @@ def apply_lora(
     seed: int = 0, # of their first weights
 ) -> Llama: # the same weights with adapters, which alone are trainable
     "A model with adapters beside the weights of another. Raises `ConfigError` if that has no such part, or has adapters already."
-    made = model if lora_layers(model) else _around(model.args, dict(tree_flatten(model.parameters())))
-    add_adapters(made, cfg, seed)
-    return made
+    if not lora_layers(model): model = _around(model.args, dict(tree_flatten(model.parameters())))
+    add_adapters(model, cfg, seed)                                        # which refuses a model that has some
+    return model
 
 # %% ../nbs/16_lora.ipynb #e544ed6a
 @contextmanager

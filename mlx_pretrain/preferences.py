@@ -85,8 +85,7 @@ class Preferences:
 
     `prompts`: token ids, n lists; `chosen`: those of prompt and response, n lists; `rejected`: the same of the other response, or `None`;
     `values` (n,) float32: margins, or the reward of each response; `pad_id`: fills; `said` (N,): tokens of the response in each of
-    `texts`; `source`: path, sha256, rows, kept, dropped, filtered,
-    skipped and tied of their file.
+    `texts`; `source`: path, sha256, rows, kept, dropped, filtered, skipped and tied of their file.
     """
     prompts: list[list[int]]
     chosen: list[list[int]]

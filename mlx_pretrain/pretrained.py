@@ -161,7 +161,7 @@ def export(
         try:
             new.mkdir(parents=True)
             mx.save_safetensors(str(new / "model.safetensors"), _usual_layout(model), metadata={"format": "pt"})
-            config = args_to_hf(model.args, tokenizer, type(model))
+            config = args_to_hf(model.args, tokenizer, ScalarLlama if isinstance(model, ScalarLlama) else Llama)
             _write_json(new / "config.json", {**config, **({_FORMAT: fmt.model_dump()} if fmt else {}), **(more or {})})
             _write_json(new / "generation_config.json", _control_ids(tokenizer))
             tokenizer.save(new)

@@ -240,9 +240,9 @@ class RewardTrainer(StageTrainer):
         self.scores, self.began_as = make_scorer(self.model, tokenizer.pad_id), base_identity(self.policy)
         if "score.weight" not in dict(tree_flatten(self.model.trainable_parameters())):
             raise ConfigError('"training.freeze": the head begins at zero, and nothing is learned without it; let score be trained')
-        self.asked, texts = self._asked(), data.chosen[:1] + (data.rejected or [])[:1]
-        self.trial = "\n".join(f"For example {what:<9} {tokenizer.decode(ids)!r}" for what, ids in zip(("chosen:", "rejected:"), texts))
-        if not self.pairs: self.trial = self.trial.replace("chosen:", f"{data.values[0]:g}:")
+        self.asked, names = self._asked(), ("chosen", "rejected") if self.pairs else (f"{data.values[0]:g}",)
+        first = zip(names, (data.chosen[0], *(data.rejected or [])[:1]))
+        self.trial = "\n".join(f"For example {name + ':':<9} {tokenizer.decode(ids)!r}" for name, ids in first)
 
     def _asked(self) -> list[list[int]]:
         "The prompts on which the reward is normalised, spread over the file. Raises `ConfigError` if none leaves room for a response."
@@ -303,9 +303,11 @@ class RewardTrainer(StageTrainer):
         texts = generate_text(self.policy, tok, prompts, self.cfg.data.response_length, seed=self.seed, batch_size=32)
         said = [*map(self.format.unwrap, texts)]
         scores = reward.compute_reward([*map(tok.decode, prompts)], said).astype(np.float64)
-        if scores.std() < 1e-6:
+        reward.mean, reward.std = float(scores.mean()), float(scores.std())
+        if reward.std < 1e-6:
             logger.warning("The reward model says the same about all that the policy says; it is only shifted, and not scaled.")
-        return TrainedReward(self.model, tok, self.format, float(scores.mean()), float(scores.std()) if scores.std() >= 1e-6 else 1.0)
+            reward.std = 1.0
+        return reward
 
     def leave(
         self,

@@ -270,7 +270,8 @@ def _go_on(trainer: StageTrainer, saved: Saved):
 # %% ../nbs/27_stage.ipynb #84a406e7
 def _size(model: Llama | ScalarLlama) -> int:
     "How many numbers a model holds, without adapters."
-    return sum(w.size for name, w in tree_flatten(model.parameters()) if name not in adapters(model))
+    own = adapters(model)
+    return sum(w.size for name, w in tree_flatten(model.parameters()) if name not in own)
 
 
 def _say_ahead(trainer: StageTrainer, place: Path) -> str:

@@ -21,6 +21,7 @@ from mlx_pretrain.run import read_metadata, read_metrics
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from compare import asked  # noqa: E402
 from preferences import answers  # noqa: E402
+from report import number, on_the_way, text  # noqa: E402
 
 SFT, REWARD, RL, PAGE = (Path("runs", name) for name in ("demo-sft", "demo-reward", "demo-rl", "demo/report.html"))
 
@@ -105,9 +106,10 @@ def test_the_page_stands_alone_and_shows_what_was_measured():
     assert f"{read_metadata(REWARD)['reward_model']['accuracy']:.0%}" in text
 
 
-def test_the_page_shows_real_answers():
-    "The first answer of ten, made again."
-    fmt, tok = load(SFT).format, load(SFT).tokenizer
-    first = questions()[0]
-    assert asked(tok, prompt_ids(tok, fmt.ask(first)), fmt.prompt_format).strip() == first
-    assert {"kl", "reward", "val_reward", "val_kl"} <= set().union(*read_metrics(RL))
+def test_the_page_shows_what_the_policies_say():
+    "Both are asked again: the first of the ten answers, and the means that the table shows."
+    page, (way, fmt) = PAGE.read_text(encoding="utf-8"), on_the_way(SFT, RL)
+    tok = load(SFT).tokenizer
+    for one in (way[0], way[-1]): assert text(one.sampled.said[0]) in page and number(one.gold.mean()) in page
+    assert text(asked(tok, way[0].sampled.prompts[0], fmt.prompt_format)) in page and way[-1].step == read_metrics(RL)[-1]["step"]
+    assert way[0].kl.mean() == 0 < way[-1].kl.mean() and (friendly(way[-1].sampled.said) == way[-1].gold.astype(float).round(4)).all()
