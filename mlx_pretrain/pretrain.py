@@ -14,6 +14,7 @@ import numpy as np
 
 from .config import ConfigError
 from .data import Batch, DataConfig, Windows, batch_indices, cached_windows, make_tokenizer
+from .generate import generate_text
 from .model import Llama
 from .stage import StageConfig, StageTrainer, data_file, loss_metrics, run_stage
 from .tokenizer import Tokenizer
@@ -84,6 +85,13 @@ class PretrainTrainer(StageTrainer):
     def measure(self) -> dict[str, float]:
         "Loss, perplexity and bits per byte of the whole held-out text."
         return loss_metrics(super().measure()["val_loss"], "val_", self.held_out.n_targets / self.held_out.n_bytes)
+
+    def samples(self, n: int = 3) -> list[tuple[str, str, float | None]]:
+        "How the model would go on now, from beginnings that lie spread over the held-out text."
+        data = self.held_out or self.data
+        begins = np.array(data.batch(np.arange(n) * len(data) // n).inputs)[:, :data.context // 4]         # (n, T / 4)
+        said = generate_text(self.model, self.tokenizer, begins.tolist(), data.context - data.context // 4, 0.8, seed=self.seed)
+        return [(self.tokenizer.decode(ids), text, None) for ids, text in zip(begins.tolist(), said)]
 
     def phases(self):
         "One step; its loss in three units."

@@ -286,6 +286,13 @@ class RewardTrainer(StageTrainer):
         if self.pairs: scores, lengths = scores.reshape(2, n).T, lengths.reshape(2, n).T
         return Examined(scores, lengths, said.values, reward.std)
 
+    def samples(self, n: int = 3) -> list[tuple[str, str, float | None]]:
+        "What the model thinks now of some held-out responses, of pairs the chosen one first."
+        data, decode = self.held_out or self.data, self.tokenizer.decode
+        rows = [(prompt, text) for i, prompt in enumerate(data.prompts[:n]) for text in data.texts[i::len(data)]]
+        scores = self.scores([text for _, text in rows])
+        return [(decode(prompt), decode(text[len(prompt):]), float(score)) for (prompt, text), score in zip(rows, scores)]
+
     def state(self) -> dict:
         "The rest of a checkpoint."
         return {**super().state(), "policy": self.began_as}

@@ -110,8 +110,9 @@ class SFTTrainer(StageTrainer):
 
     @cached_property
     def questions(self) -> list[list[int]]:
-        "The different prompts of the held-out rows, in tokens."
-        return [*map(list, dict.fromkeys(tuple(self.held_out.prompt(i)) for i in range(len(self.held_out))))]
+        "The different prompts of the held-out rows, or else of the training rows, in tokens."
+        rows = self.held_out or self.data
+        return [*map(list, dict.fromkeys(tuple(rows.prompt(i)) for i in range(len(rows))))]
 
     def answers(
         self,
@@ -124,6 +125,10 @@ class SFTTrainer(StageTrainer):
         asked = fitting[::max(1, len(fitting) // n)][:n]
         said = generate_text(self.model, self.tokenizer, asked, max_new_tokens, temperature=0) if asked else []
         return [*zip(map(self.tokenizer.decode, asked), said)]
+
+    def samples(self, n: int = 3) -> list[tuple[str, str, float | None]]:
+        "Likeliest answers, as `answers` has them."
+        return [(asked, said, None) for asked, said in self.answers(n)]
 
 
 def _read(cfg: SFTData, key: str, tokenizer, fmt: PromptFormat) -> Examples | None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'StageConfig', 'TunedConfig', 'AdaptedTraining', 'data_file', 'begin_with', 'complete',
-           'check_begins_elsewhere', 'with_adapters', 'loss_metrics', 'StageTrainer', 'run_stage']
+           'check_begins_elsewhere', 'with_adapters', 'loss_metrics', 'StageTrainer', 'open_run', 'run_stage']
 
 # %% ../nbs/27_stage.ipynb #3e9162a5
 import logging
@@ -25,10 +25,10 @@ from .model import Llama, ModelConfig, ScalarLlama
 from .pretrained import Pretrained, export, find_model, load
 from .prompt import PromptFormat
 from .run import (
-    LoggingConfig, ResumeConfig, Run, RunError, Saved, check_name, check_place, find_checkpoint, read_metadata, short)
+    LoggingConfig, ResumeConfig, Run, RunError, Saved, check_name, check_place, find_checkpoint, latest_checkpoint, read_metadata, short)
 from .tokenizer import Tokenizer
 from .trainer import (
-    LossFn, SystemConfig, Trainer, TrainingConfig, check_memory, compute_in, evaluate, forecast, set_device, train_run)
+    LossFn, SystemConfig, Trainer, TrainingConfig, check_memory, compute_in, evaluate, forecast, recorded, set_device, train_run)
 
 # %% ../nbs/27_stage.ipynb #0c787808
 class StageConfig(Section):
@@ -211,6 +211,13 @@ class StageTrainer(Trainer):
         total, count = evaluate(self.model, self.loss, self.held_out_batches())
         return loss_metrics(total / count, "val_")
 
+    def samples(
+        self,
+        n: int = 3, # at most so many
+    ) -> list[tuple[str, str, float | None]]: # what was asked, what the model says now, and what that is worth, if anybody says so
+        "Something for people to look at while it trains."
+        raise NotImplementedError
+
     def phases(self):
         "One step; its loss in several units, if it is one of tokens."
         metrics = yield from super().phases()
@@ -312,6 +319,24 @@ def _start(trainer: StageTrainer, saved: Saved | None, root: str | Path, ahead: 
     return run
 
 # %% ../nbs/27_stage.ipynb #46637cc2
+def open_run(
+    trainer: StageTrainer, # at its beginning, or where an earlier `with` has left it
+    root: str | Path = "runs", # directory of all runs
+): # a context, see `recorded`
+    """The run directory of a trainer that somebody else steps, open inside a `with`.
+
+    Raises `UserError` as `run_stage` does.
+    """
+    cfg, place = trainer.cfg, Path(root) / check_name(trainer.cfg.name)
+    if trainer.run_dir is None:
+        if saved := find_checkpoint(cfg.resume, place): _go_on(trainer, saved)
+        else: check_place(place, cfg.overwrite)
+    else: saved = latest_checkpoint(trainer.run_dir.path)
+    check_memory(trainer)
+    run = trainer.run_dir = _start(trainer, saved, root, "Watched from a notebook.")
+    return recorded(trainer, run, lambda: trainer.leave(run), **_identity(trainer))
+
+
 def run_stage(
     cfg: StageConfig, # the whole run, as far as it is written down
     build: Callable[[Saved | None], StageTrainer], # makes the trainer; told from which checkpoint it will go on, if it does

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'LossFn', 'MAX_SKIPPED', 'Hyperparameters', 'TrainingConfig', 'SystemConfig', 'set_device', 'Knobs',
            'clip_gradient', 'Update', 'choose_parameters', 'compute_in', 'stop_between_steps', 'TrainingError',
            'Progress', 'Trainer', 'evaluate', 'log_metrics', 'save_checkpoint', 'save_checkpoints', 'ProgressBar',
-           'span', 'Forecast', 'check_memory', 'forecast', 'train_run']
+           'span', 'Forecast', 'check_memory', 'forecast', 'recorded', 'train_run', 'replay_knobs']
 
 # %% ../nbs/18_trainer.ipynb #2e7b0ba0
 import logging
@@ -34,7 +34,7 @@ from .config import ConfigError, Section, UserError
 from .core import key_for
 from .lora import adapters, dropping, lora_layers
 from .optim import Optimization, SchedulerConfig, check_optimizer, make_optimizer, make_schedule
-from .run import Journal, Run, RunError, Saved, checkpoints, read_metadata, short
+from .run import Journal, Run, RunError, Saved, checkpoints, read_metadata, read_metrics, short
 
 # %% ../nbs/18_trainer.ipynb #6b7c3e3c
 class Hyperparameters(Section):
@@ -362,6 +362,7 @@ class Trainer(Progress):
     began: float | None = None # `judged_by` before the first step, if it was measured
     probes = 6 # steps that a forecast times
     best_is_kept = False # does a finished run keep its best weights, and not its last?
+    _under_way = False # is somebody in the middle of a step?
 
     def __init__(
         self,
@@ -449,16 +450,27 @@ class Trainer(Progress):
         return {"step": self.steps_done, "loss": loss, **means, "learning_rate": rate, "grad_norm": norm, "tokens": self.tokens,
                 "tokens_per_second": speed}
 
-    def _step(self) -> dict:
-        phases = self.phases()
-        try:
-            while True: next(phases)
-        except StopIteration as end: metrics = end.value
+    def _stepping(self) -> Generator[str, None, dict]:
+        metrics = yield from self.phases()
         if self.validate and (self.steps_done % self.validation_interval == 0 or self.steps_done == self.total_steps):
+            yield "validate"
             metrics |= self.validate()
             self.validated(metrics[self.judged_by])
         for callback in self.callbacks: callback(self, metrics)
         return metrics
+
+    def stepping(self) -> Generator[str, None, dict]:
+        "A step in pieces, with measurements and callbacks; returns its metrics. Raises `TrainingError` if another one is under way."
+        if self._under_way: raise TrainingError("a step is under way, in a live panel or a generator; pause or close that first")
+        self._under_way = True
+        try: return (yield from self._stepping())
+        finally: self._under_way = False
+
+    def _step(self) -> dict:
+        pieces = self.stepping()
+        try:
+            while True: next(pieces)
+        except StopIteration as end: return end.value
 
     def step(self) -> dict: # metrics of this step
         "Take one step to its end, also when Ctrl-C comes in the middle. Raises `TrainingError` if too many in a row were not finite."
@@ -712,22 +724,40 @@ def _took(trainer: Trainer, run: Run, since: float, tokens: int, before: dict) -
     if trainer.began is not None: said += f" Before the first step it was {trainer.began:.4f}."
     return said
 
+
+def _look_back(trainer: Trainer, run: Run, last: float | None):
+    "Warn if the end of a run, with its last validation, was not the best of it."
+    if trainer.best and not trainer.best_is_kept and last is not None and trainer.worse(last) > 0.05 * abs(trainer.best[1]):
+        step, best = trainer.best
+        logger.warning(f"Validation was best at step {step} ({best:.3g}) and ended at {last:.3g}: train less, or use the "
+                       f"checkpoint of that step, {run.path / run.logging.checkpoint_dir}/step_{step:06d}.")
+    elif trainer.judged_by == "val_loss" and trainer.losses and trainer.losses[2] > 1.1 * trainer.losses[0]:
+        logger.warning(f'The loss ended at {trainer.losses[2]:.3g}, above its first value of {trainer.losses[0]:.3g}: lower '
+                       '"training.hyperparameters.learning_rate".')
+
+
+
 # %% ../nbs/18_trainer.ipynb #c514290b
-def train_run(
+@contextmanager
+def recorded(
     trainer: Trainer, # ready to go
     run: Run, # its run directory
     afterwards: Callable[[], None], # what is left to do after the last step
     **state, # goes into each checkpoint's state, beside the trainer's own
 ):
-    "Train to the end inside a run directory: log, save, show progress, and write down how it ended."
+    """Inside, what a trainer does is logged and saved in a run directory, and in the end how it ended. Yields a function that
+    saves a checkpoint now.
+
+    Raises `KeyboardInterrupt` at the end if there are steps left, after it has saved where it stands.
+    """
     since, tokens, before = time.perf_counter(), trainer.tokens, read_metadata(run.path).get("took") or {}
-    trainer.callbacks += [log_metrics(run, run.logging.steps.logging_interval), save_checkpoints(run, **state)]
+    last = {}
+    ours = [log_metrics(run, run.logging.steps.logging_interval), save_checkpoints(run, **state), lambda _, metrics: last.update(metrics)]
+    trainer.callbacks += ours
     mx.reset_peak_memory()
     outcome, said = "failed", ""
     try:
-        with ProgressBar(trainer.total_steps, trainer.steps_done) as bar:
-            trainer.callbacks.append(bar)
-            metrics = trainer.run()
+        yield lambda: save_checkpoint(trainer, run, **state)
         if trainer.steps_done < trainer.total_steps:
             _keep(trainer, run, **state)
             raise KeyboardInterrupt                                       # as Ctrl-C ends a program
@@ -745,16 +775,36 @@ def train_run(
         if trainer.steps_done > max((int(path.name[5:]) for path in checkpoints(run.path)), default=0): _keep(trainer, run, **state)
         raise
     finally:
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback not in ours]
         try:
             said = f"{said}\n{_took(trainer, run, since, tokens, before)}".strip()
             run.note(said)
         finally: run.finish(outcome)                                      # also when the disk is full: somebody may wait for the lock
     print(said, flush=True)                                               # last, since nobody may be listening any more
-    last = metrics.get(trainer.judged_by)
-    if trainer.best and not trainer.best_is_kept and last is not None and trainer.worse(last) > 0.05 * abs(trainer.best[1]):
-        step, best = trainer.best
-        logger.warning(f"Validation was best at step {step} ({best:.3g}) and ended at {last:.3g}: train less, or use the "
-                       f"checkpoint of that step, {run.path / run.logging.checkpoint_dir}/step_{step:06d}.")
-    elif trainer.judged_by == "val_loss" and trainer.losses and trainer.losses[2] > 1.1 * trainer.losses[0]:
-        logger.warning(f'The loss ended at {trainer.losses[2]:.3g}, above its first value of {trainer.losses[0]:.3g}: lower '
-                       '"training.hyperparameters.learning_rate".')
+    _look_back(trainer, run, last.get(trainer.judged_by))
+
+# %% ../nbs/18_trainer.ipynb #369989df
+def train_run(
+    trainer: Trainer, # ready to go
+    run: Run, # its run directory
+    afterwards: Callable[[], None], # what is left to do after the last step
+    **state, # goes into each checkpoint's state, beside the trainer's own
+):
+    "Train to the end inside a run directory, with a progress bar. Raises as `recorded` and `Trainer.run` do."
+    with recorded(trainer, run, afterwards, **state), ProgressBar(trainer.total_steps, trainer.steps_done) as bar:
+        trainer.callbacks.append(bar)
+        trainer.run()
+
+# %% ../nbs/18_trainer.ipynb #26f5ea94
+def replay_knobs(
+    trainer: Trainer, # at the step where that run began, or any later one
+    run: str | Path, # a run directory, or its metrics.jsonl
+):
+    "Turn the knobs of a trainer as they were turned in a run, each before the same step. Raises `RunError` if it has no metrics."
+    turns = [(row["step"], row["name"], row["value"]) for row in read_metrics(run) if row.get("event") == "knob"]
+
+    def turn(trainer, metrics):
+        for step, name, value in turns:
+            if step == trainer.steps_done: setattr(trainer.knobs, name, value)
+    turn(trainer, {})
+    trainer.callbacks.append(turn)
