@@ -48,7 +48,7 @@ units: .venv/.stamp-dev .venv/.stamp-data
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/notebooks.py execute
 	$(BIN)/python tools/notebooks.py sync
-	$(BIN)/python -m pytest -q -rs tests --ignore=tests/interop --ignore=tests/demo --ignore=tests/optima
+	$(BIN)/python -m pytest -q -rs tests --ignore=tests/interop --ignore=tests/demo --ignore=tests/optima --ignore=tests/e2e
 
 demo-result: demo .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/demo

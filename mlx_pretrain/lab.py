@@ -14,6 +14,7 @@ import io
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -149,7 +150,7 @@ def make_slider(
     turn: Callable[[str, float], None], # called with name and value, on any thread
 ) -> widgets.Widget: # the slider
     "A slider that turns a knob."
-    look = {"layout": {"width": "310px"}, "style": {"description_width": "130px"}, "description": name}
+    look = {"layout": {"width": "330px"}, "style": {"description_width": "140px"}, "description": name}
     if name == "learning_rate_factor": slider = widgets.FloatLogSlider(value, min=-2, max=1, step=0.02, readout_format=".2g", **look)
     else:
         least, most = {"clip_range": (0.01, 1), "temperature": (0.1, 2), "target_kl": (0, 0.5)}.get(name, (0, max(0.5, 10 * value)))
@@ -186,6 +187,7 @@ class Panel:
     def _repr_mimebundle_(self, **kwargs) -> dict: return {**self.all._repr_mimebundle_(**kwargs), "text/plain": NO_FRONT_END}
 
     def _turn(self, name: str, value: float):
+        if math.isclose(value, getattr(self.knobs, name), rel_tol=1e-9): return       # a browser has counted logarithms its own way
         setattr(self.knobs, name, value)
         self.known[name] = value
 
@@ -216,7 +218,8 @@ class Panel:
     ):
         "Show a message."
         look = "border-left:3px solid #d1495b;padding-left:8px" if bad else "opacity:0.8"
-        self.message.value = f'<div style="{look};max-width:900px;white-space:pre-wrap">{html.escape(text)}</div>' if text else ""
+        look += ";max-width:900px;line-height:1.4;white-space:pre-wrap"
+        self.message.value = f'<div style="{look}">{html.escape(text)}</div>' if text else ""
 
 # %% ../nbs/20_lab.ipynb #1677e649
 def samples_table(
@@ -272,6 +275,7 @@ class Stepper:
 
     def wait(self) -> bool: # is it over?
         "Train to the end in this cell. ■ pauses."
+        self._say("A cell that was sent together with this one waits for the end. ■ pauses.")
         with self._listening():
             while self.playing and self._has_work(): self._work()
         self._settle()
@@ -365,14 +369,16 @@ _ids = count(1)
 
 
 class _Told(logging.Handler):
-    "Shows warnings in the panel, the last three different ones; outside they would pile up below the cell."
+    "Shows warnings in the panel, the newest of each kind; below the cell they would pile up."
     def __init__(self, say: Callable[[str], None]):
         super().__init__(logging.WARNING)
-        self.say, self.last = say, deque(maxlen=3)
+        self.say, self.last = say, {}
 
     def emit(self, record):
-        if (text := record.getMessage()) not in self.last: self.last.append(text)
-        self.say("\n".join(self.last))
+        text = record.getMessage()
+        self.last[kind := re.sub(r"[\d.]+", "", text)[:40]] = text
+        if len(self.last) > 3: del self.last[next(key for key in self.last if key != kind)]
+        self.say("\n".join(self.last.values()))
 
 # %% ../nbs/20_lab.ipynb #5ef9a970
 class Live(Stepper):

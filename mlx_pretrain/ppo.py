@@ -6,10 +6,9 @@
 __all__ = ['logger', 'MAX_HELD_OUT', 'log_probs', 'kl_estimate', 'token_rewards', 'gae', 'whiten', 'policy_loss',
            'expected_values', 'ActorCritic', 'value_loss', 'Rollout', 'Minibatch', 'ppo_loss', 'PPOParams', 'PPOData',
            'PPOHyperparameters', 'PPOOptimization', 'PPOTraining', 'PPOSteps', 'PPOLogging', 'PPOConfig', 'Sampled',
-           'respond', 'make_reader', 'look_back', 'minibatches', 'weighted_reward', 'PPOTrainer', 'ppo', 'RolloutView']
+           'respond', 'make_reader', 'look_back', 'minibatches', 'weighted_reward', 'PPOTrainer', 'ppo']
 
 # %% ../nbs/04_ppo.ipynb #39479a31
-import html
 import logging
 import math
 import time
@@ -622,17 +621,23 @@ class PPOTrainer(StageTrainer):
         distance = self.distance
         return {"val_reward": reward, f"val_{distance}": seen[distance], "val_loss": self.ppo.vf_coef * float(errors.mean())}
 
-    def _step(self) -> dict:
+    def _stepping(self):
         if self.steps_done == 0 and self.held_out and self.run_dir and self.began is None:
             before = self.measure()
             self.began = before["val_reward"]
             self.run_dir.log({"step": 0, **before})
-        metrics = super()._step()
+        metrics = yield from super()._stepping()
         every = self.cfg.logging.steps.logging_interval
         if self.run_dir and (self.steps_done in (1, self.total_steps) or self.steps_done % every == 0):
             best, worst = np.argmax(self.sampled.scores), np.argmin(self.sampled.scores)
             self.run_dir.note(_shown(self.sampled, [best] if best == worst else [best, worst], f"step {self.steps_done}"))
         return metrics
+
+    def samples(self, n: int = 3) -> list[tuple[str, str, float | None]]:
+        "What the policy says now to held-out prompts, or else what it said in the last step, with its reward."
+        if self.held_out is None: now = self.sampled
+        else: now = self.collect(self.held_out, np.arange(min(n, len(self.held_out))), self.knobs.snapshot(), -1)
+        return [] if now is None else [*zip(now.asked[:n], now.said, map(float, now.scores))]
 
     def last_good(self) -> int:
         "The last step after which all was well."
@@ -694,37 +699,3 @@ def ppo(
         whole = saved and not saved.state.get("base")                     # it holds all that the pretrained model gave
         return PPOTrainer(cfg, open_checkpoint(saved) if whole else None, **kwargs)
     return run_stage(cfg, build, root)
-
-# %% ../nbs/04_ppo.ipynb #22274a37
-class RolloutView:
-    """A sampled response, for a notebook: for each token the log-ratio to the reference, what the critic expected, and the advantage.
-
-    Red is negative, green is positive; the strongest colour is the largest number of its line. Raises `ValueError` if there is no such row.
-    """
-    def __init__(
-        self,
-        tokenizer: Tokenizer, # names the tokens
-        rollout: Rollout, # of a step
-        row: int, # which response
-    ):
-        if rollout is None or not 0 <= row < len(rollout.pad): raise ValueError(f"there is no row {row} in this rollout; take a step first")
-        mask, width = np.array(rollout.response_mask[row]), rollout.response_mask.shape[1]
-        ids = np.array(rollout.tokens[row])
-        self.prompt = "".join(map(tokenizer.piece, ids[int(rollout.pad[row]):-width]))
-        self.pieces = [tokenizer.piece(id) for id in ids[-width:][mask]]
-        arrays = {"log-ratio": rollout.logp - rollout.ref_logp, "value": rollout.values, "advantage": rollout.advantages}
-        self.rows = {name: np.array(x[row])[mask] for name, x in arrays.items()}      # (tokens,) each
-
-    def _repr_html_(self) -> str:
-        lines = [f'<div style="color:#6c757d">{html.escape(self.prompt)}</div>']
-        for name, numbers in self.rows.items():
-            strong, spans = np.abs(numbers) / max(np.abs(numbers).max(), 1e-9), []
-            for piece, number, alpha in zip(self.pieces, numbers, strong):
-                look = f"background:rgba({'214,40,40' if number < 0 else '38,132,84'},{0.75 * alpha:.2f});padding:1px"
-                text = html.escape(piece).replace("\n", "↵").replace(" ", "&nbsp;")
-                spans.append(f'<span style="{look}" title="{number:.3f}">{text}</span>')
-            label = f"{name} {numbers.min():.2f} … {numbers.max():.2f}"
-            lines.append(f'<div><span style="display:inline-block;width:15em;color:#6c757d">{label}</span>{"<wbr>".join(spans)}</div>')
-        return f'<div style="font-family:monospace;line-height:1.8">{"".join(lines)}</div>'
-
-    def __repr__(self): return "\n".join(f"{name}: {' '.join(f'{x:.2f}' for x in numbers)}" for name, numbers in self.rows.items())

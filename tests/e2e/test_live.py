@@ -1,0 +1,202 @@
+"""The panel in a real JupyterLab: what is turned, pressed and stopped there reaches the training, and what it says is shown."""
+import json
+
+import pytest
+from conftest import Server
+
+SETUP = """import json
+import mlx_pretrain
+from toys import task
+from mlx_pretrain.lab import Live, Panel
+from mlx_pretrain.run import checkpoints, read_metrics
+def count_a(prompt, response): return response.count("a") / 8
+def ppo(name, steps=100_000, **data):
+    trainer = task(count_a, steps=steps, batch=16, lr=3e-3, response_length=8, **{"kl_coef": 0.02, "guards": "warn", **data})
+    trainer.cfg = trainer.cfg.model_copy(update={"name": name})
+    return trainer"""
+STATE = "print(json.dumps([live.trainer.steps_done, live.playing, live.trainer.knobs.kl_coef, live.curves['kl'][1][-20:].mean()]))"
+EVENTS = "print(json.dumps([line for line in read_metrics('runs/turned') if line.get('event') == 'knob']))"
+
+
+def begin(open_notebook, *cells, start="live = Live(ppo('x'), root=None)\nlive.start()", setup=SETUP, **where):
+    "A notebook in which a training has been started by somebody who then looks at the panel; the third cell says how it stands."
+    nb = open_notebook([setup, start, STATE, *cells], **where)
+    nb.run(0)
+    nb.run(1)
+    nb.page.wait_for_timeout(600)
+    return nb
+
+
+def ask(nb, i=2): return json.loads(nb.run(i))
+def steps(nb): return ask(nb)[0]
+
+
+def stands_still(nb):
+    before = steps(nb)
+    nb.page.wait_for_timeout(400)
+    return steps(nb) == before
+
+
+def turn_kl_coef(nb):
+    "Let PPO go far from its reference, drag the slider, and watch 150 more steps: the state before and after, and what the slider shows."
+    nb.until(lambda: ask(nb)[3] > 3, timeout=60)
+    before, shown = ask(nb), nb.drag("kl_coef", 0.9)
+    then = steps(nb)
+    nb.until(lambda: steps(nb) > then + 150, timeout=60)
+    return before, ask(nb), shown
+
+
+def check_turned(before, after, shown):
+    assert before[2] == 0.02 and shown > 0.4 and after[2] == pytest.approx(shown)
+    assert after[3] < 0.6 * before[3]
+
+
+def test_slider_turns_a_running_training_and_its_curve(open_notebook):
+    "kl_coef is dragged while PPO runs: the trainer has it, it is an event in the metrics, and in the picture the KL comes down."
+    nb = begin(open_notebook, EVENTS, start="live = Live(ppo('turned'))\nlive.start()")
+    picture = nb.pictures(1)
+    before, after, shown = turn_kl_coef(nb)
+    check_turned(before, after, shown)
+    nb.until(lambda: nb.pictures(1) != picture)
+    assert len(nb.outputs(1)) == 2                                        # panel and picture, however long it runs
+    events = json.loads(nb.run(3))
+    assert {event["name"] for event in events} == {"kl_coef"} and events[-1]["value"] == after[2]
+    assert before[0] <= events[0]["step"] <= events[-1]["step"] < after[0]
+
+
+def test_a_panel_that_ignores_its_slider_is_found_out(open_notebook):
+    "The same check, on a panel whose sliders turn nothing, must fail."
+    nb = begin(open_notebook, setup=SETUP + "\nPanel._turn = lambda self, name, value: None")
+    with pytest.raises(AssertionError): check_turned(*turn_kl_coef(nb))
+
+
+def test_buttons(open_notebook):
+    "Pause and Run, single steps, a sample, a checkpoint, and the end; between them the training stands still."
+    nb = begin(open_notebook, "print(json.dumps([[p.name for p in checkpoints('runs/pressed')], live.trainer.steps_done]))",
+               start="live = Live(ppo('pressed'))\nlive.start()")
+    nb.until(lambda: steps(nb) > 20)
+    nb.press("Pause")
+    nb.page.wait_for_selector(".jupyter-button:has-text('Run')")
+    assert stands_still(nb)
+    at = steps(nb)
+    for n in (1, 2):
+        nb.press("Step")
+        nb.until(lambda n=n: steps(nb) == at + n)
+    assert stands_still(nb)
+    nb.press("Sample")
+    nb.page.wait_for_selector(f"text=after step {at + 2}")
+    nb.press("Save")
+    nb.page.wait_for_selector(f"text=/Saved in .*step_{at + 2:06d}/")
+    saved, _ = json.loads(nb.run(3))
+    assert f"step_{at + 2:06d}" in saved
+    nb.press("Run")
+    nb.until(lambda: steps(nb) > at + 12)
+    nb.press("Stop")
+    nb.page.wait_for_selector("text=/Stopped after step/")
+    saved, done = json.loads(nb.run(3))
+    assert saved[-1] == f"step_{done:06d}" and stands_still(nb)
+    nb.press("Run")                                                       # it was closed, and goes on all the same
+    nb.until(lambda: steps(nb) > done + 5)
+
+
+def test_interrupt_pauses_and_it_goes_on(open_notebook):
+    "■ while it trains pauses after the step, without an error anywhere; Run goes on; ■ in another cell is that cell's."
+    nb = begin(open_notebook, "import time\ntime.sleep(60)")
+    nb.until(lambda: steps(nb) > 20)
+    nb.command("kernelmenu:interrupt")
+    nb.page.wait_for_selector(".jupyter-button:has-text('Run')")
+    assert stands_still(nb) and not ask(nb)[1]
+    at = steps(nb)
+    nb.press("Run")
+    nb.until(lambda: steps(nb) > at + 20)
+    nb.send(3)
+    nb.page.wait_for_timeout(700)
+    nb.command("kernelmenu:interrupt")
+    nb.wait(3)
+    assert nb.errors(3) == ["KeyboardInterrupt: "]
+    at = steps(nb)
+    nb.until(lambda: steps(nb) > at + 20)                                 # the training did not mind
+    assert not nb.errors(1) and len(nb.outputs(1)) == 2
+
+
+def test_an_error_in_a_step_pauses_and_is_shown(open_notebook):
+    "A reward that fails is one sentence in the panel; mended, the training goes on from there."
+    setup = SETUP + "\nbroken = []\ndef count_a(prompt, response):\n    assert not broken, '<b>salt</b> is out'\n    return response.count('a') / 8"
+    nb = begin(open_notebook, "broken.append(1)", "broken.clear()", setup=setup)
+    nb.until(lambda: steps(nb) > 20)
+    nb.run(3)
+    nb.page.wait_for_selector(".jupyter-button:has-text('Run')")
+    assert "<b>salt</b> is out" in nb.page.inner_text(".widget-html >> nth=0")
+    nb.run(4)
+    at = steps(nb)
+    nb.press("Run")
+    nb.until(lambda: steps(nb) > at + 20)
+
+
+def test_run_all_waits_for_the_end(open_notebook):
+    "Sent together, the cell below finds a training that is over; one that is run later does not wait."
+    nb = open_notebook([SETUP, "live = Live(ppo('x', steps=60), root=None)\nlive.start()", "print(live.trainer.steps_done, live.is_over)"])
+    nb.command("notebook:run-all-cells")
+    nb.wait(2)
+    assert nb.text(2) == "60 True\n" and not nb.errors(1)
+    assert "finished" in nb.page.inner_text(".jp-Notebook")
+
+
+def test_run_all_interrupted(open_notebook):
+    "■ while the cells below wait: the training pauses, they are not run, and Run goes on."
+    nb = open_notebook([SETUP, "live = Live(ppo('x'), root=None)\nlive.start()", "print('not yet')", STATE])
+    nb.command("notebook:run-all-cells")
+    nb.page.wait_for_selector("text=/running: step/")
+    nb.page.wait_for_timeout(1000)
+    nb.command("kernelmenu:interrupt")
+    nb.page.wait_for_selector(".jupyter-button:has-text('Run')")
+    nb.until(lambda: nb.errors(2))
+    assert "InputRejected" in nb.errors(2)[0] and not nb.text(2)
+    at = ask(nb, 3)[0]
+    nb.press("Run")
+    nb.until(lambda: ask(nb, 3)[0] > at + 5)
+    assert nb.run(2) == "not yet\n"                                       # sent alone, it does not wait
+
+
+def test_reload_and_show_again(open_notebook):
+    "After the page is loaded anew the training is still there; `show()` brings back a panel whose picture grows and whose sliders work."
+    nb = begin(open_notebook, "live.show()")
+    nb.until(lambda: steps(nb) > 20)
+    nb.command("docmanager:save")
+    nb.open(anew=False)
+    at = steps(nb)
+    nb.until(lambda: steps(nb) > at + 20)
+    nb.run(3)
+    [picture] = nb.pictures(3)
+    nb.until(lambda: nb.pictures(3) != [picture])
+    shown = nb.drag("kl_coef", 0.7)
+    nb.until(lambda: ask(nb)[2] == pytest.approx(shown))
+    assert shown > 0.2
+
+
+def test_text_stays_text(open_notebook):
+    "A script in a prompt, shown as a sample, is text: it does not run, and makes no element."
+    evil = "<script>window.evil = 1</script><img src=x onerror='window.evil = 2'>"
+    setup = SETUP + f"\nalphabet = ''.join(sorted({{*'abcdefgh', *{evil!r}}}))\nEVIL = {evil!r}"
+    start = "live = Live(task(count_a, alphabet, [EVIL], steps=10**6, batch=16, response_length=8, guards='warn'), root=None)\nlive.start()"
+    nb = begin(open_notebook, setup=setup, start=start)
+    nb.until(lambda: steps(nb) > 3)
+    nb.press("Sample")
+    nb.page.wait_for_selector("text=after step")
+    assert evil in nb.page.inner_text(".jp-Notebook")
+    assert nb.page.evaluate("window.evil") is None and not nb.page.query_selector(".widget-html img, .widget-html script")
+
+
+def test_without_the_widgets_front_end(open_notebook, tmp_path):
+    "A JupyterLab that knows no widgets shows a sentence and a picture that grows, with a line of progress; the cells work."
+    server = Server(tmp_path, disabled=["@jupyter-widgets/jupyterlab-manager"])
+    try:
+        nb = begin(open_notebook, "live.pause()", on=server)
+        seen = nb.page.inner_text(".jp-Notebook")
+        assert "The panel needs the widgets of JupyterLab" in seen and "Error" not in seen and "VBox(" not in seen
+        picture = nb.pictures(1)
+        nb.until(lambda: nb.pictures(1) != picture)
+        assert "running: step" in nb.outputs(1)[1]["data"]["text/plain"]
+        nb.run(3)
+        assert stands_still(nb) and "paused" in nb.outputs(1)[1]["data"]["text/plain"]
+    finally: server.stop()
