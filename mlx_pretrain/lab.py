@@ -219,7 +219,7 @@ class Panel:
         "Show a message."
         look = "border-left:3px solid #d1495b;padding-left:8px" if bad else "opacity:0.8"
         look += ";max-width:900px;line-height:1.4;white-space:pre-wrap"
-        self.message.value = f'<div style="{look}">{html.escape(text)}</div>' if text else ""
+        self.message.value = f'<div style="{look}"><code style="all:unset">{html.escape(text)}</code></div>' if text else ""
 
 # %% ../nbs/20_lab.ipynb #1677e649
 def samples_table(
@@ -229,7 +229,7 @@ def samples_table(
     "A table of samples, in which all text is only text."
     worth = any(score is not None for _, _, score in samples)
     def cell(inside, style): return f'<td style="padding:2px 10px 6px 0;vertical-align:top;text-align:left;{style}">{inside}</td>'
-    def text(words): return html.escape(words).replace("\n", "↵<br>")
+    def text(words): return f'<code style="all:unset">{html.escape(words).replace(chr(10), "↵<br>")}</code>'      # where a $ is a $
     rows = [cell("" if score is None else f"{score:.3g}", "text-align:right;font-weight:600") * worth + cell(text(asked), "opacity:0.6") +
             cell(text(said), "") for asked, said, score in samples]
     body = "".join(f'<tr style="background:none">{row}</tr>' for row in rows)
@@ -500,6 +500,10 @@ class Live(Stepper):
         elif wish == "save": self._say(f"All is saved in {self._opened.path}." if self._opened else
                                        "There is no run directory to save in: give one with Live(trainer, root=…).")
         else: self.panel.samples.value = samples_table(self.trainer.samples(), f"after step {self.trainer.steps_done}")
+
+    def _advance(self):
+        if self._pieces is None and not self._wishes: self._open()        # again, after a stop
+        super()._advance()
 
     def _work(self):
         logger.addHandler(self._told)

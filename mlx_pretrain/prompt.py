@@ -216,21 +216,24 @@ def make_example(
 
 # %% ../nbs/24_prompt.ipynb #42c26423
 class TokenView:
-    "Coloured tokens, for a notebook: green is trained, grey is only read."
+    "Coloured tokens, for a notebook: green is trained, grey is only read, what is struck out is cut off."
     def __init__(
         self,
         tokenizer: Tokenizer, # names the tokens
         example: Example, # what to show
+        cut: range = range(0), # the places that are cut off
     ):
-        self.tokenizer, self.example = tokenizer, example
+        self.tokenizer, self.example, self.cut = tokenizer, example, cut
 
     def _repr_html_(self) -> str:
         spans = []
-        for id, trained in zip(*self.example):
+        for place, (id, trained) in enumerate(zip(*self.example)):
             look = "background:#b7e4c7;color:#081c15" if trained else "background:#e9ecef;color:#6c757d"
+            if place in self.cut: look += ";opacity:0.45;text-decoration:line-through"
             name = html.escape(self.tokenizer.piece(id)).replace("\n", "↵<br>").replace(" ", "&nbsp;")
             spans.append(f'<span style="{look};padding:0 1px;border-radius:2px;margin-right:1px" title="{id}">{name}</span>')
-        return f'<div style="font-family:monospace;line-height:1.7">{"<wbr>".join(spans)}</div>'
+        inside = f'<code style="all:unset">{"<wbr>".join(spans)}</code>'   # in code a $ begins no formula
+        return f'<div style="font-family:monospace;line-height:1.7">{inside}</div>'
 
     def __repr__(self):
         said = [id for id, trained in zip(*self.example) if trained]

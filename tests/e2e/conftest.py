@@ -17,7 +17,8 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "e2e"
-QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync"]
 SETTINGS = {"notification": {"fetchNews": "false", "checkForUpdates": False}}
 
 
@@ -163,7 +164,7 @@ def open_notebook(server, browser, request):
         opened[-1].open()
         return opened[-1]
     yield make
-    if getattr(request.node, "failed", False): page.screenshot(path=os.environ.get("E2E_SHOTS", str(server.root)) + f"/{request.node.name}.png")
+    if getattr(request.node, "failed", False): page.screenshot(path=Path(os.environ.get("E2E_SHOTS", server.root), f"{request.node.name}.png"))
     for _ in opened[-1:]: page.evaluate("async () => { await jupyterapp.shell.currentWidget.sessionContext.shutdown() }")
     context.close()
     assert not outside, f"asked for from elsewhere: {outside}"

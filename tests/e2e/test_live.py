@@ -15,6 +15,11 @@ def ppo(name, steps=100_000, **data):
     trainer.cfg = trainer.cfg.model_copy(update={"name": name})
     return trainer"""
 STATE = "print(json.dumps([live.trainer.steps_done, live.playing, live.trainer.knobs.kl_coef, live.curves['kl'][1][-20:].mean()]))"
+MENDABLE = """
+broken = []
+def count_a(prompt, response):
+    assert not broken, "<b>salt</b> is out"
+    return response.count("a") / 8"""
 EVENTS = "print(json.dumps([line for line in read_metrics('runs/turned') if line.get('event') == 'knob']))"
 
 
@@ -121,7 +126,7 @@ def test_interrupt_pauses_and_it_goes_on(open_notebook):
 
 def test_an_error_in_a_step_pauses_and_is_shown(open_notebook):
     "A reward that fails is one sentence in the panel; mended, the training goes on from there."
-    setup = SETUP + "\nbroken = []\ndef count_a(prompt, response):\n    assert not broken, '<b>salt</b> is out'\n    return response.count('a') / 8"
+    setup = SETUP + MENDABLE
     nb = begin(open_notebook, "broken.append(1)", "broken.clear()", setup=setup)
     nb.until(lambda: steps(nb) > 20)
     nb.run(3)
