@@ -5,16 +5,18 @@
 BIN = .venv/bin
 PYTHONS = python3.13 python3.12 python3.11 python3
 DEVICE = $(shell [ `uname -s` = Linux ] && { nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu; })
-LEFT_OUT = `make test` left out interop, demo, tutorials, docs and the known optima of PPO: run `make check` for all of it.
+LEFT_OUT = `make test` left out interop, e2e, demo, tutorials, docs and the known optima of PPO: run `make check` for all of it.
+CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 .DEFAULT_GOAL = help
 .NOTPARALLEL:
-.PHONY: help demo test interop docs lab check clean units demo-result optima check-rest
+.PHONY: help demo test e2e interop docs lab check clean units demo-result optima check-rest
 
 help:
 	@echo "make demo      train a small Llama on two centuries of speeches, teach it to answer, and align it with a learned reward"
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make test      run the notebooks, the tests and the checks"
+	@echo "make e2e       press the buttons of the panels in a real JupyterLab, with a real browser"
 	@echo "make interop   compare with mlx-lm, transformers and torch (a large download)"
 	@echo "make docs      run the tutorials, and build the site in _docs/ and README.md"
 	@echo "make check     everything above but lab"
@@ -29,7 +31,7 @@ lab: .venv/.stamp-dev .venv/.stamp-data
 test: units
 	@echo '$(LEFT_OUT)'
 
-# The environments of interop, demo and dev are one: each adds to it, none takes away.
+# The environments of interop, demo, e2e and dev are one: each adds to it, none takes away.
 interop: .venv/.stamp-dev .venv/.stamp-interop
 	$(BIN)/python -m pytest -q -rs tests/interop
 
@@ -38,7 +40,12 @@ docs: .venv/.stamp-dev .venv/.stamp-data
 
 check: units check-rest
 
-check-rest: demo-result optima interop docs
+check-rest: demo-result optima e2e interop docs
+
+# The browser is Debian's where that can be installed, else the one that playwright fetches.
+e2e: .venv/.stamp-dev .venv/.stamp-data .venv/.stamp-e2e
+	@test -n "$(CHROMIUM)" || { test `id -u` = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || $(BIN)/playwright install chromium
+	$(BIN)/python -m pytest -q -rs tests/e2e
 
 optima: .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/optima

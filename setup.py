@@ -27,7 +27,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     packages=setuptools.find_packages(include=[cfg["lib_path"] + "*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: requirements(extra) for extra in ("cpu", "cuda", "dev", "interop", "data")},
+    extras_require={extra: requirements(extra) for extra in ("cpu", "cuda", "dev", "e2e", "interop", "data")},
     python_requires=">=" + cfg["min_python"],
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

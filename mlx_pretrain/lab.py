@@ -275,7 +275,9 @@ class Stepper:
 
     def wait(self) -> bool: # is it over?
         "Train to the end in this cell. ■ pauses."
-        self._say("A cell that was sent together with this one waits for the end. ■ pauses.")
+        if self.is_over and not self._has_work(): return True
+        self._play()
+        self._say("Another cell waits for the end. ■ pauses.")
         with self._listening():
             while self.playing and self._has_work(): self._work()
         self._settle()

@@ -106,7 +106,7 @@ def test_a_panel_changes_nothing(stage, tmp_path, jupyter):
 
 
 def test_buttons(tmp_path, jupyter):
-    "Pause, two single steps, a checkpoint, run, stop, and run again: each does what it says, from another thread, and the steps are counted once."
+    "Pause, single steps, a checkpoint, run, stop, and run again: each does what it says, from another thread; no step counts twice."
     def pressed(live, name):
         thread = threading.Thread(target=press, args=(live, name))
         thread.start(); thread.join()
@@ -164,7 +164,8 @@ def steer(tmp_path, name="steered", stage="ppo", turns=TURNS):
 
 
 def check_reached(live, turns):
-    events = [(line["step"], line["name"], line["value"]) for line in read_metrics(live.trainer.run_dir.path) if line.get("event") == "knob"]
+    metrics = read_metrics(live.trainer.run_dir.path)
+    events = [(line["step"], line["name"], line["value"]) for line in metrics if line.get("event") == "knob"]
     assert events == [(step, *turn) for step, turn in turns.items()] == live.curves.turns
 
 

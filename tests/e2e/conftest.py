@@ -17,6 +17,7 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "e2e"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)   # else playwright's own
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync"]
 SETTINGS = {"notification": {"fetchNews": "false", "checkForUpdates": False}}
@@ -74,7 +75,7 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="session")
 def browser():
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=os.environ.get("CHROMIUM") or shutil.which("chromium"), args=QUIET)
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield browser
         browser.close()
 
@@ -108,7 +109,7 @@ class Notebook:
         self.wait(i, timeout)
         return self.text(i)
 
-    def command(self, name): self.page.evaluate("async name => { await jupyterapp.commands.execute(name) }", name)
+    def command(self, name): self.page.evaluate("name => { jupyterapp.commands.execute(name); return null }", name)
     def outputs(self, i):
         return self.page.evaluate("i => jupyterapp.shell.currentWidget.content.widgets[i].model.outputs.toJSON()", i)
     def text(self, i): return "".join("".join(o["text"]) for o in self.outputs(i) if "text" in o)
@@ -147,15 +148,17 @@ def write_notebook(path, cells):
 
 @pytest.fixture
 def open_notebook(server, browser, request):
-    "A function that opens a notebook of the server, or makes one of some cells first; nothing but the server is ever asked for."
+    "A function that opens a notebook of the server, or makes one of some cells first. No request may leave loopback."
     context = browser.new_context(viewport={"width": 1300, "height": 1500})
     page, problems, outside, opened = context.new_page(), [], [], []
     page.on("pageerror", lambda error: problems.append(str(error)))
 
     def local(route):
-        if not route.request.url.startswith((server.url, "data:", "blob:")): outside.append(route.request.url); return route.abort()
-        return route.continue_()
+        if route.request.url.startswith(("http://127.0.0.1:", "data:", "blob:")): return route.continue_()
+        outside.append(route.request.url)
+        return route.abort()
     page.route("**/*", local)
+    page.on("websocket", lambda socket: socket.url.startswith("ws://127.0.0.1:") or outside.append(socket.url))
 
     def make(cells=None, name=None, on=server):
         name = name or f"{request.node.name}.ipynb"
@@ -164,7 +167,8 @@ def open_notebook(server, browser, request):
         opened[-1].open()
         return opened[-1]
     yield make
-    if getattr(request.node, "failed", False): page.screenshot(path=Path(os.environ.get("E2E_SHOTS", server.root), f"{request.node.name}.png"))
+    shots = Path(os.environ.get("E2E_SHOTS", server.root))
+    if getattr(request.node, "failed", False): page.screenshot(path=shots / f"{request.node.name}.png")
     for _ in opened[-1:]: page.evaluate("async () => { await jupyterapp.shell.currentWidget.sessionContext.shutdown() }")
     context.close()
     assert not outside, f"asked for from elsewhere: {outside}"

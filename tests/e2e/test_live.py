@@ -192,16 +192,21 @@ def test_text_stays_text(open_notebook):
     assert nb.page.evaluate("window.evil") is None and not nb.page.query_selector(".widget-html img, .widget-html script")
 
 
-def test_without_the_widgets_front_end(open_notebook, tmp_path):
-    "A JupyterLab that knows no widgets shows a sentence and a picture that grows, with a line of progress; the cells work."
+@pytest.fixture
+def bare_server(tmp_path):
+    "A JupyterLab that knows no widgets."
     server = Server(tmp_path, disabled=["@jupyter-widgets/jupyterlab-manager"])
-    try:
-        nb = begin(open_notebook, "live.pause()", on=server)
-        seen = nb.page.inner_text(".jp-Notebook")
-        assert "The panel needs the widgets of JupyterLab" in seen and "Error" not in seen and "VBox(" not in seen
-        picture = nb.pictures(1)
-        nb.until(lambda: nb.pictures(1) != picture)
-        assert "running: step" in nb.outputs(1)[1]["data"]["text/plain"]
-        nb.run(3)
-        assert stands_still(nb) and "paused" in nb.outputs(1)[1]["data"]["text/plain"]
-    finally: server.stop()
+    yield server
+    server.stop()
+
+
+def test_without_the_widgets_front_end(bare_server, open_notebook):
+    "A JupyterLab that knows no widgets shows a sentence and a picture that grows, with a line of progress; the cells work."
+    nb = begin(open_notebook, "live.pause()", on=bare_server)
+    seen = nb.page.inner_text(".jp-Notebook")
+    assert "The panel needs the widgets of JupyterLab" in seen and "Error" not in seen and "VBox(" not in seen
+    picture = nb.pictures(1)
+    nb.until(lambda: nb.pictures(1) != picture)
+    assert "running: step" in nb.outputs(1)[1]["data"]["text/plain"]
+    nb.run(3)
+    assert stands_still(nb) and "paused" in nb.outputs(1)[1]["data"]["text/plain"]

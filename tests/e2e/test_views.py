@@ -1,11 +1,8 @@
 "The pictures of `views` in a real browser: what they compute is what trains, and no text of a model becomes part of the page."
 import math
-import shutil
-from contextlib import contextmanager
 from itertools import product
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 import mlx_pretrain  # noqa: F401, I001 (before MLX)
 
@@ -14,20 +11,6 @@ import numpy as np
 
 from mlx_pretrain.ppo import Rollout, Sampled, policy_loss
 from mlx_pretrain.views import PPOExplorer, RolloutView, SampledView
-
-
-@contextmanager
-def chromium():
-    "Debian's Chromium, without a window."
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        try: yield browser
-        finally: browser.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as found: yield found
 
 
 @pytest.fixture

@@ -1,0 +1,69 @@
+"""What the panel costs: the same trainer in a real kernel, its steps taken by `run()` in a cell, and by a panel that draws, shows and breathes.
+
+    python benchmarks/lab_step.py       the two take turns, so that a noisy machine is noisy to both; two sizes of model
+"""
+import asyncio
+import os
+import sys
+import tempfile
+
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+
+SIZES = {"a step of some milliseconds": (32, 1, 4, 64), "a step of a tenth of a second": (192, 4, 16, 128)}
+ROUNDS, SECONDS = 5, 12 # each way is given about so many seconds a round
+SETUP = """
+import json, time
+import mlx_pretrain
+from mlx_pretrain.lab import Live
+from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer
+hidden, layers, batch, context = {size}
+with open("text.jsonl", "w") as f: f.write(json.dumps({{"text": "The cat sat on the mat, and the dog lay by the door. " * 4000}}))
+trainer = PretrainTrainer(PretrainConfig.model_validate_json(json.dumps({{
+    "data": {{"input_file": "text.jsonl", "preprocessing": {{"max_context_size": context}}}},
+    "model": {{"dimensions": {{"hidden_size": hidden, "num_layers": layers}}, "attention": {{"num_heads": 2}}}},
+    "training": {{"hyperparameters": {{"batch_size": batch, "iters": 10**6}}}}}})))
+times = []
+trainer.callbacks.append(lambda trainer, metrics: times.append(time.perf_counter()))
+live = Live(trainer, root=None)
+for _ in range(10): trainer.step()
+"""
+PLAIN = "times.clear(); end = time.perf_counter() + {seconds}\nwhile time.perf_counter() < end: trainer.step()"
+START, PAUSE = "times.clear(); live.start()", "live.pause()"
+TAKEN = "print((times[-1] - times[5]) / (len(times) - 6))"
+
+
+async def main():
+    home = tempfile.mkdtemp()
+    for what, size in SIZES.items():
+        manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+        await manager.start_kernel(cwd=home, env=os.environ | {"MLX_PRETRAIN_CACHE": home}, extra_arguments=["--log-level=40"])
+        client = manager.client()
+        client.start_channels()
+        await client.wait_for_ready()
+
+        async def cell(code):
+            said = []
+            def keep(message): said.append(message["content"].get("text") or "".join(message["content"].get("traceback", ())))
+            await client.execute_interactive(code, output_hook=keep, timeout=600)
+            return "".join(said)
+
+        print(await cell(SETUP.format(size=size)), file=sys.stderr)
+        ratios = []
+        for turn in range(ROUNDS):
+            taken = {}
+            for way in ("plain", "panel") if turn % 2 else ("panel", "plain"):
+                if way == "plain": await cell(PLAIN.format(seconds=SECONDS))
+                else:
+                    await cell(START)
+                    await asyncio.sleep(SECONDS)
+                    await cell(PAUSE)
+                taken[way] = float((await cell(TAKEN)).split()[-1])
+            ratios.append(taken["panel"] / taken["plain"])
+            print(f"{what}: plain {1000 * taken['plain']:.2f} ms, panel {1000 * taken['panel']:.2f} ms, ratio {ratios[-1]:.4f}", flush=True)
+        print(f"{what}: the panel costs {100 * (sorted(ratios)[len(ratios) // 2] - 1):.1f}% (median of {ROUNDS})", flush=True)
+        client.stop_channels()
+        await manager.shutdown_kernel(now=True)
+
+
+asyncio.run(main())

@@ -1,0 +1,28 @@
+"""The story, run cell by cell by a browser, as a reader does: no error, no flood, and panels that move."""
+import shutil
+
+import pytest
+from conftest import ROOT
+
+STORIES = sorted(path.name for path in (ROOT / "nbs").glob("0*.ipynb"))
+PANELS = {"02_pretrain.ipynb": 1, "04_ppo.ipynb": 1, "05_reward.ipynb": 1}             # trainings in a panel
+
+
+def test_there_are_stories(): assert len(STORIES) == 6
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_story(name, server, open_notebook):
+    "Each cell runs, and shows at most a page of text and half a megabyte; each panel comes to its end."
+    shutil.copytree(ROOT / "nbs", server.root / "nbs", dirs_exist_ok=True)
+    nb = open_notebook(name=f"nbs/{name}")
+    for i, kind in enumerate(nb.cells()):
+        if kind != "code": continue
+        nb.run(i, timeout=300)
+        outputs = nb.outputs(i)
+        assert not nb.errors(i), (i, nb.errors(i))
+        assert nb.text(i).count("\n") < 60 and len(outputs) < 12, (i, len(outputs), nb.text(i)[-500:])
+        assert len(str(outputs)) < 500_000, (i, len(str(outputs)))
+    shown = [o.get("data", {}) for i, _ in enumerate(nb.cells()) for o in nb.outputs(i)]
+    pictures = [data.get("text/plain", "") for data in shown if "image/png" in data]
+    assert sum("".join(text).startswith("finished: step") for text in pictures) == PANELS.get(name, 0), pictures
