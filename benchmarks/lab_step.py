@@ -1,4 +1,4 @@
-"""What the panel costs: the same trainer in a real kernel, its steps taken by `run()` in a cell, and by a panel that draws, shows and breathes.
+"""What the panel costs: the steps of one trainer in a real kernel, taken by a loop in a cell, and by a panel that draws and breathes.
 
     python benchmarks/lab_step.py       the two take turns, so that a noisy machine is noisy to both; two sizes of model
 """
