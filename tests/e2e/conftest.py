@@ -111,7 +111,7 @@ class Notebook:
 
     def command(self, name): self.page.evaluate("name => { jupyterapp.commands.execute(name); return null }", name)
     def outputs(self, i):
-        return self.page.evaluate("i => jupyterapp.shell.currentWidget.content.widgets[i].model.outputs.toJSON()", i)
+        return self.page.evaluate("i => jupyterapp.shell.currentWidget.content.widgets[i].model.outputs?.toJSON() ?? []", i)
     def text(self, i): return "".join("".join(o["text"]) for o in self.outputs(i) if "text" in o)
     def pictures(self, i): return [o["data"]["image/png"] for o in self.outputs(i) if "image/png" in o.get("data", {})]
     def errors(self, i): return [f"{o['ename']}: {o['evalue']}" for o in self.outputs(i) if o["output_type"] == "error"]
