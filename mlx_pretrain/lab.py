@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -42,7 +43,7 @@ from .config import UserError
 from .plot import _smooth
 from .run import Run, read_metrics
 from .stage import StageTrainer, open_run
-from .trainer import Knobs, ProgressBar, Trainer, save_checkpoint, span
+from .trainer import Knobs, ProgressBar, Trainer, TrainingError, save_checkpoint, span
 
 # %% ../nbs/20_lab.ipynb #2c27de71
 MOST_POINTS = 400 # of a curve, that are drawn
@@ -177,8 +178,8 @@ class Panel:
                         for name, (text, icon, style) in looks.items()}
         for name, button in self.buttons.items(): button.on_click(lambda _, name=name: act(name))
         self.bar, self.status = widgets.IntProgress(max=total, layout={"width": "200px"}), widgets.Label()
-        self.knobs, self.known = knobs, knobs.snapshot()                  # known: how they stood when somebody last looked
-        self.sliders = {name: make_slider(name, value, self._turn) for name, value in self.known.items()}
+        self.knobs, self.known = knobs, dict.fromkeys(knobs.snapshot())   # known: how they stood when somebody last looked
+        self.sliders = {name: make_slider(name, value, self._turn) for name, value in knobs.snapshot().items()}
         self.message, self.samples = widgets.HTML(), widgets.HTML()
         rows = [widgets.HBox([*self.buttons.values(), self.bar, self.status], layout={"flex_flow": "row wrap"}),
                 widgets.HBox([*self.sliders.values()], layout={"flex_flow": "row wrap"}), self.message, self.samples]
@@ -243,13 +244,18 @@ def kernel_loop() -> asyncio.AbstractEventLoop | None:
     except RuntimeError: return None                                      # not on the kernel's own thread
 
 # %% ../nbs/20_lab.ipynb #eea92356
+def _sent() -> datetime | None:
+    "When the cell that runs now was sent, by the clock of the browser that sent it."
+    date = get_ipython().kernel.get_parent("shell").get("header", {}).get("date")
+    return date if isinstance(date, datetime) else None
+
+
 class _Waiting(ast.NodeTransformer):
     "Looks at each cell before it runs, and lets those wait that were sent together with the one that started a training."
-    def __init__(self, live: "Live", until: datetime): self.live, self.until = live, until
+    def __init__(self, live: "Live"): self.live, self.until = live, (_sent() or datetime.min.replace(tzinfo=UTC)) + timedelta(seconds=0.25)
 
     def visit(self, node):
-        sent = get_ipython().kernel.get_parent("shell").get("header", {}).get("date")
-        if isinstance(sent, datetime) and sent <= self.until and self.live.playing and not self.live.wait():
+        if (sent := _sent()) and sent <= self.until and self.live.playing and not self.live.wait():
             raise InputRejected("The training above was paused before its end, so this cell was not run.")
         return node
 
@@ -259,6 +265,9 @@ BREATH = 0.03 # seconds of work, after which the kernel may read its messages
 
 class Stepper:
     "Takes the steps of a trainer in pieces, on a loop that has other things to do as well, and can be paused."
+    _hears: "Stepper | None" = None # whose task is told of ■
+    _silent = None # the handler of ■ while no task hears it
+
     def __init__(
         self,
         trainer: Trainer, # of any stage
@@ -266,22 +275,27 @@ class Stepper:
         self.trainer, self.playing = trainer, False
         self._pieces, self._owed, self._wishes = None, 0, deque()         # of the step under way; single steps; other wishes
         self._task, self._loop, self._context = None, None, None
-        self._busy, self._asked, self._idle = False, False, None          # for ■
+        self._busy, self._asked = False, False                            # for ■
 
     @property
     def is_over(self) -> bool:
         "Are all steps taken?"
         return self.trainer.steps_done >= self.trainer.total_steps
 
+    @property
+    def is_done(self) -> bool:
+        "Is there nothing left to do?"
+        return self.is_over
+
     def wait(self) -> bool: # is it over?
         "Train to the end in this cell. ■ pauses."
-        if self.is_over and not self._has_work(): return True
+        if self.is_done and not self._has_work(): return True
         self._play()
         self._say("Another cell waits for the end. ■ pauses.")
         with self._listening():
             while self.playing and self._has_work(): self._work()
         self._settle()
-        return self.is_over
+        return self.is_done
 
     def pause(
         self,
@@ -294,27 +308,34 @@ class Stepper:
         if why: self._say(why, bad)
         self._settle()
 
-    def _play(self): self.playing, self._asked = True, False
+    def _play(self, playing: bool = True): self.playing, self._asked = playing and not self.is_done, False
 
     def _has_work(self) -> bool:
-        return self._pieces is not None or bool(self._wishes) or bool(self.playing or self._owed) and not self.is_over
+        return self._pieces is not None or bool(self._wishes) or bool(self.playing or self._owed) and not self.is_done
 
     def _advance(self):
-        "One piece of work: the next piece of a step, or, between steps, a wish."
-        if self._pieces is None and self._wishes: return self._answer(self._wishes.popleft())
-        if self._pieces is None: self._pieces = self.trainer.stepping()
+        "One piece of work: the next piece of a step, or, between steps, a wish, or the end."
         self._busy = True
+        try:
+            if self._pieces is None and self._wishes: self._answer(self._wishes.popleft())
+            elif self._pieces is None and self.is_over: self._end()
+            else: self._take_piece()
+        finally: self._busy = False
+
+    def _take_piece(self):
+        if self._pieces is None: self._pieces = self.trainer.stepping()
         try: next(self._pieces)
         except BaseException as e:
             self._pieces, self._owed = None, max(0, self._owed - 1)
+            if self.is_done: self._end()
+            elif self.is_over: self._owed = 1                             # the end is still to be written
             if not isinstance(e, StopIteration): raise
             self._stepped()
-        finally: self._busy = False
 
     def _work(self):
         "A piece of work; if something goes wrong, that is said, and the training pauses."
         try: self._advance()
-        except KeyboardInterrupt: self.pause("Cut short in the middle of a step, which Run takes up again.")
+        except KeyboardInterrupt: self.pause("Cut short; Run takes it up again.")
         except UserError as e: self.pause(str(e), bad=True)
         except Exception as e:
             traceback.print_exc()
@@ -326,19 +347,26 @@ class Stepper:
         breath = time.perf_counter()
         try:
             while self._has_work():
+                Stepper._hears = self
                 if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL):      # no cell is running that would hear ■
-                    self._idle = signal.signal(signal.SIGINT, self._interrupt)
+                    Stepper._silent = signal.signal(signal.SIGINT, Stepper._hear)
                 self._work()
                 if time.perf_counter() - breath < BREATH: continue
                 await asyncio.sleep(0.001)
                 breath = time.perf_counter()
         finally:
-            if signal.getsignal(signal.SIGINT) == self._interrupt: signal.signal(signal.SIGINT, self._idle)
+            if Stepper._hears is self: Stepper._hears = None
+            if Stepper._hears is None and signal.getsignal(signal.SIGINT) == Stepper._hear: signal.signal(signal.SIGINT, Stepper._silent)
         self._settle()
 
     def _wake(self):
         "Let the task work, if it is not at it."
         if self._task is None or self._task.done(): self._task = self._loop.create_task(self._main(), context=self._context)
+
+    @staticmethod
+    def _hear(number, frame):
+        "One handler for all: the kernel may put it back after a cell, when the training that put it there is long over."
+        if Stepper._hears: Stepper._hears._interrupt()
 
     def _interrupt(self, number=None, frame=None):
         "■, or Ctrl-C."
@@ -355,6 +383,7 @@ class Stepper:
 
     def _answer(self, wish: str): raise NotImplementedError
     def _stepped(self): "A step was taken."
+    def _end(self): self.playing, self._owed = False, 0
     def _settle(self): "It came to rest."
     def _say(self, text: str, bad: bool = False): print(text)
 
@@ -400,11 +429,13 @@ class Live(Stepper):
         super().__init__(trainer)
         self.root, self.watch = root, watch or {}
         self.curves = Curves(panels or PANELS.get(getattr(trainer, "stage", ""), PANELS[""]))
-        self.panel = Panel(trainer.knobs, trainer.total_steps, self._act)
+        me = weakref.ref(self)                                            # a widget lives as long as the kernel; the trainer need not
+        self.panel = Panel(trainer.knobs, trainer.total_steps, lambda name: (live := me()) and live._act(name))
         self._id, self._told = f"mlx-pretrain-{os.getpid()}-{next(_ids)}", _Told(lambda text: self._say(text))
         self._record, self._save, self._opened = ExitStack(), None, None  # the run directory, while it is open
         self._stood, self._since, self._paces, self._speed = trainer.last_knobs, None, deque(maxlen=20), None
-        self._refreshed, self._drawn, self._gone = 0.0, False, False
+        self._refreshed, self._drawn, self._gone, self._finished = 0.0, False, False, False
+        self._trouble, self._missed = "", []                              # an error's sentence; steps that no run directory has seen
         earlier = [getattr(callback, "__self__", None) for callback in trainer.callbacks]
         for old in earlier:
             if isinstance(old, Live): self._follow(old)
@@ -415,13 +446,13 @@ class Live(Stepper):
 
         Where there is a panel, it shows what goes wrong.
         """
+        if self._gone: raise TrainingError("another panel shows this training now; show() that one, or make a new one: Live(trainer)")
         if (loop := kernel_loop()) is None: return self.run()
-        if (other := Live._running) not in (None, self) and other.playing: other.pause("Paused, because another training was started.")
-        Live._running = self
+        self._alone()
         self._open()
         self.show()
-        shell, together = get_ipython(), datetime.now(UTC) + timedelta(seconds=0.25)
-        shell.ast_transformers[:] = [t for t in shell.ast_transformers if not isinstance(t, _Waiting)] + [_Waiting(self, together)]
+        shell = get_ipython()
+        shell.ast_transformers[:] = [t for t in shell.ast_transformers if not isinstance(t, _Waiting)] + [_Waiting(self)]
         self._play()
         loop.call_soon(self._wake, context=self._context)
 
@@ -451,44 +482,83 @@ class Live(Stepper):
     def stop(self) -> None:
         "End the training here, and save where it stands. `start` goes on from there."
         self.pause()
+        if self.trainer.cut_short:                                        # a checkpoint in the middle of a step is of no use
+            self._take_piece()
+            while self._pieces: self._take_piece()
         self._close()
         where = f" It is saved in {self.trainer.run_dir.path}." if self._opened else ""
         if not self.is_over: self._say(f"Stopped after step {self.trainer.steps_done}.{where} Run goes on from there.")
         self._settle()
 
+    @property
+    def is_done(self) -> bool:
+        "Are all steps taken, and, if they are recorded, is the model written?"
+        return self.is_over and (self._finished or not self._records)
+
+    @property
+    def _records(self) -> bool:
+        "Is there a run directory to look after, or shall there be? Somebody else's is left alone."
+        return self.root is not None and isinstance(self.trainer, StageTrainer) and self.trainer.run_dir is self._opened
+
+    def _alone(self):
+        "Pause whoever trains now."
+        if (other := Live._running) not in (None, self) and other.playing: other.pause("Paused, because another training was started.")
+        Live._running = self
+
+    def _play(self, playing: bool = True):
+        super()._play(playing)
+        if self.is_done: return
+        self._trouble = ""
+        self._say("")
+
     def _follow(self, old: "Live"):
         "Take over the trainer, the run and the curves of an earlier panel."
         old.pause("Another panel shows this training now.")
         old._gone = True
-        old.panel.refresh(self.trainer.steps_done, "", playing=False, over=True)
+        old._refresh()
         self.trainer.callbacks.remove(old._observe)
-        self._record, self._save, self._opened, old._record = old._record, old._save, old._opened, ExitStack()
+        self._record, self._save, self._opened, old._record, old._save = old._record, old._save, old._opened, ExitStack(), None
+        self._finished, self._missed = old._finished, old._missed
         self.curves.history, self.curves.turns = old.curves.history, old.curves.turns
 
     def _open(self):
-        "Open the run directory, if there shall be one and it is not open; somebody else's is left alone."
-        trainer = self.trainer
-        if self._save or self.root is None or self.is_over or not isinstance(trainer, StageTrainer): return
-        if trainer.run_dir is not self._opened: return
+        "Open the run directory, if there shall be one and it is not open."
+        trainer, before = self.trainer, self.trainer.steps_done
+        if self._save or self.is_done or not self._records: return
         self._save = self._record.enter_context(open_run(trainer, self.root))
-        if self._opened is None and trainer.steps_done:                   # it goes on from a checkpoint
+        if trainer.steps_done != before:                                  # it goes on from a checkpoint, and all before is of another run
+            for seen in (self.curves.history, self.curves.turns, self._missed): seen.clear()
             for row in read_metrics(trainer.run_dir.path):
                 if "event" not in row: self.curves.add(row)
                 elif row["event"] == "knob": self.curves.turns.append((row["step"], row["name"], row["value"]))
-        self._opened, self._stood = trainer.run_dir, trainer.last_knobs
+        self._opened, self._stood, missed, self._missed = trainer.run_dir, trainer.last_knobs, self._missed, []
+        for metrics, turned in missed:
+            for name, value in turned.items(): self._opened.event("knob", metrics["step"] - 1, name=name, value=value)
+            self._opened.log(metrics)
 
     def _close(self):
         "Close the run directory, as finished or as interrupted."
+        if self._save is None: return
         try: self._record.close()
-        except KeyboardInterrupt: pass                                    # so `recorded` says that there are steps left
+        except KeyboardInterrupt:                                         # so `recorded` says that there are steps left
+            if self.is_over: raise
         finally: self._save = None
+        self._finished = self.is_over
+        if self._finished: self._say(f"Finished. The model is in {self._opened.path}/model.")
+
+    def _end(self):
+        super()._end()
+        self._close()
+        self._settle()
 
     def _act(self, name: str):
         "A button was pressed; perhaps on another thread, so that it only leaves a wish."
         if self._gone: return
         if name == "run" and self.playing: self.playing = False
         elif name == "run": self._play()
-        elif name == "step": self.playing, self._asked, self._owed = False, False, self._owed + 1
+        elif name == "step":
+            self._play(False)
+            self._owed += 1
         else: self._wishes.append(name)
         if name == "stop": self.playing = False
         if self._loop: self._loop.call_soon_threadsafe(self._wake, context=self._context)
@@ -501,9 +571,11 @@ class Live(Stepper):
             self._say(f"Saved in {save_checkpoint(self.trainer, self.trainer.run_dir)}.")
         elif wish == "save": self._say(f"All is saved in {self._opened.path}." if self._opened else
                                        "There is no run directory to save in: give one with Live(trainer, root=…).")
-        else: self.panel.samples.value = samples_table(self.trainer.samples(), f"after step {self.trainer.steps_done}")
+        elif samples := self.trainer.samples(): self.panel.samples.value = samples_table(samples, f"after step {self.trainer.steps_done}")
+        else: self._say("There is nothing to sample yet." if isinstance(self.trainer, StageTrainer) else "This trainer has no samples.")
 
     def _advance(self):
+        if self.playing: self._alone()
         if self._pieces is None and not self._wishes: self._open()        # again, after a stop
         super()._advance()
 
@@ -514,19 +586,20 @@ class Live(Stepper):
 
     def _observe(self, trainer: Trainer, metrics: dict):
         "A callback: what is watched is measured, and all is noted."
-        metrics |= {name: float(look(trainer)) for name, look in self.watch.items()}
         turned = {name: value for name, value in trainer.last_knobs.items() if value != self._stood.get(name)}
         self._stood, now = trainer.last_knobs, time.perf_counter()
-        self.curves.add(metrics, turned)
+        try:
+            for name, look in self.watch.items(): metrics[name] = float(look(trainer))
+        finally: self.curves.add(metrics, turned)
+        if self._save is None and self._records: self._missed.append((metrics, turned))
         if self._since: self._paces.append(now - self._since)
         self._since, speed = now, metrics.get("tokens_per_second", 0.0)
         self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
 
     def _stepped(self):
-        if self.is_over:
-            self.playing = False
-            self._close()
-            if self._opened: self._say(f"Finished. The model is in {self._opened.path}/model.")
+        if self.trainer.stop_requested:
+            self.trainer.stop_requested = self.playing = False
+            if self._loop: self._wishes.append("stop")
         if time.perf_counter() - self._refreshed >= 0.25 or not self.playing: self._refresh()
         if self.curves.is_due() or not self.playing: self._draw()
 
@@ -535,19 +608,22 @@ class Live(Stepper):
         self._refresh()
         self._draw()
 
-    def _say(self, text: str, bad: bool = False): self.panel.say(text, bad)
+    def _say(self, text: str, bad: bool = False):
+        if bad: self._trouble = text
+        elif self._trouble and text: text = f"{self._trouble}\n{text}"   # an error's sentence stays until somebody goes on
+        self.panel.say(text, bad=bool(self._trouble))
 
     def line(self) -> str:
         "How things stand, in a line."
         done, total = self.trainer.steps_done, self.trainer.total_steps
-        state = "finished" if self.is_over else "running" if self.playing else "paused" if done else "ready"
+        state = "finished" if self.is_done else "running" if self.playing else "paused" if done else "ready"
         parts = [f"{state}: step {done:,} of {total:,}"]
         if self._speed: parts.append(f"{self._speed:,.0f} tokens/s")
         if self._paces and not self.is_over: parts.append(f"{span(float(np.median(self._paces)) * (total - done))} left")
         return "  ·  ".join(parts)
 
     def _refresh(self):
-        self.panel.refresh(self.trainer.steps_done, self.line(), self.playing, self.is_over)
+        self.panel.refresh(self.trainer.steps_done, "" if self._gone else self.line(), self.playing, self.is_done or self._gone)
         self._refreshed = time.perf_counter()
 
     def _draw(self, update: bool = True):

@@ -19,9 +19,9 @@ from .data import Row, _Preprocess, make_tokenizer
 from .lab import kernel_loop
 from .pretrained import Pretrained, load
 from .prompt import Example, PromptFormat, TokenView, _begin, encode_pieces
-from .rows import _Tally, _values, read_first_row, resolve_format, truncate
+from .rows import _Tally, _values, check_format, read_first_row, resolve_format, truncate
 from .sft import SFTConfig
-from .stage import data_file
+from .stage import complete, data_file
 from .tokenizer import DataError, Tokenizer
 
 # %% ../nbs/35_playground.ipynb #25d5cdfb
@@ -31,20 +31,23 @@ def lay_out_row(
     tokenizer: Tokenizer, # makes the tokens
     cfg: SFTConfig, # context size, mask, truncation
 ) -> tuple[Example, range, str]: # the whole row; the places that are cut off; what is to be said about it
-    "A row in tokens. Raises `ConfigError` or `DataError`, in one sentence, if it cannot be used."
-    data, bos = cfg.data, len(_begin(tokenizer))
-    try: whole = encode_pieces(tokenizer, [row_pieces(fmt, tokenizer, row.value)])[0]
+    "A row in tokens. Raises `DataError`, in one sentence, if it cannot be used."
+    data, bos, context = cfg.data, len(_begin(tokenizer)), cfg.data.preprocessing.max_context_size
+    try:
+        whole = encode_pieces(tokenizer, [row_pieces(fmt, tokenizer, row.value)])[0]
+        fits = truncate(whole, context, data.truncation, bos)
     except DataError as e: raise DataError(f"line {row.line}: {e}") from None
-    if not data.mask_prompt: whole = Example(whole.ids, [False] + [True] * (len(whole.ids) - 1))
-    context, n, trained = data.preprocessing.max_context_size, len(whole.ids), sum(whole.loss_mask)
-    said, over = f"{n} tokens: {n - trained} read, {trained} trained", n - context
-    if over <= 0: return whole, range(0), f"{said}; there is room for {context}."
-    fits = truncate(whole, context, data.truncation, bos)
-    if fits is None: return whole, range(n), f"{said}: {over} more than max_context_size ({context}), so the row is dropped."
-    cut = range(bos, bos + over) if data.truncation == "keep_end" else range(context, n)
-    mask = fits.loss_mask[:bos] + [False] * over + fits.loss_mask[bos:] if cut.start == bos else fits.loss_mask + whole.loss_mask[context:]
-    said += f": {over} more than max_context_size ({context}), and cut off; {sum(fits.loss_mask)} stay trained."
-    return Example(whole.ids, mask), cut, said
+    n, cut = len(whole.ids), range(0)
+    if fits is None: cut = range(n)
+    elif n > context: cut = range(bos, bos + n - context) if data.truncation == "keep_end" else range(context, n)
+    mask, kept = list(whole.loss_mask), [i for i in range(n) if i not in cut]
+    for i, trained in zip(kept, fits.loss_mask if fits else ()): mask[i] = trained
+    if not data.mask_prompt: mask = [True] * n
+    mask[0] = False                                                       # nothing stands before it
+    said = f"{n} tokens: {n - sum(mask)} read, {sum(mask)} trained"
+    if n <= context: return Example(whole.ids, mask), cut, f"{said}; there is room for {context}."
+    what = "so the row is dropped" if fits is None else f"and cut off; {sum(mask[i] for i in kept)} stay trained"
+    return Example(whole.ids, mask), cut, f"{said}: {n - context} more than max_context_size ({context}), {what}."
 
 # %% ../nbs/35_playground.ipynb #0f1d3b72
 MOST_ROWS = 10_000 # that are read
@@ -64,6 +67,7 @@ class Playground:
     ):
         path, data = data_file(cfg.data, "input_file"), cfg.data
         self.cfg, self.pretrained = cfg, load(cfg.pretrained_model) if pretrained is None and cfg.pretrained_model else pretrained
+        if self.pretrained: self.cfg = complete(cfg, self.pretrained.model)
         self.tokenizer = self.pretrained.tokenizer if self.pretrained else make_tokenizer(data)
         edit = None if data.preprocess is None else _Preprocess(data.preprocess)
         self.rows = [*islice(_values(path, edit, _Tally(data.on_bad_row)), MOST_ROWS)]
@@ -93,19 +97,27 @@ class Playground:
         said = {key: text.value for key, text in self.texts.items()}
         was = {key: getattr(self.start, key) for key in KEYS}
         said = {key: None if value == "" and was[key] is None else value for key, value in said.items()}
-        if said["prompt_format"] == "": raise ConfigError('"data.prompt_format" is empty; write at least {instruction}')
+        if said["prompt_format"] == "" != was["prompt_format"]:
+            raise ConfigError('"data.prompt_format" is empty; write at least {instruction}')
         try: type(self.cfg.data)(**{**self.cfg.data.model_dump(), **said})
         except ValidationError as e:
             problem = e.errors()[0]
             raise ConfigError(f'"data.{problem["loc"][0]}": {problem["msg"].removeprefix("Value error, ")}') from None
         return said
 
+    def _checked(self) -> tuple[PromptFormat, dict[str, str]]:
+        "What makes a prompt and a response of a row; which formats a configuration must name: those it names already, and those edited."
+        said = self.formats
+        edited = {key for key, value in said.items() if value != getattr(self.start, key)}
+        written = {key: value for key, value in said.items() if key in edited or getattr(self.cfg.data, key) is not None}
+        check_format(fmt := self.start.model_copy(update=said), written, self.rows[0].file)
+        return fmt, written
+
     def update(self):
         "Show how things stand."
         row = self.rows[self.row.value - 1]
         try:
-            fmt = self.start.model_copy(update=self.formats)
-            example, cut, said = lay_out_row(row, fmt, self.tokenizer, self.cfg)
+            example, cut, said = lay_out_row(row, self._checked()[0], self.tokenizer, self.cfg)
             self.seen = TokenView(self.tokenizer, example, cut)._repr_html_()
             below = f"<p>{html.escape(said)}</p><pre><code>{html.escape(self.yaml())}</code></pre>"
             self.view.value = f"<div>{self._head(row)}{self.seen}{below}</div>"
@@ -114,18 +126,20 @@ class Playground:
             self.view.value = f'<div>{self._head(row)}{wrong}<div style="opacity:0.35">{self.seen}</div></div>'
 
     def _head(self, row: Row) -> str:
-        return (f'<div style="opacity:0.7">line {row.line} of {html.escape(row.file)}; '
+        return (f'<div style="opacity:0.7">line {row.line} of <code style="all:unset">{html.escape(row.file)}</code>; '
                 '<span style="background:#b7e4c7;color:#081c15">trained</span> '
                 '<span style="background:#e9ecef;color:#6c757d">only read</span></div>')
 
     def yaml(self) -> str: # lines
-        "The formats as lines of a configuration. Raises `ConfigError` as `formats` does."
-        lines = [f"  {key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in self.formats.items() if value is not None]
-        return f"data:\n{''.join(lines)}"
+        "The formats as lines of a configuration; none for rows that are plain texts. Raises `ConfigError` as `config` does."
+        (fmt, _), keys = self._checked(), [key for key, value in self.formats.items() if value is not None]
+        if fmt.prompt_format is None and fmt.input_field == fmt.output_field: keys.remove("response_format")   # the template writes it
+        lines = [f"  {key}: {json.dumps(self.formats[key], ensure_ascii=False)}\n" for key in keys if fmt.input_field]
+        return f"data:\n{''.join(lines)}" if lines else ""
 
     def config(self) -> SFTConfig:
-        "The configuration, with the formats as they stand. Raises `ConfigError` as `formats` does."
-        return self.cfg.model_copy(update={"data": self.cfg.data.model_copy(update=self.formats)})
+        "The configuration, with the formats as they stand. Raises `ConfigError` if a trainer would not take them."
+        return self.cfg.model_copy(update={"data": self.cfg.data.model_copy(update=self._checked()[1])})
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         bundle = {"text/html": self.view.value, "text/plain": repr(self)}

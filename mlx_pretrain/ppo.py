@@ -578,12 +578,14 @@ class PPOTrainer(StageTrainer):
 
     def phases(self) -> Generator[str, None, dict]:
         "One step in pieces: the samples, what is known about them, and each update. If it was cut short before, what is left of it."
-        now = self.now = self.now or _Step(self.steps_done, self.read_knobs())
+        if self.now is None or self.now.sampled is None: self.now = _Step(self.steps_done, self.knobs.snapshot())
+        now = self.now
         yield from self._work(now)
         keys = ("policy_loss", "value_loss", "total_loss", "approx_kl", "clip_fraction", "far_fraction", "grad_norm")
         means, tokens = {key: _mean(now.updates, key) for key in keys}, now.tokens
         self.sampled, self.rollout = now.sampled, now.rollout
         self.now, self.tokens, self.steps_done = None, self.tokens + tokens, self.steps_done + 1
+        self.tell_knobs(now.number, now.knobs)
         if bad := [u for u in now.updates if not u["good"]]:
             self.report(bad[0]["total_loss"], bad[0]["grad_norm"], f"had {len(now.updates)} updates, of which {len(bad)} were skipped")
         self.judge(len(bad) < len(now.updates), means["total_loss"], means["grad_norm"])
@@ -661,9 +663,14 @@ class PPOTrainer(StageTrainer):
         reference = {} if self.base else {"reference": self.reference}    # beside adapters it is what they stand beside
         return {**super().places(), "critic": self.trained.critic, **reference}
 
+    @property
+    def cut_short(self) -> bool:
+        "Has a part of a step already changed the weights? The next step takes it up."
+        return bool(self.now and self.now.updates)
+
     def state(self) -> dict:
         "The rest of a checkpoint. Raises `TrainingError` in the middle of a step."
-        if self.now and self.now.updates:
+        if self.cut_short:
             raise TrainingError("a step is under way, and a checkpoint in the middle of it would be of no use; call step(), which ends it")
         return {**super().state(), "configured": self.configured, "guards": self.guards.state(), "rewards": self.rewards,
                 "began": self.began, "reward": self.rewarded_by}

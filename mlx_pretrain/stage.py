@@ -134,7 +134,7 @@ def check_begins_elsewhere(
     key: str = "pretrained_model", # or another that may name a run
 ):
     "Raise `ConfigError` if a run would replace the model that it begins with."
-    place, path = (Path(root) / cfg.name).resolve(), getattr(cfg, key)
+    place, path = (Path(root) / cfg.name).resolve(), getattr(cfg, key, None)
     if path is None or saved and place in saved.path.resolve().parents: return
     if place in ((begins := find_model(path).resolve()), *begins.parents):
         raise ConfigError(f'"{key}" is {path}, and the run called {cfg.name!r} would replace it; choose another "name"')
@@ -210,13 +210,6 @@ class StageTrainer(Trainer):
         "Loss and perplexity on all held-out data, each token as heavy as any other."
         total, count = evaluate(self.model, self.loss, self.held_out_batches())
         return loss_metrics(total / count, "val_")
-
-    def samples(
-        self,
-        n: int = 3, # at most so many
-    ) -> list[tuple[str, str, float | None]]: # what was asked, what the model says now, and what that is worth, if anybody says so
-        "Something for people to look at while it trains."
-        raise NotImplementedError
 
     def phases(self):
         "One step; its loss in several units, if it is one of tokens."
@@ -301,11 +294,11 @@ def _say_ahead(trainer: StageTrainer, place: Path) -> str:
     return f"{said}\n{ahead}"
 
 
-def _start(trainer: StageTrainer, saved: Saved | None, root: str | Path, ahead: str) -> Run:
+def _start(trainer: StageTrainer, saved: Saved | None, place: Path, ahead: str) -> Run:
     "The run directory, new or gone on with, with what is known about the run."
     cfg, data = trainer.cfg, {"input_file": trainer.data, "validation_file": trainer.held_out}
-    if saved: run = Run.resume(saved, cfg.name, to_yaml(cfg), root, cfg.overwrite, cfg.logging)
-    else: run = Run(cfg.name, to_yaml(cfg), root, cfg.overwrite, cfg.logging)
+    how = place.name, to_yaml(cfg), place.parent, cfg.overwrite, cfg.logging
+    run = Run.resume(saved, *how) if saved else Run(*how)
     try:
         if saved and run.final.resolve() not in saved.path.resolve().parents: trainer.best = None   # its checkpoint is in another run
         run.note(ahead)
@@ -329,11 +322,13 @@ def open_run(
     """
     cfg, place = trainer.cfg, Path(root) / check_name(trainer.cfg.name)
     if trainer.run_dir is None:
-        if saved := find_checkpoint(cfg.resume, place): _go_on(trainer, saved)
+        saved = find_checkpoint(cfg.resume, place)
+        for key in ("pretrained_model", "reward_model"): check_begins_elsewhere(cfg, saved, root, key)
+        if saved: _go_on(trainer, saved)
         else: check_place(place, cfg.overwrite)
-    else: saved = latest_checkpoint(trainer.run_dir.path)
+    else: place, saved = trainer.run_dir.final, latest_checkpoint(trainer.run_dir.path)
     check_memory(trainer)
-    run = trainer.run_dir = _start(trainer, saved, root, "Watched from a notebook.")
+    run = trainer.run_dir = _start(trainer, saved, place, "Watched from a notebook.")
     return recorded(trainer, run, lambda: trainer.leave(run), **_identity(trainer))
 
 
@@ -358,6 +353,6 @@ def run_stage(
             print(f'It has all its {trainer.total_steps:,} steps. To train longer, raise "training.hyperparameters.iters".')
             return place
     ahead = _say_ahead(trainer, next(p for p in (place, *place.absolute().parents) if p.is_dir()))
-    run = trainer.run_dir = _start(trainer, saved, root, ahead)
+    run = trainer.run_dir = _start(trainer, saved, place, ahead)
     train_run(trainer, run, lambda: trainer.leave(run), **_identity(trainer))
     return run.path

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import partial
@@ -394,13 +394,21 @@ class Trainer(Progress):
         self.knobs, self.stop_requested = Knobs(learning_rate_factor=1.0), False
         self.last_knobs = self.knobs.snapshot()
 
-    def read_knobs(self) -> dict[str, float]:
-        "The knobs for this step; a change since the last one becomes an event."
-        now = self.knobs.snapshot()
-        for name, value in now.items():
-            if value != self.last_knobs[name] and self.run_dir: self.run_dir.event("knob", self.steps_done, name=name, value=value)
-        self.last_knobs = now
-        return now
+    def tell_knobs(
+        self,
+        step: int, # from 0; it has just been taken
+        used: dict[str, float], # how the knobs stood in it
+    ):
+        "What was turned since the step before becomes an event."
+        turned = {name: value for name, value in used.items() if value != self.last_knobs[name]}
+        self.last_knobs = used
+        for name, value in turned.items():
+            if self.run_dir: self.run_dir.event("knob", step, name=name, value=value)
+
+    @property
+    def cut_short(self) -> bool:
+        "Has a part of a step already changed the weights? The next step takes it up."
+        return False
 
     def parts(self) -> list[dict | list]:
         "All that holds arrays which a step changes, or looks at while it is compiled."
@@ -435,7 +443,7 @@ class Trainer(Progress):
 
     def phases(self) -> Generator[str, None, dict]:
         "One step in pieces; returns its metrics."
-        start, knobs = time.perf_counter(), self.read_knobs()
+        start, knobs = time.perf_counter(), self.knobs.snapshot()
         rate = float(self.schedule(self.steps_done)) * knobs["learning_rate_factor"]
         step = self.steps_done
         with self.whole(lambda: self.steps_done > step):
@@ -443,6 +451,7 @@ class Trainer(Progress):
             mx.eval(self.trained.state, self.optimizer.state, values)
             loss, _, norm, good, means, tokens = self._numbers(values)
             self.tokens, self.steps_done = self.tokens + tokens, step + 1
+        self.tell_knobs(step, knobs)
         speed = tokens / (time.perf_counter() - start)
         if not good: self.report(loss, norm)
         self.judge(good, loss, norm)
@@ -451,13 +460,18 @@ class Trainer(Progress):
                 "tokens_per_second": speed}
 
     def _stepping(self) -> Generator[str, None, dict]:
-        metrics = yield from self.phases()
-        if self.validate and (self.steps_done % self.validation_interval == 0 or self.steps_done == self.total_steps):
+        metrics, failed = (yield from self.phases()), []
+        if due := self.validate and (self.steps_done % self.validation_interval == 0 or self.steps_done == self.total_steps):
             yield "validate"
-            metrics |= self.validate()
-            self.validated(metrics[self.judged_by])
-        for callback in self.callbacks: callback(self, metrics)
+        for look in [self._validate] * bool(due) + self.callbacks:        # the step is counted: whatever one of them raises, all see it
+            try: look(self, metrics)
+            except BaseException as e: failed.append(e)
+        if failed: raise failed[0]
         return metrics
+
+    def _validate(self, _, metrics: dict):
+        metrics |= self.validate()
+        self.validated(metrics[self.judged_by])
 
     def stepping(self) -> Generator[str, None, dict]:
         "A step in pieces, with measurements and callbacks; returns its metrics. Raises `TrainingError` if another one is under way."
@@ -502,6 +516,13 @@ class Trainer(Progress):
             self.run_dir.event("not_finite", self.steps_done - 1, loss=loss, grad_norm=norm)
             self.run_dir.note(said)
         if self.in_a_row == 0: logger.warning(said)
+
+    def samples(
+        self,
+        n: int = 3, # at most so many
+    ) -> list[tuple[str, str, float | None]]: # what was asked, what the model says now, and what that is worth, if anybody says so
+        "Something for people to look at while it trains; each stage has its own."
+        return []
 
     def places(self) -> dict[str, dict | list]:
         "Where the arrays of a checkpoint belong."
@@ -751,7 +772,7 @@ def recorded(
     Raises `KeyboardInterrupt` at the end if there are steps left, after it has saved where it stands.
     """
     since, tokens, before = time.perf_counter(), trainer.tokens, read_metadata(run.path).get("took") or {}
-    last = {}
+    last, forgotten = {}, []
     ours = [log_metrics(run, run.logging.steps.logging_interval), save_checkpoints(run, **state), lambda _, metrics: last.update(metrics)]
     trainer.callbacks += ours
     mx.reset_peak_memory()
@@ -766,6 +787,9 @@ def recorded(
     except KeyboardInterrupt:
         outcome = "interrupted"
         raise
+    except GeneratorExit:                                                 # whoever had it open is no more
+        outcome, forgotten = "interrupted", [RunError]
+        raise
     except TrainingError as e:
         good = trainer.last_good()                                        # what was saved before it is proven
         proven = [path for path in checkpoints(run.path) if int(path.name[5:]) < good]
@@ -776,10 +800,11 @@ def recorded(
         raise
     finally:
         trainer.callbacks = [callback for callback in trainer.callbacks if callback not in ours]
-        try:
-            said = f"{said}\n{_took(trainer, run, since, tokens, before)}".strip()
-            run.note(said)
-        finally: run.finish(outcome)                                      # also when the disk is full: somebody may wait for the lock
+        with suppress(*forgotten):
+            try:
+                said = f"{said}\n{_took(trainer, run, since, tokens, before)}".strip()
+                run.note(said)
+            finally: run.finish(outcome)                                  # also when the disk is full: somebody may wait for the lock
     print(said, flush=True)                                               # last, since nobody may be listening any more
     _look_back(trainer, run, last.get(trainer.judged_by))
 

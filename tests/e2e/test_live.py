@@ -14,7 +14,7 @@ def ppo(name, steps=100_000, **data):
     trainer = task(count_a, steps=steps, batch=16, lr=3e-3, response_length=8, **{"kl_coef": 0.02, "guards": "warn", **data})
     trainer.cfg = trainer.cfg.model_copy(update={"name": name})
     return trainer"""
-STATE = "print(json.dumps([live.trainer.steps_done, live.playing, live.trainer.knobs.kl_coef, live.curves['kl'][1][-20:].mean()]))"
+STATE = "print(json.dumps([live.trainer.steps_done, live.playing, live.trainer.knobs.kl_coef, sum(live.curves['kl'][1][-20:]) / 20]))"
 MENDABLE = """
 broken = []
 def count_a(prompt, response):
