@@ -5,12 +5,12 @@
 BIN = .venv/bin
 PYTHONS = python3.13 python3.12 python3.11 python3
 DEVICE = $(shell [ `uname -s` = Linux ] && { nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu; })
-LEFT_OUT = `make test` left out interop, e2e, demo, tutorials, docs and the known optima of PPO: run `make check` for all of it.
+LEFT_OUT = `make test` left out interop, e2e, demo, tutorials, docs, the site and the known optima of PPO: run `make check` for all of it.
 CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 .DEFAULT_GOAL = help
 .NOTPARALLEL:
-.PHONY: help demo test e2e interop docs lab check clean units demo-result optima check-rest
+.PHONY: help demo test e2e interop docs site lab check clean units demo-result optima browser check-rest
 
 help:
 	@echo "make demo      train a small Llama on two centuries of speeches, teach it to answer, and align it with a learned reward"
@@ -19,6 +19,7 @@ help:
 	@echo "make e2e       press the buttons of the panels in a real JupyterLab, with a real browser"
 	@echo "make interop   compare with mlx-lm, transformers and torch (a large download)"
 	@echo "make docs      run the tutorials, and build the site in _docs/ and README.md"
+	@echo "make site      the same, and open its pages in a real browser"
 	@echo "make check     everything above but lab"
 	@echo "make clean     remove what was built; your runs, data and .venv stay"
 
@@ -40,12 +41,17 @@ docs: .venv/.stamp-dev .venv/.stamp-data
 
 check: units check-rest
 
-check-rest: demo-result optima e2e interop docs
+check-rest: demo-result optima e2e interop site
+
+e2e: .venv/.stamp-dev .venv/.stamp-data browser
+	$(BIN)/python -m pytest -q -rs tests/e2e
+
+site: docs browser
+	$(BIN)/python -m pytest -q -rs tests/site
 
 # The browser is Debian's where that can be installed, else the one that playwright fetches.
-e2e: .venv/.stamp-dev .venv/.stamp-data .venv/.stamp-e2e
+browser: .venv/.stamp-e2e
 	@test -n "$(CHROMIUM)" || { test `id -u` = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || $(BIN)/playwright install chromium
-	$(BIN)/python -m pytest -q -rs tests/e2e
 
 optima: .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/optima
@@ -55,7 +61,7 @@ units: .venv/.stamp-dev .venv/.stamp-data
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/notebooks.py execute
 	$(BIN)/python tools/notebooks.py sync
-	$(BIN)/python -m pytest -q -rs tests --ignore=tests/interop --ignore=tests/demo --ignore=tests/optima --ignore=tests/e2e
+	$(BIN)/python -m pytest -q -rs tests --ignore=tests/interop --ignore=tests/demo --ignore=tests/optima --ignore=tests/e2e --ignore=tests/site
 
 demo-result: demo .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/demo

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_POINTS', 'SHARE', 'NO_FRONT_END', 'BREATH', 'PANELS', 'logger', 'NOBODY', 'Curves', 'make_slider', 'Panel',
-           'samples_table', 'kernel_loop', 'Stepper', 'Live']
+           'samples_table', 'kernel_loop', 'Stepper', 'Recording', 'Pace', 'Live']
 
 # %% ../nbs/20_lab.ipynb #7e75fe3e
 import ast
@@ -79,7 +79,7 @@ class Curves:
             axes.grid(alpha=0.3)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             for i, name in enumerate(names): self.lines[name] = self._line(axes, name, f"C{i}")
-        self.drawn, self.cost = 0.0, 0.0                                  # when it was drawn, and how many seconds that took
+        self.drawn, self.cost, self.times = 0.0, 0.0, 0                   # when it was drawn, how many seconds that took, how often
 
     def _line(self, axes, name: str, color: str) -> tuple:
         "What a metric is drawn with: a faint line and a smooth one; a validation as dots."
@@ -98,6 +98,17 @@ class Curves:
             values.append(float("nan") if value is None else value)
         self.turns += [(metrics["step"] - 1, name, value) for name, value in (turned or {}).items()]
 
+    def read(
+        self,
+        run: str | Path, # a run directory
+    ):
+        "Forget all, and begin with what a run has written."
+        self.history.clear()
+        self.turns.clear()
+        for row in read_metrics(run):
+            if "event" not in row: self.add(row)
+            elif row["event"] == "knob": self.turns.append((row["step"], row["name"], row["value"]))
+
     def __getitem__(
         self,
         name: str, # a metric
@@ -107,7 +118,7 @@ class Curves:
 
     def is_due(self) -> bool:
         "Has enough time passed to draw again?"
-        return time.perf_counter() - self.drawn >= min(4.0, max(0.5, self.cost / SHARE))
+        return time.perf_counter() - self.drawn >= min(4.0, 0.5 * 2**min(self.times, 4), max(0.5, self.cost / SHARE))
 
     def png(
         self,
@@ -124,10 +135,11 @@ class Curves:
         for axes in self.axes:
             axes.relim()
             axes.autoscale_view()
+            axes.tick_params(labelleft=bool(self.history), labelbottom=bool(self.history))
             labelled = [line for line in axes.get_lines() if line.get_label()[0] != "_" and len(line.get_xdata())]
             if len(labelled) > 1: axes.legend(handles=labelled, fontsize=7)
         self.canvas.print_png(file)
-        took, self.drawn = time.perf_counter() - start, time.perf_counter()
+        took, self.drawn, self.times = time.perf_counter() - start, time.perf_counter(), self.times + 1
         self.cost = min(took, 0.7 * self.cost + 0.3 * took) if self.cost else took     # one slow drawing is no price to plan by
         return file.getvalue()
 
@@ -239,7 +251,8 @@ def samples_table(
 # %% ../nbs/20_lab.ipynb #40b5c0ba
 def kernel_loop() -> asyncio.AbstractEventLoop | None:
     "The event loop of the kernel this runs in; `None` where nobody can press a button."
-    if os.environ.get("IN_TEST") or getattr(get_ipython(), "kernel", None) is None: return None
+    kernel = getattr(get_ipython(), "kernel", None)
+    if os.environ.get("IN_TEST") or not getattr(kernel, "_allow_stdin", kernel): return None   # who cannot be asked cannot press
     try: return asyncio.get_running_loop()
     except RuntimeError: return None                                      # not on the kernel's own thread
 
@@ -387,6 +400,94 @@ class Stepper:
     def _settle(self): "It came to rest."
     def _say(self, text: str, bad: bool = False): print(text)
 
+# %% ../nbs/20_lab.ipynb #a41b7c02
+class Recording:
+    """The run directory of a training that is stepped by hand: open while it goes on, and closed when it does not. In a `with` it is open.
+
+    `run`: as soon as there is one; `finished`: are all steps taken, and the model written?
+    """
+    def __init__(
+        self,
+        trainer: Trainer, # of any stage
+        root: str | Path | None, # directory of all runs; `None`: nothing is written
+    ):
+        self.trainer, self.root, self.run, self.finished = trainer, root, None, False
+        self._exit, self._save, self._missed = ExitStack(), None, []      # missed: steps taken while it was closed
+
+    @property
+    def is_open(self) -> bool: return self._save is not None
+
+    @property
+    def wanted(self) -> bool:
+        "Is there a run directory to look after, or shall there be? Somebody else's is left alone."
+        return self.root is not None and isinstance(self.trainer, StageTrainer) and self.trainer.run_dir is self.run
+
+    def open(self) -> bool: # was the trainer brought to where a checkpoint was?
+        "Open it, if it can be. Raises `UserError` as `open_run` does."
+        if self.is_open or self.finished or not self.wanted: return False
+        before = self.trainer.steps_done
+        self._save = self._exit.enter_context(open_run(self.trainer, self.root))
+        self.run, elsewhere = self.trainer.run_dir, self.trainer.steps_done != before
+        missed, self._missed = [] if elsewhere else self._missed, []
+        for metrics, turned in missed:
+            for name, value in turned.items(): self.run.event("knob", metrics["step"] - 1, name=name, value=value)
+            self.run.log(metrics)
+        return elsewhere
+
+    def note(
+        self,
+        metrics: dict[str, float], # of a step that has been taken
+        turned: dict[str, float], # knobs that were turned before it
+    ):
+        "While it is closed, keep a step in mind."
+        if self.wanted and not self.is_open: self._missed.append((metrics, turned))
+
+    def save(self) -> Path | None: # the checkpoint
+        "Save now. `None` if it is closed, for then all is saved."
+        if self.is_open: return self._save()
+        theirs = self.trainer.run_dir
+        return save_checkpoint(self.trainer, theirs) if isinstance(theirs, Run) and theirs is not self.run else None
+
+    def close(self) -> bool: # has the training come to its end just now?
+        "Save where it stands, or write the model. Raises whatever writing raises; then it can be opened, and closed, again."
+        if not self.is_open: return False
+        try: self._exit.close()
+        except KeyboardInterrupt:                                         # so `recorded` says that there are steps left
+            if self.trainer.steps_done >= self.trainer.total_steps: raise
+        finally: self._save = None
+        self.finished = self.trainer.steps_done >= self.trainer.total_steps
+        return self.finished
+
+    def __enter__(self): return self.open()
+
+    def __exit__(self, *error):
+        try: return self._exit.__exit__(*error)
+        finally: self._save = None
+
+# %% ../nbs/20_lab.ipynb #a41b7c05
+class Pace:
+    "How fast it goes, of the last steps, without the time in which it stood still."
+    def __init__(self): self.since, self.took, self.speed = None, deque(maxlen=20), None
+
+    def add(
+        self,
+        metrics: dict[str, float], # of a step
+    ):
+        "A step was taken."
+        now, speed = time.perf_counter(), metrics.get("tokens_per_second", 0.0)
+        if self.since: self.took.append(now - self.since)
+        self.since, self.speed = now, speed if self.speed is None else 0.9 * self.speed + 0.1 * speed
+
+    def pause(self): self.since = None
+
+    def told(
+        self,
+        left: int, # steps to go
+    ) -> list[str]: # tokens/s, and time left, as far as they are known
+        "The pace in words."
+        speed = [f"{self.speed:,.0f} tokens/s"] if self.speed else []
+        return speed + ([f"{span(float(np.median(self.took)) * left)} left"] if self.took and left else [])
+
 # %% ../nbs/20_lab.ipynb #1765a7aa
 PANELS = { # what is drawn, for each stage
     "ppo": {"reward": ("reward", "val_reward"), "KL to the reference (nats a response)": ("kl", "val_kl", "row_logratio"),
@@ -427,15 +528,13 @@ class Live(Stepper):
         watch: dict[str, Callable[[Trainer], float]] | None = None, # more metrics, measured after each step: name → function
     ):
         super().__init__(trainer)
-        self.root, self.watch = root, watch or {}
+        self.watch, self.record, self.pace = watch or {}, Recording(trainer, root), Pace()
         self.curves = Curves(panels or PANELS.get(getattr(trainer, "stage", ""), PANELS[""]))
         me = weakref.ref(self)                                            # a widget lives as long as the kernel; the trainer need not
         self.panel = Panel(trainer.knobs, trainer.total_steps, lambda name: (live := me()) and live._act(name))
         self._id, self._told = f"mlx-pretrain-{os.getpid()}-{next(_ids)}", _Told(lambda text: self._say(text))
-        self._record, self._save, self._opened = ExitStack(), None, None  # the run directory, while it is open
-        self._stood, self._since, self._paces, self._speed = trainer.last_knobs, None, deque(maxlen=20), None
-        self._refreshed, self._drawn, self._gone, self._finished = 0.0, False, False, False
-        self._trouble, self._missed = "", []                              # an error's sentence; steps that no run directory has seen
+        self._stood, self._trouble = trainer.last_knobs, ""               # knobs of the last step; an error's sentence
+        self._refreshed, self._drawn, self._gone = 0.0, False, False
         earlier = [getattr(callback, "__self__", None) for callback in trainer.callbacks]
         for old in earlier:
             if isinstance(old, Live): self._follow(old)
@@ -450,10 +549,10 @@ class Live(Stepper):
         if (loop := kernel_loop()) is None: return self.run()
         self._alone()
         self._open()
+        self._play()
         self.show()
         shell = get_ipython()
         shell.ast_transformers[:] = [t for t in shell.ast_transformers if not isinstance(t, _Waiting)] + [_Waiting(self)]
-        self._play()
         loop.call_soon(self._wake, context=self._context)
 
     def show(self) -> None:
@@ -470,13 +569,13 @@ class Live(Stepper):
         trainer, in_kernel = self.trainer, getattr(get_ipython(), "kernel", None) is not None
         if kernel_loop() is None: print(NOBODY, file=sys.stdout if in_kernel else sys.stderr)
         try:
-            with self._record, ExitStack() as stack:
+            with self.record, ExitStack() as stack:
                 if in_kernel: self.show()
                 else: trainer.callbacks.append(stack.enter_context(ProgressBar(trainer.total_steps, trainer.steps_done)))
                 stack.enter_context(self._listening())
                 self._play()
                 while self.playing and self._has_work(): self._advance()
-        finally: self._save, self.playing = None, False
+        finally: self.playing = False
         if not self.is_over: raise KeyboardInterrupt
 
     def stop(self) -> None:
@@ -486,19 +585,14 @@ class Live(Stepper):
             self._take_piece()
             while self._pieces: self._take_piece()
         self._close()
-        where = f" It is saved in {self.trainer.run_dir.path}." if self._opened else ""
+        where = f" It is saved in {self.record.run.path}." if self.record.run else ""
         if not self.is_over: self._say(f"Stopped after step {self.trainer.steps_done}.{where} Run goes on from there.")
         self._settle()
 
     @property
     def is_done(self) -> bool:
         "Are all steps taken, and, if they are recorded, is the model written?"
-        return self.is_over and (self._finished or not self._records)
-
-    @property
-    def _records(self) -> bool:
-        "Is there a run directory to look after, or shall there be? Somebody else's is left alone."
-        return self.root is not None and isinstance(self.trainer, StageTrainer) and self.trainer.run_dir is self._opened
+        return self.is_over and (self.record.finished or not self.record.wanted)
 
     def _alone(self):
         "Pause whoever trains now."
@@ -517,34 +611,15 @@ class Live(Stepper):
         old._gone = True
         old._refresh()
         self.trainer.callbacks.remove(old._observe)
-        self._record, self._save, self._opened, old._record, old._save = old._record, old._save, old._opened, ExitStack(), None
-        self._finished, self._missed = old._finished, old._missed
+        self.record, old.record = old.record, Recording(self.trainer, None)
         self.curves.history, self.curves.turns = old.curves.history, old.curves.turns
 
     def _open(self):
-        "Open the run directory, if there shall be one and it is not open."
-        trainer, before = self.trainer, self.trainer.steps_done
-        if self._save or self.is_done or not self._records: return
-        self._save = self._record.enter_context(open_run(trainer, self.root))
-        if trainer.steps_done != before:                                  # it goes on from a checkpoint, and all before is of another run
-            for seen in (self.curves.history, self.curves.turns, self._missed): seen.clear()
-            for row in read_metrics(trainer.run_dir.path):
-                if "event" not in row: self.curves.add(row)
-                elif row["event"] == "knob": self.curves.turns.append((row["step"], row["name"], row["value"]))
-        self._opened, self._stood, missed, self._missed = trainer.run_dir, trainer.last_knobs, self._missed, []
-        for metrics, turned in missed:
-            for name, value in turned.items(): self._opened.event("knob", metrics["step"] - 1, name=name, value=value)
-            self._opened.log(metrics)
+        if self.record.open(): self.curves.read(self.record.run.path)
+        self._stood = self.trainer.last_knobs
 
     def _close(self):
-        "Close the run directory, as finished or as interrupted."
-        if self._save is None: return
-        try: self._record.close()
-        except KeyboardInterrupt:                                         # so `recorded` says that there are steps left
-            if self.is_over: raise
-        finally: self._save = None
-        self._finished = self.is_over
-        if self._finished: self._say(f"Finished. The model is in {self._opened.path}/model.")
+        if self.record.close(): self._say(f"Finished. The model is in {self.record.run.path}/model.")
 
     def _end(self):
         super()._end()
@@ -566,11 +641,9 @@ class Live(Stepper):
     def _answer(self, wish: str):
         "What was wished for, between two steps."
         if wish == "stop": self.stop()
-        elif wish == "save" and self._save: self._say(f"Saved in {self._save()}.")
-        elif wish == "save" and isinstance(self.trainer.run_dir, Run) and self.trainer.run_dir is not self._opened:
-            self._say(f"Saved in {save_checkpoint(self.trainer, self.trainer.run_dir)}.")
-        elif wish == "save": self._say(f"All is saved in {self._opened.path}." if self._opened else
-                                       "There is no run directory to save in: give one with Live(trainer, root=…).")
+        elif wish == "save" and (path := self.record.save()): self._say(f"Saved in {path}.")
+        elif wish == "save" and self.record.run: self._say(f"All is saved in {self.record.run.path}.")
+        elif wish == "save": self._say("There is no run directory to save in: give one with Live(trainer, root=…).")
         elif samples := self.trainer.samples(): self.panel.samples.value = samples_table(samples, f"after step {self.trainer.steps_done}")
         else: self._say("There is nothing to sample yet." if isinstance(self.trainer, StageTrainer) else "This trainer has no samples.")
 
@@ -587,14 +660,13 @@ class Live(Stepper):
     def _observe(self, trainer: Trainer, metrics: dict):
         "A callback: what is watched is measured, and all is noted."
         turned = {name: value for name, value in trainer.last_knobs.items() if value != self._stood.get(name)}
-        self._stood, now = trainer.last_knobs, time.perf_counter()
+        self._stood = trainer.last_knobs
+        self.pace.add(metrics)
         try:
             for name, look in self.watch.items(): metrics[name] = float(look(trainer))
-        finally: self.curves.add(metrics, turned)
-        if self._save is None and self._records: self._missed.append((metrics, turned))
-        if self._since: self._paces.append(now - self._since)
-        self._since, speed = now, metrics.get("tokens_per_second", 0.0)
-        self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
+        finally:
+            self.curves.add(metrics, turned)
+            self.record.note(metrics, turned)
 
     def _stepped(self):
         if self.trainer.stop_requested:
@@ -604,7 +676,7 @@ class Live(Stepper):
         if self.curves.is_due() or not self.playing: self._draw()
 
     def _settle(self):
-        self._since = None
+        self.pace.pause()
         self._refresh()
         self._draw()
 
@@ -617,10 +689,7 @@ class Live(Stepper):
         "How things stand, in a line."
         done, total = self.trainer.steps_done, self.trainer.total_steps
         state = "finished" if self.is_done else "running" if self.playing else "paused" if done else "ready"
-        parts = [f"{state}: step {done:,} of {total:,}"]
-        if self._speed: parts.append(f"{self._speed:,.0f} tokens/s")
-        if self._paces and not self.is_over: parts.append(f"{span(float(np.median(self._paces)) * (total - done))} left")
-        return "  ·  ".join(parts)
+        return "  ·  ".join([f"{state}: step {done:,} of {total:,}", *self.pace.told(total - done)])
 
     def _refresh(self):
         self.panel.refresh(self.trainer.steps_done, "" if self._gone else self.line(), self.playing, self.is_done or self._gone)

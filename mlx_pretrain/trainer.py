@@ -465,7 +465,7 @@ class Trainer(Progress):
             yield "validate"
         for look in [self._validate] * bool(due) + self.callbacks:        # the step is counted: whatever one of them raises, all see it
             try: look(self, metrics)
-            except BaseException as e: failed.append(e)
+            except (Exception, KeyboardInterrupt) as e: failed.append(e)
         if failed: raise failed[0]
         return metrics
 

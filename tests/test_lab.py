@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx_pretrain  # noqa: F401, I001 (before MLX)
@@ -426,6 +427,28 @@ def test_in_a_script(cut, tmp_path):
     assert lab.NOBODY in done.stderr and "tok/s" in done.stderr
     assert read_metadata(tmp_path / "runs/run")["outcome"] == ("interrupted" if cut else "finished")
     assert done.stdout.endswith("6\n") if not cut else "KeyboardInterrupt" in done.stderr and "step_000003" in done.stderr
+
+
+EXECUTED = """
+live = Live(make("ppo", folder, steps=30), folder / "runs")
+live.start()
+assert live.is_done and live.trainer.steps_done == 30
+print("to its end")
+"""
+
+
+def test_executed_by_a_program(tmp_path):
+    "Executed by nbclient, as nbconvert and papermill do, where nobody can press a button, the cell trains to its end."
+    from nbclient import NotebookClient
+    from nbformat import v4
+    head = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\nfolder = Path({str(tmp_path)!r})\n"
+    cells = head + "import mlx_pretrain\nfrom test_lab import Live, make", EXECUTED
+    nb = v4.new_notebook(cells=[*map(v4.new_code_cell, cells)])
+    environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
+    NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute(env=environment)
+    outputs = nb.cells[1].outputs
+    assert lab.NOBODY in (said := "".join(o.get("text", "") for o in outputs)) and "to its end\n" in said
+    assert [o.output_type for o in outputs].count("display_data") == 1
 
 
 def test_nothing_piles_up(tmp_path, jupyter):

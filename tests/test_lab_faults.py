@@ -223,7 +223,7 @@ def test_resume_at_the_end(tmp_path, jupyter):
         return live
     assert outcome(asyncio.run(main(make("ppo", tmp_path, steps=3)))) == "finished"
     live = asyncio.run(main(going_on(make("ppo", tmp_path, steps=3))))
-    assert outcome(live) == "finished" and live._save is None
+    assert outcome(live) == "finished" and not live.record.is_open
 
 
 def test_the_last_step_by_hand(tmp_path, jupyter):
@@ -415,7 +415,7 @@ def test_any_order(seed, tmp_path, jupyter):
                 case "start": live.start()
                 case "hand":
                     live.pause()
-                    if live._save and live.trainer.steps_done < 14: live.trainer.step()
+                    if live.record.is_open and live.trainer.steps_done < 14: live.trainer.step()
                 case name: press(live, name)
             await asyncio.sleep(float(rng.random() * 0.04))
         await finished(live)
@@ -464,7 +464,7 @@ def test_a_run_directory_that_vanishes(tmp_path, jupyter):
         with pytest.raises(UserError, match="log.txt could not be written"): live.stop()
         return live
     live = asyncio.run(main())
-    assert live._save is None and checkpoints(live.trainer.run_dir.path) and _writer(live.trainer.run_dir.path) is None
+    assert not live.record.is_open and checkpoints(live.trainer.run_dir.path) and _writer(live.trainer.run_dir.path) is None
 
 
 # Several panels

@@ -179,6 +179,26 @@ def test_reload_and_show_again(open_notebook):
     assert shown > 0.2
 
 
+FLICKER = """() => new Promise(done => {
+  const cell = jupyterapp.shell.currentWidget.content.widgets[1].node, seen = {frames: 0, bare: 0, pictures: new Set()};
+  const end = performance.now() + 9000, look = () => {
+    const image = cell.querySelector(".jp-OutputArea img");
+    seen.frames += 1;
+    if (image && image.complete && image.naturalWidth) seen.pictures.add(image.src.length + image.src.slice(-200)); else seen.bare += 1;
+    if (performance.now() < end) requestAnimationFrame(look); else done([seen.frames, seen.bare, seen.pictures.size]);
+  };
+  requestAnimationFrame(look);
+})"""
+
+
+def test_the_picture_does_not_flicker(open_notebook):
+    "While it trains, the picture changes a few times, and is there in every frame, panel and buttons beside it."
+    nb = begin(open_notebook)
+    nb.until(lambda: steps(nb) > 5)
+    frames, bare, pictures = nb.page.evaluate(FLICKER)
+    assert frames > 50 and bare == 0 and pictures >= 3, (frames, bare, pictures)
+
+
 def test_text_stays_text(open_notebook):
     "A script in a prompt, shown as a sample, is text: it does not run, and makes no element."
     evil = "<script>window.evil = 1</script><img src=x onerror='window.evil = 2'>"

@@ -1,0 +1,48 @@
+"""Make nbs/images/panel.png, the picture of the panel in the README: PPO in a real JupyterLab, whose kl_coef is turned up by a mouse.
+
+    make e2e && .venv/bin/python tools/picture.py      (the first installs what this needs)
+"""
+import sys
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "e2e"))
+from conftest import CHROMIUM, QUIET, Notebook, Server, write_notebook  # noqa: E402
+
+SETUP = """import mlx_pretrain
+from toys import task
+from mlx_pretrain.lab import Live
+def count_a(prompt, response): return response.count("a") / 8
+trainer = task(count_a, steps=600, batch=32, lr=2e-3, response_length=8, kl_coef=0.02, guards="warn")"""
+START = "live = Live(trainer, root=None)\nlive.start()"
+ASK = "print(trainer.steps_done)"
+
+
+def main():
+    out = ROOT / "nbs" / "images" / "panel.png"
+    out.parent.mkdir(exist_ok=True)
+    server = Server(Path(tempfile.mkdtemp()))
+    try:
+        write_notebook(server.root / "panel.ipynb", [SETUP, START, ASK])
+        with sync_playwright() as p:
+            browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+            page = browser.new_context(viewport={"width": 1240, "height": 1100}, device_scale_factor=1.5).new_page()
+            notebook = Notebook(page, server, "panel.ipynb")
+            notebook.open()
+            page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
+            for i in (0, 1): notebook.run(i)
+            notebook.until(lambda: int(notebook.run(2)) > 250, timeout=120)
+            notebook.drag("kl_coef", 0.4)
+            notebook.press("Sample")
+            notebook.until(lambda: int(notebook.run(2)) > 420, timeout=120)
+            notebook.page.wait_for_timeout(4000)                          # until the picture has it
+            page.locator(".jp-Notebook .jp-Cell").nth(1).locator(".jp-OutputArea").first.screenshot(path=out)
+            browser.close()
+    finally: server.stop()
+    print(f"{out}: {out.stat().st_size // 1024} kB")
+
+
+if __name__ == "__main__": main()
