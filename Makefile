@@ -5,12 +5,12 @@
 BIN = .venv/bin
 PYTHONS = python3.13 python3.12 python3.11 python3
 DEVICE = $(shell [ `uname -s` = Linux ] && { nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu; })
-LEFT_OUT = `make test` left out interop, e2e, demo, tutorials, docs, the site and the known optima of PPO: run `make check` for all of it.
+LEFT_OUT = `make test` left out the demo, interop, e2e, tutorials and docs, and tests that take long (known optima, large files, the panel under attack): run `make check` for all of it.
 CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 .DEFAULT_GOAL = help
 .NOTPARALLEL:
-.PHONY: help demo test e2e interop docs site lab check clean units demo-result optima browser check-rest
+.PHONY: help demo test e2e interop docs site lab check clean units demo-result long browser check-rest
 
 help:
 	@echo "make demo      train a small Llama on two centuries of speeches, teach it to answer, and align it with a learned reward"
@@ -41,7 +41,7 @@ docs: .venv/.stamp-dev .venv/.stamp-data
 
 check: units check-rest
 
-check-rest: demo-result optima e2e interop site
+check-rest: demo-result long e2e interop site
 
 e2e: .venv/.stamp-dev .venv/.stamp-data browser
 	$(BIN)/python -m pytest -q -rs tests/e2e
@@ -53,15 +53,15 @@ site: docs browser
 browser: .venv/.stamp-e2e
 	@test -n "$(CHROMIUM)" || { test `id -u` = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || $(BIN)/playwright install chromium
 
-optima: .venv/.stamp-dev
-	$(BIN)/python -m pytest -q -rs tests/optima
+long: .venv/.stamp-dev
+	$(BIN)/python -m pytest -q -rs tests/long
 
 units: .venv/.stamp-dev .venv/.stamp-data
 	$(BIN)/ruff check --quiet
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/notebooks.py execute
 	$(BIN)/python tools/notebooks.py sync
-	$(BIN)/python -m pytest -q -rs tests --ignore=tests/interop --ignore=tests/demo --ignore=tests/optima --ignore=tests/e2e --ignore=tests/site
+	$(BIN)/python -m pytest -q -rs tests $(foreach part,interop demo long e2e site,--ignore=tests/$(part))
 
 demo-result: demo .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/demo

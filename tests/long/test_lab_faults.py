@@ -134,6 +134,7 @@ def test_a_watch_that_gives_no_number(value, tmp_path, jupyter):
     assert [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, live.trainer.steps_done + 1)]
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
 def test_watched_values_that_are_not_finite(tmp_path, jupyter):
     "NaN and infinity are drawn as gaps, and logged as null."
     async def main():
