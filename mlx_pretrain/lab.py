@@ -127,11 +127,14 @@ class Curves:
         "Draw."
         start, file = time.perf_counter(), io.BytesIO()
         self.head.set_text(head)
+        turns = self._turns()
         for name, lines in self.lines.items():
             x, y = _thinned(*self[name])
             lines[0].set_data(x, y)
-            if len(lines) > 1: lines[1].set_data(x, _smooth(y, len(y) // 40 * 2 + 1))
-        self._mark()
+            if len(lines) == 1: continue
+            parts = np.split(y, np.searchsorted(x, [step for step, _, _ in turns], side="right"))      # no effect before its cause
+            lines[1].set_data(x, np.concatenate([_smooth(part, len(y) // 40 * 2 + 1) for part in parts]))
+        self._mark(turns)
         for axes in self.axes:
             axes.relim()
             axes.autoscale_view()
@@ -143,18 +146,24 @@ class Curves:
         self.cost = min(took, 0.7 * self.cost + 0.3 * took) if self.cost else took     # one slow drawing is no price to plan by
         return file.getvalue()
 
-    def _mark(self):
+    def _turns(self) -> list[tuple[int, str, float]]:
         "The turns of knobs; several of one knob within a short while, as a slider makes them, are one."
-        for mark in self.marks: mark.remove()
-        self.marks, kept, width = [], [], max((x[-1] for x, _ in self.history.values()), default=0) / 25
+        kept, width = [], max((x[-1] for x, _ in self.history.values()), default=0) / 25
         for step, name, value in self.turns:
             kept = [turn for turn in kept if turn[1] != name or step - turn[0] > width] + [(step, name, value)]
+        return kept
+
+    def _mark(self, kept: list[tuple[int, str, float]]):
+        "A line for each turn."
+        for mark in self.marks: mark.remove()
+        self.marks, middle = [], max((x[-1] for x, _ in self.history.values()), default=0) / 2
         for axes in self.axes: self.marks += [axes.axvline(step, color="0.4", linestyle=":", linewidth=1) for step, _, _ in kept]
         for i, (step, name, value) in enumerate(kept[-6:]):               # names of the last few, below each other
-            late = step > 12 * width                                      # its name stands where there is room
+            late = step > middle                                          # its name stands where there is room
             self.marks.append(self.axes[0].annotate(
                 f"{name} {value:.3g}", (step, 0.97 - 0.11 * (i % 3)), xycoords=("data", "axes fraction"), xytext=(-3 if late else 3, 0),
-                textcoords="offset points", ha="right" if late else "left", va="top", fontsize=7, color="0.3"))
+                textcoords="offset points", ha="right" if late else "left", va="top", fontsize=7, color="0.3",
+                bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}))
 
 # %% ../nbs/20_lab.ipynb #f1db6af2
 def make_slider(

@@ -1,4 +1,4 @@
-"""Make nbs/images/panel.png, the picture of the panel in the README: PPO in a real JupyterLab, whose kl_coef is turned up by a mouse.
+"""Make nbs/images/panel.png, the picture of the panel in the README: PPO in a real JupyterLab, whose kl_coef is turned by a mouse.
 
     make e2e && .venv/bin/python tools/picture.py      (the first installs what this needs)
 """
@@ -16,7 +16,7 @@ SETUP = """import mlx_pretrain
 from toys import task
 from mlx_pretrain.lab import Live
 def count_a(prompt, response): return response.count("a") / 8
-trainer = task(count_a, steps=600, batch=32, lr=2e-3, response_length=8, kl_coef=0.02, guards="warn")"""
+trainer = task(count_a, steps=450, batch=64, lr=3e-3, response_length=8, kl_coef=0.08, guards="warn")"""
 START = "live = Live(trainer, root=None)\nlive.start()"
 ASK = "print(trainer.steps_done)"
 
@@ -34,11 +34,12 @@ def main():
             notebook.open()
             page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
             for i in (0, 1): notebook.run(i)
-            notebook.until(lambda: int(notebook.run(2)) > 250, timeout=120)
-            notebook.drag("kl_coef", 0.4)
-            notebook.press("Sample")
-            notebook.until(lambda: int(notebook.run(2)) > 420, timeout=120)
-            notebook.page.wait_for_timeout(4000)                          # until the picture has it
+            for step, share in ((130, 0.04), (260, 0.35), (400, None)):
+                notebook.until(lambda step=step: int(notebook.run(2)) > step, timeout=120)
+                if share: notebook.drag("kl_coef", share)
+                if step == 260: notebook.press("Sample")
+            notebook.press("Pause")                                       # draws
+            notebook.page.wait_for_timeout(1000)
             page.locator(".jp-Notebook .jp-Cell").nth(1).locator(".jp-OutputArea").first.screenshot(path=out)
             browser.close()
     finally: server.stop()
