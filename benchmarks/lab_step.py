@@ -1,6 +1,9 @@
 """What the panel costs: the steps of one trainer in a real kernel, taken by a loop in a cell, and by a panel that draws and breathes.
 
     python benchmarks/lab_step.py       the two take turns, so that a noisy machine is noisy to both; two sizes of model
+
+Two figures. The ratio of seconds a step, which a busy machine blurs; and, within the panel's own time, the share in which no step was
+under way: drawing, widgets, coming up for air. The second is steady.
 """
 import asyncio
 import os
@@ -26,11 +29,26 @@ trainer = PretrainTrainer(PretrainConfig.model_validate_json(json.dumps({{
 times = []
 trainer.callbacks.append(lambda trainer, metrics: times.append(time.perf_counter()))
 live = Live(trainer, root=None)
+stepping, observe, inside, marks = trainer.stepping, trainer.callbacks[0], [0.0], []
+def timed(add, call, *args):
+    start = time.perf_counter()
+    try: return call(*args)
+    finally: inside[0] += add * (time.perf_counter() - start)
+def counted():
+    pieces = stepping()
+    while True:
+        try: piece = timed(1, next, pieces)
+        except StopIteration as end: return end.value
+        yield piece
+trainer.stepping = counted
+trainer.callbacks[0] = lambda *args: timed(-1, observe, *args)
+trainer.callbacks.append(lambda trainer, metrics: marks.append((times[-1], inside[0])))
 for _ in range(10): trainer.step()
 """
 PLAIN = "times.clear(); end = time.perf_counter() + {seconds}\nwhile time.perf_counter() < end: trainer.step()"
-START, PAUSE = "times.clear(); live.start()", "live.pause()"
+START, PAUSE = "times.clear(); marks.clear(); live.start()", "live.pause()"
 TAKEN = "print((times[-1] - times[5]) / (len(times) - 6))"
+SHARE = "print(1 - (marks[-1][1] - marks[5][1]) / (marks[-1][0] - marks[5][0]))"
 
 
 async def main():
@@ -49,7 +67,7 @@ async def main():
             return "".join(said)
 
         print(await cell(SETUP.format(size=size)), file=sys.stderr)
-        ratios = []
+        ratios, shares = [], []
         for turn in range(ROUNDS):
             taken = {}
             for way in ("plain", "panel") if turn % 2 else ("panel", "plain"):
@@ -59,9 +77,13 @@ async def main():
                     await asyncio.sleep(SECONDS)
                     await cell(PAUSE)
                 taken[way] = float((await cell(TAKEN)).split()[-1])
+                if way == "panel": shares.append(float((await cell(SHARE)).split()[-1]))
             ratios.append(taken["panel"] / taken["plain"])
-            print(f"{what}: plain {1000 * taken['plain']:.2f} ms, panel {1000 * taken['panel']:.2f} ms, ratio {ratios[-1]:.4f}", flush=True)
-        print(f"{what}: the panel costs {100 * (sorted(ratios)[len(ratios) // 2] - 1):.1f}% (median of {ROUNDS})", flush=True)
+            print(f"{what}: plain {1000 * taken['plain']:.2f} ms, panel {1000 * taken['panel']:.2f} ms, ratio {ratios[-1]:.4f}, "
+                  f"share {100 * shares[-1]:.2f}%", flush=True)
+        ratio, share = (sorted(values)[ROUNDS // 2] for values in (ratios, shares))
+        print(f"{what}: {100 * (ratio - 1):.1f}% more seconds a step, {100 * share:.2f}% of the time outside of steps "
+              f"(medians of {ROUNDS})", flush=True)
         client.stop_channels()
         await manager.shutdown_kernel(now=True)
 

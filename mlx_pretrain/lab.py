@@ -41,13 +41,13 @@ from matplotlib.ticker import MaxNLocator
 
 from .config import UserError
 from .plot import _smooth
-from .run import Run, read_metrics
+from .run import Run, checkpoints, had_happened, read_metrics
 from .stage import StageTrainer, open_run
-from .trainer import Knobs, ProgressBar, Trainer, TrainingError, save_checkpoint, span
+from .trainer import Knobs, ProgressBar, Trainer, TrainingError, save_checkpoint, span, stop_between_steps
 
 # %% ../nbs/20_lab.ipynb #2c27de71
 MOST_POINTS = 400 # of a curve, that are drawn
-SHARE = 0.015 # of the time, for drawing
+SHARE = 0.012 # of the time, for drawing
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +118,7 @@ class Curves:
 
     def is_due(self) -> bool:
         "Has enough time passed to draw again?"
-        return time.perf_counter() - self.drawn >= min(4.0, 0.5 * 2**min(self.times, 4), max(0.5, self.cost / SHARE))
+        return time.perf_counter() - self.drawn >= min(0.5 * 2**min(self.times, 5), max(0.5, self.cost / SHARE))
 
     def png(
         self,
@@ -268,21 +268,26 @@ def kernel_loop() -> asyncio.AbstractEventLoop | None:
 # %% ../nbs/20_lab.ipynb #eea92356
 def _sent() -> datetime | None:
     "When the cell that runs now was sent, by the clock of the browser that sent it."
-    date = get_ipython().kernel.get_parent("shell").get("header", {}).get("date")
-    return date if isinstance(date, datetime) else None
+    parent = get_ipython().kernel.get_parent("shell")
+    date, silent = parent.get("header", {}).get("date"), parent.get("content", {}).get("silent")
+    return date if isinstance(date, datetime) and not silent else None
 
 
 class _Waiting(ast.NodeTransformer):
-    "Looks at each cell before it runs, and lets those wait that were sent together with the one that started a training."
-    def __init__(self, live: "Live"): self.live, self.until = live, (_sent() or datetime.min.replace(tzinfo=UTC)) + timedelta(seconds=0.25)
+    "Looks at each cell before it runs, and lets those wait that were sent together with the one that started a training, or at its end."
+    def __init__(self, live: "Live"):
+        now, sent = datetime.now(UTC), _sent() or datetime.min.replace(tzinfo=UTC)
+        took = now - sent if timedelta() < now - sent < timedelta(minutes=10) else timedelta()        # else the clocks disagree
+        self.live, self.until = weakref.ref(live), sent + took + timedelta(seconds=0.25)
 
     def visit(self, node):
-        if (sent := _sent()) and sent <= self.until and self.live.playing and not self.live.wait():
+        live, sent = self.live(), _sent()
+        if live and sent and sent <= self.until and live.playing and not live.wait():
             raise InputRejected("The training above was paused before its end, so this cell was not run.")
         return node
 
 # %% ../nbs/20_lab.ipynb #a154fe76
-BREATH = 0.03 # seconds of work, after which the kernel may read its messages
+BREATH = 0.1 # seconds of work, after which the kernel may read its messages
 
 
 class Stepper:
@@ -316,6 +321,7 @@ class Stepper:
         self._say("Another cell waits for the end. ■ pauses.")
         with self._listening():
             while self.playing and self._has_work(): self._work()
+        if not self.is_done: self._say("")
         self._settle()
         return self.is_done
 
@@ -357,7 +363,9 @@ class Stepper:
     def _work(self):
         "A piece of work; if something goes wrong, that is said, and the training pauses."
         try: self._advance()
-        except KeyboardInterrupt: self.pause("Cut short; Run takes it up again.")
+        except KeyboardInterrupt:
+            how = "ends the step, with the knobs that it began with" if self.trainer.cut_short else "goes on"
+            self.pause(f"Cut short. Run {how}.")
         except UserError as e: self.pause(str(e), bad=True)
         except Exception as e:
             traceback.print_exc()
@@ -434,22 +442,32 @@ class Recording:
     def open(self) -> bool: # was the trainer brought to where a checkpoint was?
         "Open it, if it can be. Raises `UserError` as `open_run` does."
         if self.is_open or self.finished or not self.wanted: return False
-        before = self.trainer.steps_done
+        before, behind = self.trainer.steps_done, self._behind()
         self._save = self._exit.enter_context(open_run(self.trainer, self.root))
         self.run, elsewhere = self.trainer.run_dir, self.trainer.steps_done != before
-        missed, self._missed = [] if elsewhere else self._missed, []
-        for metrics, turned in missed:
-            for name, value in turned.items(): self.run.event("knob", metrics["step"] - 1, name=name, value=value)
-            self.run.log(metrics)
+        rows, self._missed = [] if elsewhere else behind + self._missed, []
+        for row in rows:
+            if "event" in row: self.run.event(row.pop("event"), **row)
+            else: self.run.log(row)
         return elsewhere
+
+    def _behind(self) -> list[dict]:
+        "What the log has seen since the last checkpoint; that is something if a save has failed, or a knob was turned since."
+        if self.run is None: return []
+        at = max((int(path.name[5:]) for path in checkpoints(self.run.path)), default=-1)
+        return [row for row in read_metrics(self.run.path) if not had_happened(row, at) and row.get("event") != "resume"]
 
     def note(
         self,
         metrics: dict[str, float], # of a step that has been taken
-        turned: dict[str, float], # knobs that were turned before it
     ):
         "While it is closed, keep a step in mind."
-        if self.wanted and not self.is_open: self._missed.append((metrics, turned))
+        if self.wanted and not self.is_open: self._missed.append(metrics)
+
+    @property
+    def is_behind(self) -> bool:
+        "Was a step taken while it was closed?"
+        return bool(self._missed)
 
     def save(self) -> Path | None: # the checkpoint
         "Save now. `None` if it is closed, for then all is saved."
@@ -460,12 +478,13 @@ class Recording:
     def close(self) -> bool: # has the training come to its end just now?
         "Save where it stands, or write the model. Raises whatever writing raises; then it can be opened, and closed, again."
         if not self.is_open: return False
+        done, over = self.trainer.steps_done, self.trainer.steps_done >= self.trainer.total_steps
         try: self._exit.close()
-        except KeyboardInterrupt:                                         # so `recorded` says that there are steps left
-            if self.trainer.steps_done >= self.trainer.total_steps: raise
+        except KeyboardInterrupt:                                         # so `recorded` says that there are steps left; or it was ■
+            if over or not any(int(path.name[5:]) == done for path in checkpoints(self.run.path)): raise
         finally: self._save = None
-        self.finished = self.trainer.steps_done >= self.trainer.total_steps
-        return self.finished
+        self.finished = over
+        return over
 
     def __enter__(self): return self.open()
 
@@ -556,8 +575,8 @@ class Live(Stepper):
         """
         if self._gone: raise TrainingError("another panel shows this training now; show() that one, or make a new one: Live(trainer)")
         if (loop := kernel_loop()) is None: return self.run()
-        self._alone()
         self._open()
+        self._alone()
         self._play()
         self.show()
         shell = get_ipython()
@@ -581,15 +600,16 @@ class Live(Stepper):
             with self.record, ExitStack() as stack:
                 if in_kernel: self.show()
                 else: trainer.callbacks.append(stack.enter_context(ProgressBar(trainer.total_steps, trainer.steps_done)))
-                stack.enter_context(self._listening())
+                stack.enter_context(stop_between_steps(trainer))
                 self._play()
                 while self.playing and self._has_work(): self._advance()
-        finally: self.playing = False
+        finally: self.playing = trainer.stop_requested = False
         if not self.is_over: raise KeyboardInterrupt
 
     def stop(self) -> None:
         "End the training here, and save where it stands. `start` goes on from there."
         self.pause()
+        if self.record.is_behind: self._open()
         if self.trainer.cut_short:                                        # a checkpoint in the middle of a step is of no use
             self._take_piece()
             while self._pieces: self._take_piece()
@@ -604,7 +624,7 @@ class Live(Stepper):
         return self.is_over and (self.record.finished or not self.record.wanted)
 
     def _alone(self):
-        "Pause whoever trains now."
+        "Pause whoever trains now. Until it is done, the last one is kept alive, for perhaps nothing but its buttons knows it."
         if (other := Live._running) not in (None, self) and other.playing: other.pause("Paused, because another training was started.")
         Live._running = self
 
@@ -612,6 +632,7 @@ class Live(Stepper):
         super()._play(playing)
         if self.is_done: return
         self._trouble = ""
+        self._told.last.clear()
         self._say("")
 
     def _follow(self, old: "Live"):
@@ -620,7 +641,9 @@ class Live(Stepper):
         old._gone = True
         old._refresh()
         self.trainer.callbacks.remove(old._observe)
-        self.record, old.record = old.record, Recording(self.trainer, None)
+        if old.record.run is None: self.record._missed = old.record._missed
+        else: self.record = old.record
+        old.record = Recording(self.trainer, None)
         self.curves.history, self.curves.turns = old.curves.history, old.curves.turns
 
     def _open(self):
@@ -628,37 +651,44 @@ class Live(Stepper):
         self._stood = self.trainer.last_knobs
 
     def _close(self):
-        if self.record.close(): self._say(f"Finished. The model is in {self.record.run.path}/model.")
+        if not self.record.close(): return
+        self._say("\n".join([*self._told.last.values(), f"Finished. The model is in {self.record.run.path}/model."]))
 
     def _end(self):
         super()._end()
-        self._close()
+        if self.record.wanted: self._close()
+        else: self._say("\n".join(self._told.last.values()))
+        if Live._running is self: Live._running = None
         self._settle()
 
     def _act(self, name: str):
         "A button was pressed; perhaps on another thread, so that it only leaves a wish."
         if self._gone: return
-        if name == "run" and self.playing: self.playing = False
+        self._asked = False
+        if name == "run" and self.panel.buttons["run"].description == "Pause": self.playing = False   # what it said when it was pressed
         elif name == "run": self._play()
         elif name == "step":
             self._play(False)
             self._owed += 1
         else: self._wishes.append(name)
         if name == "stop": self.playing = False
+        self._refresh()
         if self._loop: self._loop.call_soon_threadsafe(self._wake, context=self._context)
 
     def _answer(self, wish: str):
         "What was wished for, between two steps."
+        if wish == "save" and (self.record.is_behind or self.record.run is None): self._open()
         if wish == "stop": self.stop()
         elif wish == "save" and (path := self.record.save()): self._say(f"Saved in {path}.")
         elif wish == "save" and self.record.run: self._say(f"All is saved in {self.record.run.path}.")
-        elif wish == "save": self._say("There is no run directory to save in: give one with Live(trainer, root=…).")
+        elif wish == "save": self._say("There is no run directory to save in: give one with Live(trainer, root=…). Only the trainers of "
+                                       "pretraining, fine-tuning, rewards and PPO are recorded.")
         elif samples := self.trainer.samples(): self.panel.samples.value = samples_table(samples, f"after step {self.trainer.steps_done}")
         else: self._say("There is nothing to sample yet." if isinstance(self.trainer, StageTrainer) else "This trainer has no samples.")
 
     def _advance(self):
-        if self.playing: self._alone()
         if self._pieces is None and not self._wishes: self._open()        # again, after a stop
+        if self.playing: self._alone()
         super()._advance()
 
     def _work(self):
@@ -675,14 +705,18 @@ class Live(Stepper):
             for name, look in self.watch.items(): metrics[name] = float(look(trainer))
         finally:
             self.curves.add(metrics, turned)
-            self.record.note(metrics, turned)
+            self.record.note(metrics)
+        if self._drawn and not (self._busy or self.playing): self._update()         # a step by hand
 
     def _stepped(self):
         if self.trainer.stop_requested:
             self.trainer.stop_requested = self.playing = False
             if self._loop: self._wishes.append("stop")
-        if time.perf_counter() - self._refreshed >= 0.25 or not self.playing: self._refresh()
-        if self.curves.is_due() or not self.playing: self._draw()
+        self._update()
+
+    def _update(self):
+        if time.perf_counter() - self._refreshed >= 0.5: self._refresh()
+        if self.curves.is_due(): self._draw()
 
     def _settle(self):
         self.pace.pause()
@@ -691,13 +725,14 @@ class Live(Stepper):
 
     def _say(self, text: str, bad: bool = False):
         if bad: self._trouble = text
-        elif self._trouble and text: text = f"{self._trouble}\n{text}"   # an error's sentence stays until somebody goes on
+        elif self._trouble: text = f"{self._trouble}\n{text}".strip()     # an error's sentence stays until somebody goes on
         self.panel.say(text, bad=bool(self._trouble))
 
     def line(self) -> str:
         "How things stand, in a line."
         done, total = self.trainer.steps_done, self.trainer.total_steps
-        state = "finished" if self.is_done else "running" if self.playing else "paused" if done else "ready"
+        resting = "pausing" if self._pieces else "paused" if done else "ready"
+        state = "finished" if self.is_done else "running" if self.playing else resting
         return "  ·  ".join([f"{state}: step {done:,} of {total:,}", *self.pace.told(total - done)])
 
     def _refresh(self):

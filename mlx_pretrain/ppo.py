@@ -671,7 +671,7 @@ class PPOTrainer(StageTrainer):
     def state(self) -> dict:
         "The rest of a checkpoint. Raises `TrainingError` in the middle of a step."
         if self.cut_short:
-            raise TrainingError("a step is under way, and a checkpoint in the middle of it would be of no use; call step(), which ends it")
+            raise TrainingError("a step is under way, and a checkpoint in the middle of it would be of no use; end the step first")
         return {**super().state(), "configured": self.configured, "guards": self.guards.state(), "rewards": self.rewards,
                 "began": self.began, "reward": self.rewarded_by}
 

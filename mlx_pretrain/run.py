@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'RunError', 'check_name', 'StepsConfig', 'MetricsConfig', 'LoggingConfig', 'read_metadata', 'Journal',
            'read_metrics', 'write_checkpoint', 'checkpoints', 'load_checkpoint', 'Saved', 'latest_checkpoint', 'is_run',
-           'check_place', 'changed_keys', 'Run', 'ResumeConfig', 'find_checkpoint', 'list_runs', 'short', 'runs_table']
+           'check_place', 'had_happened', 'changed_keys', 'Run', 'ResumeConfig', 'find_checkpoint', 'list_runs',
+           'short', 'runs_table']
 
 # %% ../nbs/15_run.ipynb #53cdda9c
 import fcntl
@@ -564,8 +565,11 @@ def _lay_out(final: Path, config: str, overwrite: bool, logging: LoggingConfig) 
     return new
 
 # %% ../nbs/15_run.ipynb #ab31491c
-def _had_happened(row: dict, step: int) -> bool:
-    "Is this line of the metrics older than the checkpoint of `step`?"
+def had_happened(
+    row: dict, # a line of the metrics
+    step: int, # of a checkpoint
+) -> bool: # is it older?
+    "What a run that goes on from a checkpoint keeps of its metrics."
     at = row.get("step")
     return not isinstance(at, (int, float)) or (at < step if "event" in row else at <= step)
 
@@ -575,7 +579,7 @@ def _cut_metrics(file: Path, step: int):
     if not file.exists(): return
     rows, bad = _rows(file)
     if bad: logger.warning(f"{file}: left out {len(bad)} damaged lines, the first is line {bad[0]}")
-    _write_whole(file, "".join(_to_json(row) for row in rows if _had_happened(row, step)))
+    _write_whole(file, "".join(_to_json(row) for row in rows if had_happened(row, step)))
 
 # %% ../nbs/15_run.ipynb #449eaa06
 def _damaged_later(run_dir: Path, saved: Saved) -> list[Path]:

@@ -187,6 +187,7 @@ class StageTrainer(Trainer):
         epoch: int | Fraction, # steps in an epoch
         **kwargs, # `callbacks`, `run`, or your own `optimizer` and `schedule`, as `Trainer` takes them
     ):
+        if cfg.system.device != "auto": set_device(cfg.system.device)
         self.cfg, self.tokenizer, self.data, self.held_out, self.epoch = cfg, tokenizer, data, held_out, epoch
         total_steps = cfg.training.hyperparameters.iters or math.ceil(cfg.training.epochs * epoch)
         self.loss = compute_in(cfg.system.precision, loss)
@@ -300,6 +301,8 @@ def _start(trainer: StageTrainer, saved: Saved | None, place: Path, ahead: str) 
     how = place.name, to_yaml(cfg), place.parent, cfg.overwrite, cfg.logging
     run = Run.resume(saved, *how) if saved else Run(*how)
     try:
+        for step, name, value in [] if saved else trainer.untold: run.event("knob", step, name=name, value=value)
+        trainer.untold = []
         if saved and run.final.resolve() not in saved.path.resolve().parents: trainer.best = None   # its checkpoint is in another run
         run.note(ahead)
         run.metadata(parameters=_size(trainer.model), total_steps=trainer.total_steps,

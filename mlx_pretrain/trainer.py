@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -93,12 +93,16 @@ class SystemConfig(Section):
     "Compute each block again in the backward pass instead of remembering it: about half the memory, a third to a half more time."
 
 # %% ../nbs/18_trainer.ipynb #a2797490
+@cache
+def _no_gpu(): logger.warning('"system.device" is gpu, but MLX finds no GPU; using the CPU')
+
+
 def set_device(
     name: str, # "auto", "gpu" or "cpu"
 ) -> mx.Device: # the device that MLX uses from now on
     "Choose the device; a GPU that is not there becomes one warning and the CPU."
     gpu = mx.is_available(mx.gpu)
-    if name == "gpu" and not gpu: logger.warning('"system.device" is gpu, but MLX finds no GPU; using the CPU')
+    if name == "gpu" and not gpu: _no_gpu()
     mx.set_default_device(mx.gpu if gpu and name != "cpu" else mx.cpu)
     return mx.default_device()
 
@@ -392,7 +396,9 @@ class Trainer(Progress):
         self.trained = model if trained is None else trained
         self.update = Update(self.trained, self.optimizer, loss, h.gradient_clip, apart=trained is not None)
         self.knobs, self.stop_requested = Knobs(learning_rate_factor=1.0), False
-        self.last_knobs = self.knobs.snapshot()
+        self.last_knobs, self.seconds = self.knobs.snapshot(), 0.0        # seconds: in all steps
+        self.turns: list[tuple[int, str, float]] = []                     # of knobs, to come: step from 0, name, value
+        self.untold: list[tuple[int, str, float]] = []                    # of knobs, while there was no run directory
 
     def tell_knobs(
         self,
@@ -404,6 +410,7 @@ class Trainer(Progress):
         self.last_knobs = used
         for name, value in turned.items():
             if self.run_dir: self.run_dir.event("knob", step, name=name, value=value)
+            else: self.untold.append((step, name, value))
 
     @property
     def cut_short(self) -> bool:
@@ -476,8 +483,16 @@ class Trainer(Progress):
     def stepping(self) -> Generator[str, None, dict]:
         "A step in pieces, with measurements and callbacks; returns its metrics. Raises `TrainingError` if another one is under way."
         if self._under_way: raise TrainingError("a step is under way, in a live panel or a generator; pause or close that first")
-        self._under_way = True
-        try: return (yield from self._stepping())
+        for step, name, value in self.turns:
+            if step == self.steps_done and not self.cut_short: setattr(self.knobs, name, value)
+        self._under_way, pieces = True, self._stepping()
+        try:
+            while True:
+                start = time.perf_counter()
+                try: piece = next(pieces)
+                except StopIteration as end: return end.value
+                finally: self.seconds += time.perf_counter() - start
+                yield piece
         finally: self._under_way = False
 
     def _step(self) -> dict:
@@ -734,7 +749,7 @@ def _keep(trainer: Trainer, run: Run, **state):
 
 def _took(trainer: Trainer, run: Run, since: float, tokens: int, before: dict) -> str:
     "Write down what a run took, in all its parts, and put it in words."
-    now = {"seconds": time.perf_counter() - since, "tokens": trainer.tokens - tokens}
+    now = {"seconds": trainer.seconds - since, "tokens": trainer.tokens - tokens}
     took = {key: before.get(key, 0) + value for key, value in now.items()}
     took |= {"peak_memory": max(before.get("peak_memory", 0), mx.get_peak_memory()), "skipped": trainer.skipped}
     best = trainer.best and {"step": trainer.best[0], trainer.judged_by: trainer.best[1]}
@@ -771,7 +786,7 @@ def recorded(
 
     Raises `KeyboardInterrupt` at the end if there are steps left, after it has saved where it stands.
     """
-    since, tokens, before = time.perf_counter(), trainer.tokens, read_metadata(run.path).get("took") or {}
+    since, tokens, before = trainer.seconds, trainer.tokens, read_metadata(run.path).get("took") or {}
     last, forgotten = {}, []
     ours = [log_metrics(run, run.logging.steps.logging_interval), save_checkpoints(run, **state), lambda _, metrics: last.update(metrics)]
     trainer.callbacks += ours
@@ -826,10 +841,4 @@ def replay_knobs(
     run: str | Path, # a run directory, or its metrics.jsonl
 ):
     "Turn the knobs of a trainer as they were turned in a run, each before the same step. Raises `RunError` if it has no metrics."
-    turns = [(row["step"], row["name"], row["value"]) for row in read_metrics(run) if row.get("event") == "knob"]
-
-    def turn(trainer, metrics):
-        for step, name, value in turns:
-            if step == trainer.steps_done: setattr(trainer.knobs, name, value)
-    turn(trainer, {})
-    trainer.callbacks.append(turn)
+    trainer.turns = [(row["step"], row["name"], row["value"]) for row in read_metrics(run) if row.get("event") == "knob"]

@@ -169,6 +169,7 @@ def open_notebook(server, browser, request):
     yield make
     shots = Path(os.environ.get("E2E_SHOTS", server.root))
     if getattr(request.node, "failed", False): page.screenshot(path=shots / f"{request.node.name}.png")
+    problems = [*problems]                                                # what a dying kernel says afterwards is not the notebook's
     for _ in opened[-1:]: page.evaluate("async () => { await jupyterapp.shell.currentWidget.sessionContext.shutdown() }")
     context.close()
     assert not outside, f"asked for from elsewhere: {outside}"

@@ -5,13 +5,14 @@ import pytest
 from conftest import ROOT
 
 STORIES = sorted(path.name for path in (ROOT / "nbs").glob("0*.ipynb"))
-PANELS = {"02_pretrain.ipynb": 1, "04_ppo.ipynb": 1, "05_reward.ipynb": 1}             # trainings in a panel
+LAB = ["20_lab.ipynb", "34_views.ipynb", "35_playground.ipynb"]
+PANELS = {"02_pretrain.ipynb": 1, "04_ppo.ipynb": 1, "05_reward.ipynb": 1, "20_lab.ipynb": 1}            # trainings in a panel
 
 
 def test_there_are_stories(): assert len(STORIES) == 6
 
 
-@pytest.mark.parametrize("name", STORIES)
+@pytest.mark.parametrize("name", STORIES + LAB)
 def test_story(name, server, open_notebook):
     "Each cell runs, and shows at most a page of text and half a megabyte; each panel comes to its end."
     shutil.copytree(ROOT / "nbs", server.root / "nbs", dirs_exist_ok=True)

@@ -21,7 +21,7 @@ import test_lab
 from common import tokenizer
 from test_lab import at_rest, count_a, lines, make, press, same, until
 
-from mlx_pretrain import lab
+from mlx_pretrain import lab, run
 from mlx_pretrain.config import ConfigError, UserError
 from mlx_pretrain.lab import Live, Panel, samples_table
 from mlx_pretrain.model import Llama, LlamaArgs
@@ -30,7 +30,7 @@ from mlx_pretrain.pretrained import Pretrained
 from mlx_pretrain.prompt import PromptFormat
 from mlx_pretrain.run import _writer, checkpoints, read_metadata, read_metrics
 from mlx_pretrain.sft import SFTConfig, SFTTrainer
-from mlx_pretrain.trainer import Knobs, Trainer, replay_knobs
+from mlx_pretrain.trainer import Knobs, Trainer, TrainingError, replay_knobs
 
 jupyter = test_lab.jupyter
 
@@ -745,6 +745,225 @@ def test_a_formula_in_a_title(tmp_path, jupyter):
         await until(lambda: at_rest(live))
         return live
     assert asyncio.run(main()).is_over
+
+
+# What a second reader found
+
+
+def test_an_impatient_second_click(tmp_path, jupyter):
+    "Pause pressed in the middle of a long step changes the button at once, and whoever presses the old one again has not pressed Run."
+    async def main():
+        live = Live(make("ppo", tmp_path, steps=50), None)
+        live.start()
+        await until(lambda: live.trainer.steps_done >= 2 and live._pieces)
+        press(live, "run")
+        assert not live.playing and live.panel.buttons["run"].description == "Run"
+        live.playing, live.panel.buttons["run"].description = False, "Pause"          # as after ■, before the step has ended
+        press(live, "run")
+        assert not live.playing
+        await until(lambda: at_rest(live))
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_save_at_stop_that_fails(saved, tmp_path, jupyter, monkeypatch):
+    "A disk that is full at Stop, and then is not: no line and no turn of a knob is lost, with an older checkpoint or without one."
+    async def main():
+        live = Live(make("ppo", tmp_path, steps=8), tmp_path / "runs")
+        live.start()
+        await until(lambda: live.trainer.steps_done >= 2)
+        live.pause()
+        if saved: live._answer("save")
+        live.trainer.knobs.kl_coef = 0.4
+        at = live.trainer.steps_done
+        for _ in range(2): live.trainer.step()
+        with monkeypatch.context() as patch:
+            patch.setattr("mlx_pretrain.run.write_checkpoint", lambda *args: fail())
+            with pytest.raises(ValueError): live.stop()
+        press(live, "run")
+        await finished(live)
+        return at, live
+    at, live = asyncio.run(main())
+    assert [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, 9)]
+    assert events(live.trainer.run_dir.path) == [(at, "kl_coef", 0.4)] and outcome(live) == "finished"
+
+
+def test_interrupt_while_stop_saves(tmp_path, jupyter, monkeypatch):
+    "■ while Stop saves: nobody says that it is saved, and it can be saved again."
+    async def main():
+        live = Live(make("ppo", tmp_path, steps=50), tmp_path / "runs")
+        live.start()
+        await until(lambda: live.trainer.steps_done >= 2)
+        cut, write = once(lambda: True, lambda: hit(2)), run.write_checkpoint
+        monkeypatch.setattr("mlx_pretrain.run.write_checkpoint", lambda *args: (cut(), write(*args))[1])
+        press(live, "stop")
+        await until(lambda: at_rest(live) and not live._wishes)
+        assert not checkpoints(live.trainer.run_dir.path) and "saved" not in live.panel.message.value
+        press(live, "run")
+        await until(lambda: live.trainer.steps_done >= 8)
+        press(live, "stop")
+        await until(lambda: at_rest(live) and not live._wishes)
+        return live
+    live = asyncio.run(main())
+    assert "saved" in live.panel.message.value and checkpoints(live.trainer.run_dir.path)
+    assert [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, live.trainer.steps_done + 1)]
+
+
+def test_first_without_a_run_directory(tmp_path, jupyter):
+    "A panel without a run directory, then one with: the second records, the steps that the first one took as well."
+    async def main():
+        first = Live(make("ppo", tmp_path, steps=8), None)
+        first.start()
+        await until(lambda: first.trainer.steps_done >= 2)
+        second = Live(first.trainer, tmp_path / "runs")
+        second.start()
+        await finished(second)
+        return second
+    live = asyncio.run(main())
+    assert outcome(live) == "finished" and [row["step"] for row in lines(live.trainer.run_dir.path)][-1] == 8
+
+
+def test_a_turn_that_saved_a_run_is_replayed(tmp_path, jupyter):
+    "A training that stops by itself, is helped by a slider, and goes on: its metrics alone repeat that, to the same weights."
+    def wild():
+        trainer = make("ppo", tmp_path, steps=40)
+        trainer.knobs.learning_rate_factor = 3000.0
+        return trainer
+
+    async def main():
+        live = Live(wild(), tmp_path / "runs")
+        live.start()
+        await until(lambda: at_rest(live))
+        assert not live.is_over and "it breaks instead of learning" in live.panel.message.value
+        live.panel.sliders["learning_rate_factor"].value = 0.1
+        press(live, "run")
+        await until(lambda: at_rest(live) or live.trainer.steps_done >= 35)
+        live.pause()
+        return live
+    live = asyncio.run(main())
+    again = make("ppo", tmp_path, steps=40)
+    replay_knobs(again, live.trainer.run_dir.path)
+    while again.steps_done < live.trainer.steps_done:
+        try: again.step()
+        except TrainingError: pass
+    assert same(again, live.trainer) and len(events(live.trainer.run_dir.path)) == 2
+
+
+def test_all_is_saved_means_all(tmp_path, jupyter):
+    "Save after steps by hand, behind a Stop, saves them; Save before the first Run has a run directory to save in."
+    async def main():
+        live = Live(make("ppo", tmp_path, steps=20), tmp_path / "runs")
+        live.show()
+        press(live, "save")
+        await until(lambda: "Saved in" in live.panel.message.value)
+        press(live, "run")
+        await until(lambda: live.trainer.steps_done >= 2)
+        live.stop()
+        for _ in range(3): live.trainer.step()
+        press(live, "save")
+        await until(lambda: "Saved in" in live.panel.message.value)
+        assert checkpoints(live.trainer.run_dir.path)[-1].name == f"step_{live.trainer.steps_done:06d}"
+        live.trainer.step()
+        live.stop()
+        assert checkpoints(live.trainer.run_dir.path)[-1].name == f"step_{live.trainer.steps_done:06d}"
+    asyncio.run(main())
+
+
+def test_a_turn_before_there_was_a_panel(tmp_path, jupyter):
+    "A knob turned for a step by hand, before panel and run directory, stands in the log all the same."
+    async def main():
+        trainer = make("ppo", tmp_path, steps=6)
+        trainer.knobs.kl_coef = 0.4
+        trainer.step()
+        live = Live(trainer, tmp_path / "runs")
+        live.start()
+        await finished(live)
+        return live
+    live, again = asyncio.run(main()), make("ppo", tmp_path, steps=6)
+    assert events(live.trainer.run_dir.path) == [(0, "kl_coef", 0.4)]
+    replay_knobs(again, live.trainer.run_dir.path)
+    again.run()
+    assert same(again, live.trainer)
+
+
+def test_warnings_of_the_end_are_seen(tmp_path, jupyter):
+    "What the end of a run warns of stands beside the sentence that it is finished."
+    async def main():
+        trainer = make("pretrain", tmp_path, steps=4)
+        trainer.validation_interval, values = 2, iter([1.0, 2.0])
+        trainer.validate = lambda: {"val_loss": next(values)}
+        live = Live(trainer, tmp_path / "runs")
+        live.start()
+        await finished(live)
+        return live
+    said = asyncio.run(main()).panel.message.value
+    assert "Validation was best at step 2" in said and "Finished" in said
+
+
+def test_a_refused_start_disturbs_nobody(tmp_path, jupyter):
+    "A training whose run directory cannot be used does not pause the one that runs."
+    async def main():
+        Live(make("ppo", tmp_path, "taken", steps=2), tmp_path / "runs").run()
+        first = Live(make("ppo", tmp_path, "one", steps=10**6), None)
+        first.start()
+        await until(lambda: first.trainer.steps_done >= 1)
+        with pytest.raises(UserError, match="exists already"): Live(make("ppo", tmp_path, "taken", steps=2), tmp_path / "runs").start()
+        playing = first.playing
+        first.pause()
+        await until(lambda: at_rest(first))
+        assert playing
+    asyncio.run(main())
+
+
+def test_a_pause_is_no_training(tmp_path, jupyter):
+    "The seconds that a run took are those in which it trained."
+    async def main():
+        live = Live(make("ppo", tmp_path, steps=6), tmp_path / "runs")
+        live.start()
+        await until(lambda: live.trainer.steps_done >= 2)
+        live.pause()
+        await asyncio.sleep(3)
+        press(live, "run")
+        await finished(live)
+        return live
+    live = asyncio.run(main())
+    assert read_metadata(live.trainer.run_dir.path)["took"]["seconds"] == pytest.approx(live.trainer.seconds) and live.trainer.seconds > 0
+
+
+def test_silent_requests_do_not_wait(tmp_path, jupyter, monkeypatch):
+    "A request that a front end makes for itself, such as for its list of variables, is no cell."
+    parent = {"header": {"date": datetime.now(UTC)}, "content": {"silent": False}}
+    shell = SimpleNamespace(ast_transformers=[], kernel=SimpleNamespace(get_parent=lambda channel="shell": parent))
+    monkeypatch.setattr(lab, "get_ipython", lambda: shell)
+
+    async def main():
+        live = Live(make("ppo", tmp_path, steps=12), None)
+        waited, live.wait = [], lambda: waited.append(1) or True
+        live.start()
+        parent["content"]["silent"] = True
+        shell.ast_transformers[-1].visit(None)
+        assert not waited
+        parent["content"]["silent"] = False
+        shell.ast_transformers[-1].visit(None)
+        assert waited
+        await finished(live)
+    asyncio.run(main())
+
+
+def test_nothing_keeps_what_is_over(tmp_path, jupyter, monkeypatch):
+    "When a training is over, deleting panel and trainer frees the weights, though the shell goes on."
+    shell = SimpleNamespace(ast_transformers=[], kernel=SimpleNamespace(get_parent=lambda channel="shell": {}))
+    monkeypatch.setattr(lab, "get_ipython", lambda: shell)
+
+    async def main():
+        held = [Live(make("ppo", tmp_path, steps=2), None)]
+        held[0].start()
+        await until(lambda: held[0].is_over and at_rest(held[0]))
+        gone = weakref.ref(held.pop().trainer)
+        await asyncio.sleep(0)
+        gc.collect()
+        assert gone() is None
+    asyncio.run(main())
 
 
 # Playground
