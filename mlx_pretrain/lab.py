@@ -47,7 +47,7 @@ from .trainer import Knobs, ProgressBar, Trainer, TrainingError, save_checkpoint
 
 # %% ../nbs/20_lab.ipynb #2c27de71
 MOST_POINTS = 400 # of a curve, that are drawn
-SHARE = 0.012 # of the time, for drawing
+SHARE = 0.01 # of the time, for drawing
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +93,8 @@ class Curves:
     ):
         "One more point."
         for name, value in metrics.items():
-            steps, values = self.history.setdefault(name, (array("d"), array("d")))
+            if name not in self.history: self.history[name] = array("d"), array("d")
+            steps, values = self.history[name]
             steps.append(metrics["step"])
             values.append(float("nan") if value is None else value)
         self.turns += [(metrics["step"] - 1, name, value) for name, value in (turned or {}).items()]
@@ -287,7 +288,7 @@ class _Waiting(ast.NodeTransformer):
         return node
 
 # %% ../nbs/20_lab.ipynb #a154fe76
-BREATH = 0.1 # seconds of work, after which the kernel may read its messages
+BREATH = 0.15 # seconds of work, after which the kernel may read its messages
 
 
 class Stepper:
@@ -374,16 +375,13 @@ class Stepper:
     async def _main(self):
         "The task: work, and come up for air."
         await asyncio.sleep(0.005)                                        # the cell that began this ends first
-        breath = time.perf_counter()
         try:
             while self._has_work():
-                Stepper._hears = self
+                Stepper._hears, breath = self, time.perf_counter()
                 if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL):      # no cell is running that would hear ■
                     Stepper._silent = signal.signal(signal.SIGINT, Stepper._hear)
-                self._work()
-                if time.perf_counter() - breath < BREATH: continue
+                while self._has_work() and time.perf_counter() - breath < BREATH: self._work()
                 await asyncio.sleep(0.001)
-                breath = time.perf_counter()
         finally:
             if Stepper._hears is self: Stepper._hears = None
             if Stepper._hears is None and signal.getsignal(signal.SIGINT) == Stepper._hear: signal.signal(signal.SIGINT, Stepper._silent)

@@ -80,8 +80,9 @@ class Playground:
         empty = {"prompt_format": "the chat template of the tokenizer", "system_prompt": "none"}
         self.texts = {key: widgets.Textarea(getattr(self.start, key) or "", description=key, placeholder=empty.get(key, ""), **wide)
                       for key in KEYS}
-        self.row = widgets.BoundedIntText(1, min=1, max=len(self.rows), description=f"row (of {'the first ' * (len(self.rows) == MOST_ROWS)}{len(self.rows):,})",
-                                          style={"description_width": "max-content"}, layout={"width": "max-content"})
+        of = f"row (of {'the first ' * (len(self.rows) == MOST_ROWS)}{len(self.rows):,})"
+        self.row = widgets.BoundedIntText(1, min=1, max=len(self.rows), description=of, style={"description_width": "max-content"},
+                                          layout={"width": "max-content"})
         for widget in (*self.texts.values(), self.row): widget.observe(lambda _: self.update(), "value")
         self.view, self.seen = widgets.HTML(), ""
         look = {"layout": {"flex": "1 1 420px", "min_width": "0"}}

@@ -81,7 +81,7 @@ def test_buttons(open_notebook):
                start="live = Live(ppo('pressed'))\nlive.start()")
     nb.until(lambda: steps(nb) > 20)
     nb.press("Pause")
-    nb.page.wait_for_selector(".jupyter-button:has-text('Run')")
+    nb.page.wait_for_selector("text=/paused: step/")
     assert stands_still(nb)
     at = steps(nb)
     for n in (1, 2):
