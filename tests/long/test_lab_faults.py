@@ -273,30 +273,7 @@ def test_a_run_that_would_replace_its_own_beginning(tmp_path, jupyter):
 
 
 def test_stop_in_the_middle_of_a_step(tmp_path, jupyter):
-    "A step cut short between its updates, then Stop: the steps before it are not lost, and Run goes on as if nothing had been."
-    async def main():
-        trainer = make("ppo", tmp_path, steps=6)
-        update = trainer._one_update
-        def one(now, *args):
-            update(now, *args)
-            if now.number == 3 and len(now.updates) == 2: cut()
-        trainer._one_update, cut = one, once(lambda: True, lambda: hit(2))
-        live = Live(trainer, tmp_path / "runs")
-        live.start()
-        await until(lambda: trainer.steps_done == 3 and at_rest(live))
-        press(live, "stop")
-        await until(lambda: at_rest(live) and not live._wishes)
-        press(live, "run")
-        await finished(live)
-        return live
-    live, plain = asyncio.run(main()), make("ppo", tmp_path, steps=6)
-    plain.run()
-    assert same(live.trainer, plain)
-    assert [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, 7)]
-
-
-def test_stop_in_the_middle_of_a_step_is_saved(tmp_path, jupyter):
-    "After a step that was cut short between its updates, Stop ends the run as interrupted, with the steps before it in a checkpoint."
+    "A step cut short between its updates, then Stop: the step is ended and saved, and Run goes on as if nothing had been."
     async def main():
         trainer = make("ppo", tmp_path, steps=6)
         update, cut = trainer._one_update, once(lambda now: now.number == 3 and len(now.updates) == 2, lambda: hit(2))
@@ -306,9 +283,14 @@ def test_stop_in_the_middle_of_a_step_is_saved(tmp_path, jupyter):
         await until(lambda: trainer.steps_done == 3 and at_rest(live))
         press(live, "stop")
         await until(lambda: at_rest(live) and not live._wishes)
+        assert outcome(live) == "interrupted" and checkpoints(live.trainer.run_dir.path)[-1].name == "step_000004"
+        press(live, "run")
+        await finished(live)
         return live
-    live = asyncio.run(main())
-    assert outcome(live) == "interrupted" and checkpoints(live.trainer.run_dir.path)
+    live, plain = asyncio.run(main()), make("ppo", tmp_path, steps=6)
+    plain.run()
+    assert same(live.trainer, plain)
+    assert [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, 7)]
 
 
 @pytest.mark.parametrize("again", ["panel", "kernel"])
