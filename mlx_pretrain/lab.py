@@ -96,7 +96,7 @@ class Curves:
             if name not in self.history: self.history[name] = array("d"), array("d")
             steps, values = self.history[name]
             steps.append(metrics["step"])
-            values.append(float("nan") if value is None else value)
+            values.append(value if value is not None and abs(value) < 1e300 else float("nan"))        # what nobody can draw is a gap
         self.turns += [(metrics["step"] - 1, name, value) for name, value in (turned or {}).items()]
 
     def read(

@@ -133,9 +133,10 @@ class Playground:
 
     def yaml(self) -> str: # lines
         "The formats as lines of a configuration; none for rows that are plain texts. Raises `ConfigError` as `config` does."
-        (fmt, _), keys = self._checked(), [key for key, value in self.formats.items() if value is not None]
-        if fmt.prompt_format is None and fmt.input_field == fmt.output_field: keys.remove("response_format")   # the template writes it
-        lines = [f"  {key}: {json.dumps(self.formats[key], ensure_ascii=False)}\n" for key in keys if fmt.input_field]
+        fmt, _ = self._checked()
+        by_template = fmt.prompt_format is None and fmt.input_field == fmt.output_field       # which writes the responses as well
+        values = {key: getattr(fmt, key) for key in KEYS if fmt.input_field and not (by_template and key == "response_format")}
+        lines = [f"  {key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items() if value is not None]
         return f"data:\n{''.join(lines)}" if lines else ""
 
     def config(self) -> SFTConfig:
