@@ -59,6 +59,11 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.add.reduceat(values, at) / sizes for values in (x, y))
 
 
+def _lines(run: str | Path) -> list[dict]:
+    "What a run has logged so far, which may be nothing."
+    return read_metrics(run) if (Path(run) / "metrics.jsonl").exists() else []
+
+
 class Curves:
     "The metrics of a training in a figure that grows."
     def __init__(
@@ -106,7 +111,7 @@ class Curves:
         "Forget all, and begin with what a run has written."
         self.history.clear()
         self.turns.clear()
-        for row in read_metrics(run):
+        for row in _lines(run):
             if "event" not in row: self.add(row)
             elif row["event"] == "knob": self.turns.append((row["step"], row["name"], row["value"]))
 
@@ -453,7 +458,7 @@ class Recording:
         "What the log has seen since the last checkpoint; that is something if a save has failed, or a knob was turned since."
         if self.run is None: return []
         at = max((int(path.name[5:]) for path in checkpoints(self.run.path)), default=-1)
-        return [row for row in read_metrics(self.run.path) if not had_happened(row, at) and row.get("event") != "resume"]
+        return [row for row in _lines(self.run.path) if not had_happened(row, at) and row.get("event") != "resume"]
 
     def note(
         self,

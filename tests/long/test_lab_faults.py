@@ -357,9 +357,9 @@ def test_a_step_by_hand_before_start(stage, tmp_path, jupyter):
         trainer = make(stage, tmp_path, steps=12)
         trainer.step(); trainer.step()
         live = Live(trainer, tmp_path / "runs")
+        trainer.callbacks.append(once(lambda t, m: m["step"] == 5, live.stop))         # pretraining has logged nothing by then
         live.start()
-        await until(lambda: trainer.steps_done >= 5)
-        await stopped(live)
+        await until(lambda: trainer.steps_done == 5 and at_rest(live))
         await gone_on(live)
         return live
     live = asyncio.run(main())
