@@ -14,7 +14,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 
 SIZES = {"a step of some milliseconds": (32, 1, 4, 64), "a step of a tenth of a second": (192, 4, 16, 128)}
-ROUNDS, SECONDS = 5, 12 # each way is given about so many seconds a round
+ROUNDS, SECONDS = 3, 30 # each way is given about so many seconds a round; the first pictures come more often than later ones
 SETUP = """
 import json, time
 import mlx_pretrain

@@ -293,7 +293,7 @@ class _Waiting(ast.NodeTransformer):
         return node
 
 # %% ../nbs/20_lab.ipynb #a154fe76
-BREATH = 0.15 # seconds of work, after which the kernel may read its messages
+BREATH = 0.2 # seconds of work, after which the kernel may read its messages
 
 
 class Stepper:
