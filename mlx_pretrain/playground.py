@@ -54,6 +54,14 @@ MOST_ROWS = 10_000 # that are read
 KEYS = ("prompt_format", "response_format", "system_prompt")
 
 
+def _as_yaml(fmt: PromptFormat) -> str:
+    "The formats as lines of a configuration; none for rows that are plain texts."
+    by_template = fmt.prompt_format is None and fmt.input_field == fmt.output_field           # which writes the responses as well
+    values = {key: getattr(fmt, key) for key in KEYS if fmt.input_field and not (by_template and key == "response_format")}
+    lines = [f"  {key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items() if value is not None]
+    return f"data:\n{''.join(lines)}" if lines else ""
+
+
 class Playground:
     """Formats to try out on the rows of a file.
 
@@ -118,9 +126,10 @@ class Playground:
         "Show how things stand."
         row = self.rows[self.row.value - 1]
         try:
-            example, cut, said = lay_out_row(row, self._checked()[0], self.tokenizer, self.cfg)
+            fmt, _ = self._checked()
+            example, cut, said = lay_out_row(row, fmt, self.tokenizer, self.cfg)
             self.seen = TokenView(self.tokenizer, example, cut)._repr_html_()
-            below = f"<p>{html.escape(said)}</p><pre><code>{html.escape(self.yaml())}</code></pre>"
+            below = f"<p>{html.escape(said)}</p><pre><code>{html.escape(_as_yaml(fmt))}</code></pre>"
             self.view.value = f"<div>{self._head(row)}{self.seen}{below}</div>"
         except UserError as e:
             wrong = f'<p style="border-left:3px solid #d1495b;padding-left:8px"><code style="all:unset">{html.escape(str(e))}</code></p>'
@@ -133,11 +142,7 @@ class Playground:
 
     def yaml(self) -> str: # lines
         "The formats as lines of a configuration; none for rows that are plain texts. Raises `ConfigError` as `config` does."
-        fmt, _ = self._checked()
-        by_template = fmt.prompt_format is None and fmt.input_field == fmt.output_field       # which writes the responses as well
-        values = {key: getattr(fmt, key) for key in KEYS if fmt.input_field and not (by_template and key == "response_format")}
-        lines = [f"  {key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items() if value is not None]
-        return f"data:\n{''.join(lines)}" if lines else ""
+        return _as_yaml(self._checked()[0])
 
     def config(self) -> SFTConfig:
         "The configuration, with the formats as they stand. Raises `ConfigError` if a trainer would not take them."
