@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import groupby
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pydantic import Field, model_validator
 
 from .config import Section, UserError
 from .core import rng_for, write_whole
+from .hf_tokenizer import UnsupportedTokenizer, read_backend, sealed, special_tokens, token_text
 
 # %% ../nbs/23_tokenizer.ipynb #dc13ad50
 logger = logging.getLogger("mlx_pretrain")
@@ -132,6 +134,31 @@ class Tokenizer:
     pad_id: int
     bos_id: int | None # some published tokenizers have none
     eos_id: int
+    _eos_ids: tuple[int, ...] | None = None
+    _prefix: list[int] | None = None
+    _suffix: tuple[int, ...] = ()
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        "All tokens that end a text; `eos_id`, which ends documents, is the first."
+        return self._eos_ids or (self.eos_id,)
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        "What is put in front of a text; no `bos_id` if the tokenizer has one and never writes it."
+        if self._prefix is not None: return [*self._prefix]
+        return [] if self.bos_id is None else [self.bos_id]
+
+    @property
+    def suffix_ids(self) -> list[int]:
+        "What is put behind a text, as transformers does with `add_special_tokens`."
+        return [*self._suffix]
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        "Special tokens by the names that a chat template can use, such as `eos_token`."
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        return {name: self.piece(i) for name, i in ids.items() if i is not None}
 
     def encode(
         self,
@@ -151,12 +178,25 @@ class Tokenizer:
         for text in (texts := list(texts)): _utf8(text)
         return [ids.tolist() for ids in self._encode_batch(texts)]
 
+    def encode_parts(
+        self,
+        rows: list[list[str | int]], # texts, in which nothing is a control token, and ids of control tokens
+    ) -> list[tuple[list[int], list[range]]]: # of each row its token ids, and for each token the parts that it lies in
+        "Token ids of rows, each encoded as one text: as transformers encodes it, where the texts spell no control token."
+        for text in (part for row in rows for part in row if isinstance(part, str)): _utf8(text)
+        return self._encode_parts(rows)
+
+    def _encode_parts(self, rows):
+        encoded = iter(self.encode_batch([part for row in rows for part in row if isinstance(part, str)]))
+        parts = [[[part] if isinstance(part, int) else next(encoded) for part in row] for row in rows]
+        return [([i for ids in row for i in ids], [range(n, n + 1) for n, ids in enumerate(row) for _ in ids]) for row in parts]
+
     def decode(
         self,
         ids: Iterable[int], # token ids; those from `vocab_size` on, which some models have as filling, say nothing
     ) -> str: # text, without control tokens; bytes that are not UTF-8 become �
         "Text of some token ids. Raises `DataError` for a negative one."
-        control, ids = {self.pad_id, self.bos_id, self.eos_id}, [*map(int, ids)]
+        control, ids = {self.pad_id, self.bos_id, *self.eos_ids}, [*map(int, ids)]
         if min(ids, default=0) < 0: raise DataError(f"there is no token {min(ids)}; ids count from 0")
         return self._decode([i for i in ids if i < self.vocab_size and i not in control])
 
@@ -170,12 +210,7 @@ class Tokenizer:
     @property
     def control(self) -> dict[str, int]:
         "Control tokens by their names. Only whoever builds a document may use them; in a text, a name is text."
-        return {self._name(i): i for i in (self.bos_id, self.eos_id) if i is not None} | self._control()
-
-    @cached_property
-    def begins_anew(self) -> bool:
-        "Does it treat the beginning of a text as the beginning of a word, as Llama 2 did? Texts that follow each other then need care."
-        return self.encode("\na")[-1:] != self.encode("a")
+        return {self._name(i): i for i in (self.bos_id, *self.eos_ids) if i is not None} | self._control()
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -202,6 +237,41 @@ class Tokenizer:
         Raises `DataError` if they cannot be written.
         """
         _write_files(directory, self._files)
+
+# %% ../nbs/23_tokenizer.ipynb #b5908471
+_Spans = tuple[np.ndarray, np.ndarray] # token ids (n,), and where each begins and ends in its text, (n, 2)
+
+
+def _encode_runs(
+    rows: list[list[str | int]], # texts, and ids of control tokens
+    spell: Callable[[int], str | None], # how a control token is written in a text; None: it cannot be
+    encode: Callable[[list[str]], Iterable[_Spans]], # texts → their tokens
+    size: Callable[[str], int], # length of a text, in the unit of the spans
+) -> list[tuple[list[int], list[range]]]: # see `Tokenizer.encode_parts`
+    "Join parts to texts that are as long as possible, encode these, and tell which parts each token lies in."
+    texts = [[part if isinstance(part, str) else spell(part) for part in row] for row in rows]
+    runs = [[[*run] for _, run in groupby(range(len(row)), key=lambda n, row=row: row[n] is None)] for row in texts]
+    encoded = iter(encode(["".join(row[n] for n in run) for row, mine in zip(texts, runs) for run in mine if row[run[0]] is not None]))
+    found = []
+    for row, text, mine in zip(rows, texts, runs):
+        ids, where = [], []
+        for run in mine:
+            if text[run[0]] is None: new, parts = [row[n] for n in run], [range(n, n + 1) for n in run]
+            else: new, parts = _with_parts(row, run, np.cumsum([size(text[n]) for n in run]), *next(encoded))
+            ids, where = ids + new, where + parts
+        found.append((ids, where))
+    return found
+
+
+def _with_parts(row: list[str | int], run: list[int], ends: np.ndarray, ids: np.ndarray, spans: np.ndarray):
+    "The parts that each token lies in; a control token in its own, whatever white space beside it belongs to its span."
+    first = np.searchsorted(ends, spans[:, 0], side="right").clip(max=len(run) - 1)
+    last = np.searchsorted(ends, np.maximum(spans[:, 1] - 1, spans[:, 0]), side="right").clip(max=len(run) - 1)
+    ids, where = ids.tolist(), []
+    for i, a, b in zip(ids, first, last):
+        own = [n for n in range(run[a], run[b] + 1) if isinstance(row[n], int) and row[n] == i]
+        where.append(range(own[0], own[0] + 1) if own else range(run[a], run[b] + 1))
+    return ids, where
 
 # %% ../nbs/23_tokenizer.ipynb #fec42765
 class ByteTokenizer(Tokenizer):
@@ -277,65 +347,88 @@ def _write_files(directory: str | Path, files: dict[str, bytes]) -> None:
     except OSError as e: raise DataError(f"cannot write the tokenizer to {directory} ({e.strerror}); choose another place") from None
 
 # %% ../nbs/23_tokenizer.ipynb #1f4f9a0d
-_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
+_IDS = "mlx_pretrain_ids" # a key of tokenizer_config.json: what only other files said, which are not copied
 
 
-def _token_text(value: Any) -> str: # a token stands there as "</s>" or as {"content": "</s>", "lstrip": false, …}
-    if isinstance(value, dict): value = value.get("content")
-    return value if isinstance(value, str) else ""
+def _ids_in(config: dict[str, Any], name: str, token_to_id: Callable[[str], int | None], vocab_size: int) -> list[int]:
+    "The ids that a configuration gives to `bos`, `eos` or `pad`, by their text or by their number."
+    said = config.get(f"{name}_token_id")
+    ids = [token_to_id(token_text(config.get(f"{name}_token"))), *(said if isinstance(said, list) else [said])]
+    return [i for i in ids if type(i) is int and 0 <= i < vocab_size]
 
 
 def _special_ids(
-    path: str | Path, # directory with the configuration files
-    token_to_id, # function: a token's text → its id or None
+    path: str | Path, # directory with config.json and generation_config.json, for the error
+    configs: list[dict[str, Any]], # what the tokenizer says, then what other files say
+    token_to_id: Callable[[str], int | None], # a token's text → its id
     vocab_size: int, # an id from here on is not a token
-    own: dict[str, int] | None = None, # what the tokenizer itself says, asked last: `bos_token_id` and so on
-) -> tuple[int | None, int, int]: # ids of bos, eos and pad
-    "Find the special tokens. Raises `DataError` if nobody names the end of a document."
-    found, configs = {}, [_read_object(Path(path) / name) for name in _CONFIG_FILES] + [own or {}]
-    for name in ("bos", "eos", "pad"):
-        for config in configs:
-            i = token_to_id(_token_text(config.get(f"{name}_token")))
-            if i is None: i = config.get(f"{name}_token_id")
-            if isinstance(i, list): i = (i or [None])[0] # several tokens that stop: the first ends a document
-            if type(i) is int and 0 <= i < vocab_size: found.setdefault(name, i)
-    if "eos" not in found:
+) -> dict[str, Any]: # `bos` (or None), `eos` (all that stop, the tokenizer's own first) and `pad`
+    "Find the special tokens. Raises `DataError` if no file names the end of a document."
+    found = {name: list(dict.fromkeys(i for config in configs for i in _ids_in(config, name, token_to_id, vocab_size)))
+             for name in ("bos", "eos", "pad")}
+    if not found["eos"]:
         said = [f"{key} {config[key]!r}" for config in configs for key in ("eos_token", "eos_token_id") if config.get(key) is not None]
         wrong = f" ({said[0][:60]} is none of its {vocab_size} tokens)" if said else ""
         raise DataError(f'{path} does not say which token ends a document{wrong}; add "eos_token" to its tokenizer_config.json')
-    return found.get("bos"), found["eos"], found.get("pad", found["eos"])
+    first = {name: ids[0] if ids else None for name, ids in found.items()}
+    return {"bos": first["bos"], "eos": found["eos"], "pad": first["eos"] if first["pad"] is None else first["pad"]}
 
 # %% ../nbs/23_tokenizer.ipynb #e65a68ff
-def _complete_config(tokenizer: Tokenizer, id_to_name, defaults: dict[str, Any]) -> bytes:
-    "tokenizer_config.json that names the special tokens, where the tokenizer's own does not."
-    ids = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    names = {name: id_to_name(i) for name, i in ids.items() if i is not None}
-    if "tokenizer_config.json" not in tokenizer._files: return _tokenizer_config(names, **defaults)
-    config = json.loads(tokenizer._files["tokenizer_config.json"])
-    return _json_bytes(config | {f"{name}_token": token for name, token in names.items() if config.get(f"{name}_token") is None})
+def _set_special(
+    tokenizer: Tokenizer, # gets its ids, and a `tokenizer_config.json` that says them
+    path: str | Path, # its directory
+    names: dict[str, str], # its special tokens, as transformers has them
+    token_to_id: Callable[[str], int | None], # a token's text → its id
+    vocab_size: int, # an id from here on is not a token
+):
+    "Find out which tokens begin, end and pad a text. Raises `DataError` as `_special_ids` does."
+    config = json.loads(tokenizer._files.get("tokenizer_config.json", b"{}"))
+    others = [config.get(_IDS) or {}, *(_read_object(Path(path) / f"{name}.json") for name in ("config", "generation_config"))]
+    ids = _special_ids(path, [names, *others], token_to_id, vocab_size)
+    tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer._eos_ids = ids["bos"], ids["eos"][0], ids["pad"], tuple(ids["eos"])
+    itself = {name: _ids_in(names, name, token_to_id, vocab_size) for name in ("bos", "eos", "pad")}
+    if (itself["bos"] or [None], itself["eos"], itself["pad"] or itself["eos"]) != ([ids["bos"]], ids["eos"], [ids["pad"]]):
+        config = {**config, _IDS: {f"{name}_token_id": i for name, i in ids.items()}}
+        tokenizer._files["tokenizer_config.json"] = _json_bytes(config)
 
 # %% ../nbs/23_tokenizer.ipynb #ff857d75
 class SentencePieceTokenizer(Tokenizer):
-    "A SentencePiece model: `tokenizer.model`, as `train_sentencepiece` makes it and older Hugging Face Llamas have it."
+    "A SentencePiece model: `tokenizer.model`, as `train_sentencepiece` makes it."
     def __init__(
         self,
-        path: str | Path, # directory with tokenizer.model, and tokenizer_config.json if there is one
+        path: str | Path, # directory with tokenizer.model and tokenizer_config.json
     ):
         import sentencepiece
         self._files = _read_files(path, "tokenizer.model")
         try: self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=self._files["tokenizer.model"])
         except RuntimeError: raise DataError(f"{path}/tokenizer.model is not a SentencePiece model; make or copy it again") from None
-        self.vocab_size, self._cuts = len(sp), _exact_cuts(sp)
         pieces = [sp.id_to_piece(i) for i in range(len(sp))]
+        self.vocab_size, self._cuts = len(sp), _exact_cuts(sp)
         self._joined = {a + b for piece in pieces for a, b in zip(piece, piece[1:])}
-        own = {"bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id(), "pad_token_id": sp.pad_id()}
-        ids = {piece: i for i, piece in enumerate(pieces)}
-        self.bos_id, self.eos_id, self.pad_id = _special_ids(path, ids.get, len(sp), own)
-        defaults = {**_LLAMA_TOKENIZER, "add_prefix_space": not self._cuts}
-        self._files["tokenizer_config.json"] = _complete_config(self, sp.id_to_piece, defaults)
+        self._sizes = [1 if sp.is_byte(i) else len(piece.replace("▁", " ").encode()) for i, piece in enumerate(pieces)]
+        own = {f"{name}_token": sp.id_to_piece(i) for name in ("bos", "eos", "pad") if (i := getattr(sp, f"{name}_id")()) >= 0}
+        if "tokenizer_config.json" not in self._files:
+            names = {name.removesuffix("_token"): piece for name, piece in own.items()}
+            self._files["tokenizer_config.json"] = _tokenizer_config(names, **_LLAMA_TOKENIZER, add_prefix_space=False)
+        config = json.loads(self._files["tokenizer_config.json"])
+        _set_special(self, path, {**own, **special_tokens(config, {})}, {piece: i for i, piece in enumerate(pieces)}.get, len(sp))
+
+    @property
+    def is_ours(self) -> bool:
+        "Is it made by `train_sentencepiece`, so that cutting at line breaks changes nothing, and transformers makes the same ids?"
+        config = json.loads(self._files["tokenizer_config.json"])
+        listed = {int(i) for i in config.get("added_tokens_decoder", {})} | {*json.loads(self._files.get("added_tokens.json", b"{}")).values()}
+        same = config.get("add_prefix_space") is False and config.get("tokenizer_class") == "LlamaTokenizer"
+        return bool(self._cuts) and same and max(listed, default=0) < self.vocab_size
+
+    def _encode_parts(self, rows):
+        def encode(texts):
+            for ids in self._encode_batch(texts):
+                ends = np.cumsum([self._sizes[i] for i in ids], dtype=int)        # in bytes, (n,)
+                yield ids, np.stack([ends - [self._sizes[i] for i in ids], ends], axis=1)
+        return _encode_runs(rows, lambda i: None, encode, lambda text: len(text.encode()))
 
     def _encode_batch(self, texts):
-        if not self._cuts: return [np.array(ids, np.int32) for ids in self._sp.encode(texts)]
         parts = [_parts(text, self._joined) for text in texts]         # text, cut, text, cut, …, text
         lines = (line for part in parts for line in part[::2])
         encoded = (ids for group in _groups(lines) for ids in self._sp.encode(group))
@@ -410,28 +503,73 @@ def _foreign(problem: str):
     "Turn any error of a library below into one sentence; a panic in Rust is not even an `Exception`."
     try: yield
     except (KeyboardInterrupt, SystemExit): raise
+    except UnsupportedTokenizer as e: raise DataError(f"{problem.removesuffix(' cannot be read')}: {e}") from None
     except BaseException as e: raise DataError(f"{problem} ({' '.join(str(e).split())[:200]}); copy it again") from None
 
 # %% ../nbs/23_tokenizer.ipynb #1a2ef5c3
+_MARKS = [*map(chr, range(0x1D200, 0x1D242))] # ancient Greek musical notation: rare, and no normalizer changes it
+
+
 class HFTokenizer(Tokenizer):
-    "A `tokenizer.json`, as most published models have it."
+    "A `tokenizer.json` or `tokenizer.model` of somebody else, with the ids that transformers gives."
     def __init__(
         self,
-        path: str | Path, # directory with tokenizer.json, and the files beside it that name bos, eos and pad
+        path: str | Path, # directory with one of these, and the files beside it that name bos, eos and pad
     ):
-        import tokenizers
-        self._path, self._files = f"{path}/tokenizer.json", _read_files(path, "tokenizer.json")
-        with _foreign(f"{self._path} cannot be read"):
-            self._tok = tok = tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
-            tok.encode_special_tokens = True
-            tok.no_truncation(); tok.no_padding()
-            self.vocab_size = max(tok.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bos_id, self.eos_id, self.pad_id = _special_ids(path, tok.token_to_id, self.vocab_size)
-        self._files["tokenizer_config.json"] = _complete_config(self, tok.id_to_token, {"tokenizer_class": "PreTrainedTokenizerFast"})
+        self._files = _read_files(path, "tokenizer.json", "tokenizer.model")
+        self._path = f"{path}/tokenizer.{'json' if 'tokenizer.json' in self._files else 'model'}"
+        with _foreign(f"{self._path} cannot be read"): backend = read_backend(self._files)
+        self._tok, self._names, self._prefix, self._suffix = backend.tokenizer, backend.names, backend.prefix, tuple(backend.suffix)
+        self.vocab_size = max(self._tok.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        _set_special(self, path, self._names, self._tok.token_to_id, backend.listed)
+        self._copies = {}
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        "Special tokens by the names that a chat template can use; as transformers has them."
+        return self._names
+
+    def fit_to(
+        self,
+        vocab_size: int, # of the model
+        path: str | Path, # of the model, for the error
+    ):
+        """Leave out control tokens that a model does not have, as transformers and mlx-lm do: padding falls back to `eos`.
+
+        Raises `DataError` if the model lacks a token that texts are made of, or that begins or ends them.
+        """
+        beyond = {i: token.content for i, token in self._tok.get_added_tokens_decoder().items() if i >= vocab_size}
+        needed = [i for i in (*self._prefix, *self._suffix, self.eos_id) if i in beyond]
+        if needed or self.vocab_size > vocab_size + len(beyond):
+            what = f"the token {beyond[needed[0]]} (id {needed[0]})" if needed else f"{self.vocab_size} tokens"
+            raise DataError(f"{path}: the tokenizer has {what}, but the model knows only {vocab_size}; they do not belong together, "
+                            "copy the model's own tokenizer files")
+        if self.pad_id in beyond:
+            logger.info("The padding token %s (id %d) is not in the model's vocabulary; padding with %s.", beyond[self.pad_id],
+                        self.pad_id, self.piece(self.eos_id))
+            self.pad_id = self.eos_id
+        self._eos_ids, self.vocab_size = tuple(i for i in self._eos_ids if i < vocab_size), min(self.vocab_size, vocab_size)
+        if self.bos_id in beyond: self.bos_id = None
+
+    def _copy(self, texts: Iterable[str]):
+        "A tokenizer whose control tokens have names that none of the texts spells, and these names."
+        mark = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
+        if mark is None: raise DataError(f"a text holds all of {_MARKS[0]} to {_MARKS[-1]}; leave one of these characters out")
+        if mark not in self._copies:
+            with _foreign(f"{self._path} cannot be read"): self._copies[mark] = sealed(self._tok, mark)
+        return self._copies[mark]
 
     def _encode_batch(self, texts):
+        copy, _ = self._copy(texts)
         with _foreign(f"{self._path} cannot encode a text"):
-            return [np.array(e.ids, np.int64) for e in self._tok.encode_batch_fast(texts, add_special_tokens=False)]
+            return [np.array(e.ids, np.int64) for e in copy.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode_parts(self, rows):
+        copy, names = self._copy([part for row in rows for part in row if isinstance(part, str)])
+        def encode(texts):
+            with _foreign(f"{self._path} cannot encode a text"): encoded = copy.encode_batch(texts, add_special_tokens=False)
+            return ((np.array(e.ids, np.int64), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encoded)
+        return _encode_runs(rows, names.get, encode, len)
 
     def _decode(self, ids):
         with _foreign(f"{self._path} cannot decode tokens"): return self._tok.decode(ids, skip_special_tokens=True)
@@ -479,10 +617,12 @@ def load_tokenizer(
     Raises `DataError` if there is none, or it cannot be read, or it does not name the token that ends a document.
     """
     files = _read_files(path, "tokenizer.json", "tokenizer.model")
-    if "tokenizer.json" not in files: return SentencePieceTokenizer(path)
+    if "tokenizer.json" not in files:
+        tokenizer = SentencePieceTokenizer(path)
+        return tokenizer if tokenizer.is_ours else HFTokenizer(path)
     config = _read_object(Path(path) / "tokenizer_config.json")
     if "normal_vocab_size" not in config: return HFTokenizer(path)
-    names = {name: _token_text(config.get(f"{name}_token")) for name in ("pad", "bos", "eos")}
+    names = {name: token_text(config.get(f"{name}_token")) for name in ("pad", "bos", "eos")}
     try: tokenizer = ByteTokenizer(config["normal_vocab_size"], SpecialTokens(**names))
     except (TypeError, ValueError): raise DataError(f"{path}/tokenizer_config.json is damaged; {_MAKE_ONE}") from None
     model, ours = _read_object(Path(path) / "tokenizer.json").get("model"), json.loads(tokenizer._files["tokenizer.json"])["model"]
