@@ -348,9 +348,12 @@ class Windows:
 
 # %% ../nbs/01_data.ipynb #9a32dd5c
 def _stream(texts: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
-    "Tokens of some documents end to end, each between bos and eos, in the smallest type for the vocabulary; and UTF-8 bytes of the texts."
+    """Tokens of some documents end to end, in the smallest type for the vocabulary; and UTF-8 bytes of the texts. A document begins as the
+    tokenizer begins texts, and ends with eos.
+    """
     n_bytes = sum(len(_utf8(text)) for text in texts)
-    ends = [np.array([] if i is None else [i], _token_type(tokenizer.vocab_size)) for i in (tokenizer.bos_id, tokenizer.eos_id)]
+    behind = tokenizer.suffix_ids if tokenizer.eos_id in tokenizer.suffix_ids else [*tokenizer.suffix_ids, tokenizer.eos_id]
+    ends = [np.array(ids, _token_type(tokenizer.vocab_size)) for ids in (tokenizer.prefix_ids, behind)]
     tokens = np.concatenate([part for ids in tokenizer._encode_batch(texts) for part in (ends[0], ids, ends[1])])     # (n,)
     _check_ids(tokens, tokenizer.vocab_size)
     return tokens.astype(ends[1].dtype, copy=False), n_bytes
@@ -390,7 +393,7 @@ def pack(
     return Windows(tokens, context, overlap, tokenizer.pad_id, tokenizer.vocab_size, n_bytes)
 
 # %% ../nbs/01_data.ipynb #cee0e71f
-_FORMAT = 1 # of the cache; a higher number leaves older folders alone
+_FORMAT = 2 # of the cache; a higher number leaves older folders alone
 
 
 def cache_dir(
@@ -413,7 +416,7 @@ def _cache_key(sha256: str, tokenizer: Tokenizer, preprocess: _Preprocess | None
     "Name of the folder for a file's tokens; None if a function takes part that cannot be recognised."
     if preprocess and preprocess.sha256 is None: return None
     function = preprocess and [preprocess.name, preprocess.sha256]
-    parts = [_FORMAT, sha256, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, function]
+    parts = [_FORMAT, sha256, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.prefix_ids, tokenizer.eos_id, function]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 # %% ../nbs/01_data.ipynb #97a7e2c7

@@ -231,12 +231,12 @@ def stream_text(
     seed: int = 0, # of the draws
 ) -> Iterator[str]: # pieces of text, as soon as their characters are whole
     "Write on from a text and hand out the pieces. Raises `GenerateError` as `generate` does, at once."
-    eos, pad = tokenizer.eos_id, tokenizer.pad_id
-    [ids] = _check(model, [prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt], max_new_tokens, [pad, eos])
+    stops, pad = list(tokenizer.eos_ids), tokenizer.pad_id
+    [ids] = _check(model, [prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt], max_new_tokens, [pad, *stops])
     _check_sampling(temperature, top_k, top_p)
     keys = _row_keys([ids], seed, 0)
-    columns = _columns(model, [ids], max_new_tokens, [eos], pad, keys, temperature=temperature, top_k=top_k, top_p=top_p)
-    return text_pieces(tokenizer, ids, takewhile(lambda token: token != eos, (int(column[0]) for column in columns)))
+    columns = _columns(model, [ids], max_new_tokens, stops, pad, keys, temperature=temperature, top_k=top_k, top_p=top_p)
+    return text_pieces(tokenizer, ids, takewhile(lambda token: token not in stops, (int(column[0]) for column in columns)))
 
 
 def generate_text(
@@ -251,8 +251,8 @@ def generate_text(
     batch_size: int | None = None, # texts written at once; by default all
 ) -> list[str]: # what was written, without the prompts
     "Write on from several texts at once. Raises `GenerateError` as `generate` does."
-    eos, rows = tokenizer.eos_id, [prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    out = generate(model, rows, max_new_tokens, eos_ids=[eos], pad_id=tokenizer.pad_id,
+    stops, rows = tokenizer.eos_ids, [prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    out = generate(model, rows, max_new_tokens, eos_ids=stops, pad_id=tokenizer.pad_id,
                    temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch_size=batch_size)
     written = [tokens[mask].tolist() for tokens, mask in zip(np.array(out.tokens), np.array(out.response_mask))]
-    return ["".join(text_pieces(tokenizer, ids, [t for t in tokens if t != eos])) for ids, tokens in zip(rows, written)]
+    return ["".join(text_pieces(tokenizer, ids, [t for t in tokens if t not in stops])) for ids, tokens in zip(rows, written)]

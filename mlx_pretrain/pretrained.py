@@ -25,7 +25,7 @@ from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_spl
 from .model import Llama, LlamaArgs, ScalarLlama
 from .prompt import PromptFormat
 from .run import Saved, _swap_in, _writing, checkpoints, is_run, load_checkpoint, read_metadata
-from .tokenizer import Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer
+from .tokenizer import DataError, Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer
 
 # %% ../nbs/17_pretrained.ipynb #f95ed538
 class PretrainedError(UserError):
@@ -65,8 +65,10 @@ def _one_label(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, **none}
 
 
-def _control_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    return {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+def _control_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
+    "Which tokens begin, end and pad a text; a list if several end it."
+    stops = tokenizer.eos_ids
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else [*stops], "pad_token_id": tokenizer.pad_id}
 
 # %% ../nbs/17_pretrained.ipynb #cca308b3
 def _scaling_from_hf(rope: dict[str, Any]) -> dict[str, Any]: # as `RopeScaling` takes it
@@ -175,10 +177,9 @@ def export(
 
 
 def _check_sizes(args: LlamaArgs, tokenizer: Tokenizer, directory: Path):
-    "Raise `PretrainedError` if the tokenizer has tokens that the model does not know."
-    if tokenizer.vocab_size > args.vocab_size:
-        raise PretrainedError(f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only {args.vocab_size}; "
-                              "they do not belong together")
+    "Raise `PretrainedError` if the tokenizer has tokens that the model does not know, and needs them."
+    try: tokenizer.fit_to(args.vocab_size, directory)
+    except DataError as e: raise PretrainedError(str(e)) from None
 
 # %% ../nbs/17_pretrained.ipynb #12337424
 def _weight_files(directory: Path) -> list[Path]:
@@ -209,6 +210,14 @@ def _read_weights(files: list[Path]) -> dict[str, mx.array]:
     return weights
 
 # %% ../nbs/17_pretrained.ipynb #0147632f
+def _usual_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    "Weights by Hugging Face's names: without what `torch.compile` and DDP put in front, with what a bare `LlamaModel` leaves out."
+    while prefix := next((p for p in ("_orig_mod.", "module.") if weights and all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): w for name, w in weights.items()}
+    if "embed_tokens.weight" not in weights: return weights
+    return {name if name.startswith(("lm_head.", "score.")) else f"model.{name}": w for name, w in weights.items()}
+
+
 def _fill(
     model: Llama | ScalarLlama, # gets the weights
     weights: dict[str, mx.array], # by Hugging Face's names
@@ -278,7 +287,7 @@ def _load_hf(directory: Path, kind: type = Llama) -> Pretrained:
     _refuse_quantised(directory, config, [])
     try: args = args_from_hf(config)
     except PretrainedError as e: raise PretrainedError(f"{directory / 'config.json'}: {e}") from None
-    weights = _read_weights(files)
+    weights = _usual_names(_read_weights(files))
     _refuse_quantised(directory, config, list(weights))
     tokenizer = load_tokenizer(directory)
     _check_sizes(args, tokenizer, directory)

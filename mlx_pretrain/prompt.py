@@ -65,6 +65,8 @@ class PromptFormat(Section):
     "Column that `{response}` means."
     input_field_optional: str | None = None
     "Column that may be missing, null or empty."
+    date: str | None = None
+    "Date for chat templates that write one, such as 2026-11-30; by default the day of the rendering."
 
     def prompt(
         self,
@@ -137,14 +139,14 @@ class PromptFormat(Section):
         return {} if key is None else {key: "" if row.get(key) is None else _field(row, key)}
 
 # %% ../nbs/24_prompt.ipynb #7668f5fc
-def _begin(tokenizer: Tokenizer) -> list[int]: return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+def _begin(tokenizer: Tokenizer) -> list[int]: return tokenizer.prefix_ids
 
 
 def prompt_ids(
     tokenizer: Tokenizer, # makes the tokens
     prompt: str, # any text
-) -> list[int]: # the token that begins a text, if the tokenizer has one, and the text's own
-    "A prompt's tokens: the same in training and in generation."
+) -> list[int]: # what the tokenizer puts in front of a text, and the text's own
+    "A prompt's tokens, as transformers and mlx-lm encode a text that is to be continued."
     return _begin(tokenizer) + tokenizer.encode(prompt)
 
 
@@ -152,9 +154,11 @@ class Piece(NamedTuple):
     """A part of a row.
 
     `what`: a text, in which nothing is a control token, or the id of a control token; `trained`: shall the model learn to say it?
+    `cut`: are the tokens before it those of the row that ends here, so that no token reaches across?
     """
     what: str | int
     trained: bool = False
+    cut: bool = False
 
 
 class Example(NamedTuple):
@@ -176,34 +180,37 @@ def pair_pieces(
     prompt: str, # what stands before
     response: str, # what shall be said
 ) -> list[Piece]: # in order
-    "The pieces of a prompt and its response."
-    return [*map(Piece, _begin(tokenizer)), Piece(prompt), Piece(response, True), Piece(tokenizer.eos_id, True)]
+    "The pieces of a prompt and its response; without a prompt it is a plain text, which begins as the tokenizer begins texts."
+    if not prompt: return [*map(Piece, _begin(tokenizer)), *(Piece(i, True) for i in [*tokenizer.encode(response), tokenizer.eos_id])]
+    return [*map(Piece, _begin(tokenizer)), Piece(prompt), Piece(response, True, cut=True), Piece(tokenizer.eos_id, True)]
 
 
 def encode_pieces(
     tokenizer: Tokenizer, # makes the tokens
     rows: list[list[Piece]], # any number of rows
 ) -> list[Example]: # each in tokens
-    "Tokenise rows, all their texts at once, each text by itself."
-    if tokenizer.begins_anew: return [_going_on(tokenizer, row) for row in rows]
-    encoded = iter(tokenizer.encode_batch([piece.what for row in rows for piece in row if isinstance(piece.what, str)]))
-    examples = []
-    for row in rows:
-        parts = [([what] if isinstance(what, int) else next(encoded), trained) for what, trained in row]
-        examples.append(Example([i for ids, _ in parts for i in ids], [trained for ids, trained in parts for _ in ids]))
-    return examples
+    "Tokenise rows, all at once, each as one text; a token is trained if a part of it is, unless there is a cut."
+    cuts = [(r, n) for r, row in enumerate(rows) for n, piece in enumerate(row) if piece.cut]
+    parts = [[piece.what for piece in row] for row in rows]
+    encoded = tokenizer.encode_parts(parts + [parts[r][:n] for r, n in cuts])
+    across = {r for (r, _), (head, _) in zip(cuts, encoded[len(rows):]) if encoded[r][0][:len(head)] != head}
+    return [_cut_apart(tokenizer, row) if r in across else _masked(row, *encoded[r]) for r, row in enumerate(rows)]
 
 
-def _going_on(tokenizer: Tokenizer, row: list[Piece]) -> Example:
-    "A row in tokens, its texts as the tokenizer writes on behind what stands before them, unless it would join the two in a token."
-    ids, mask, before = [], [], ""
-    for what, trained in row:
-        if isinstance(what, int): new, before = [what], ""
-        else:
-            head, both = tokenizer.encode_batch([before, before + what])
-            new, before = both[len(head):] if both[:len(head)] == head else tokenizer.encode(what), before + what
-        ids, mask = ids + new, mask + [trained] * len(new)
-    return Example(ids, mask)
+def _masked(row: list[Piece], ids: list[int], where: list[range]) -> Example:
+    return Example(ids, [any(row[n].trained for n in parts) for parts in where])
+
+
+def _cut_apart(tokenizer: Tokenizer, row: list[Piece]) -> Example:
+    "A row in tokens, none of which reaches across a cut."
+    done, start = Example([], []), 0
+    for end in [n for n, piece in enumerate(row) if piece.cut] + [len(row)]:
+        both = _masked(row, *tokenizer.encode_parts([[piece.what for piece in row[:end]]])[0])
+        if both.ids[:len(done.ids)] != done.ids:
+            new = _masked(row[start:], *tokenizer.encode_parts([[piece.what for piece in row[start:end]]])[0])
+            both = Example(done.ids + new.ids, done.loss_mask + new.loss_mask)
+        done, start = both, end
+    return done
 
 
 def make_example(

@@ -309,7 +309,7 @@ def _encoded(path, group: list[tuple[int, list[Piece]]], tokenizer: Tokenizer, t
         for row in group: yield from _encoded(path, [row], tokenizer, tally)
 
 
-def _size(row: tuple[int, list[Piece]]) -> int: return sum(len(what) if isinstance(what, str) else 1 for what, _ in row[1])
+def _size(row: tuple[int, list[Piece]]) -> int: return sum(len(what) if isinstance(what, str) else 1 for what, *_ in row[1])
 
 
 def _fitting(path, tokenizer: Tokenizer, fmt: PromptFormat, context: int, truncation: Truncation, edit, tally: _Tally) -> Iterator[Example]:

@@ -212,6 +212,16 @@ class Tokenizer:
         "Control tokens by their names. Only whoever builds a document may use them; in a text, a name is text."
         return {self._name(i): i for i in (self.bos_id, *self.eos_ids) if i is not None} | self._control()
 
+    def fit_to(
+        self,
+        vocab_size: int, # of the model
+        path: str | Path, # of the model, for the error
+    ):
+        "Raise `DataError` if a model does not know all tokens."
+        if self.vocab_size <= vocab_size: return
+        raise DataError(f"{path}: the tokenizer has {self.vocab_size} tokens, but the model knows only {vocab_size}; they do not belong "
+                        "together, copy the model's own tokenizer files")
+
     @cached_property
     def chat_template(self) -> str | None:
         "The Jinja program by which a chat model wants to be asked, if one came along with its tokenizer."
@@ -522,7 +532,8 @@ class HFTokenizer(Tokenizer):
         self._tok, self._names, self._prefix, self._suffix = backend.tokenizer, backend.names, backend.prefix, tuple(backend.suffix)
         self.vocab_size = max(self._tok.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         _set_special(self, path, self._names, self._tok.token_to_id, backend.listed)
-        self._copies = {}
+        self._control_names = {i: token.content for i, token in self._tok.get_added_tokens_decoder().items() if token.special}
+        self._special, self._copies = [*self._control_names], {}
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
@@ -538,12 +549,12 @@ class HFTokenizer(Tokenizer):
 
         Raises `DataError` if the model lacks a token that texts are made of, or that begins or ends them.
         """
+        if self.vocab_size <= vocab_size: return
         beyond = {i: token.content for i, token in self._tok.get_added_tokens_decoder().items() if i >= vocab_size}
-        needed = [i for i in (*self._prefix, *self._suffix, self.eos_id) if i in beyond]
-        if needed or self.vocab_size > vocab_size + len(beyond):
-            what = f"the token {beyond[needed[0]]} (id {needed[0]})" if needed else f"{self.vocab_size} tokens"
-            raise DataError(f"{path}: the tokenizer has {what}, but the model knows only {vocab_size}; they do not belong together, "
-                            "copy the model's own tokenizer files")
+        if self.vocab_size > vocab_size + len(beyond): super().fit_to(vocab_size, path)
+        if needed := [i for i in (*self._prefix, *self._suffix, self.eos_id) if i in beyond]:
+            raise DataError(f"{path}: the tokenizer needs the token {beyond[needed[0]]} (id {needed[0]}), but the model knows only "
+                            f"{vocab_size}; they do not belong together, copy the model's own tokenizer files")
         if self.pad_id in beyond:
             logger.info("The padding token %s (id %d) is not in the model's vocabulary; padding with %s.", beyond[self.pad_id],
                         self.pad_id, self.piece(self.eos_id))
@@ -559,22 +570,37 @@ class HFTokenizer(Tokenizer):
             with _foreign(f"{self._path} cannot be read"): self._copies[mark] = sealed(self._tok, mark)
         return self._copies[mark]
 
+    def _encoded(self, tok, texts: list[str], encode: str = "encode_batch"):
+        with _foreign(f"{self._path} cannot encode a text"): return getattr(tok, encode)(texts, add_special_tokens=False)
+
     def _encode_batch(self, texts):
-        copy, _ = self._copy(texts)
-        with _foreign(f"{self._path} cannot encode a text"):
-            return [np.array(e.ids, np.int64) for e in copy.encode_batch_fast(texts, add_special_tokens=False)]
+        found = [np.array(e.ids, np.int64) for e in self._encoded(self._tok, texts, "encode_batch_fast")]
+        if spelt := [n for n, ids in enumerate(found) if np.isin(ids, self._special).any()]:
+            copy, _ = self._copy(texts)
+            for n, e in zip(spelt, self._encoded(copy, [texts[n] for n in spelt])): found[n] = np.array(e.ids, np.int64)
+        return found
 
     def _encode_parts(self, rows):
-        copy, names = self._copy([part for row in rows for part in row if isinstance(part, str)])
+        found = self._in_runs(self._tok, rows, self._control_names)
+        for n, (row, (ids, where)) in enumerate(zip(rows, found)):
+            if not any(i in self._special and row[parts[0]] != i for i, parts in zip(ids, where)): continue
+            copy, names = self._copy([part for part in row if isinstance(part, str)])          # a text spells a control token
+            [(ids, where)] = self._in_runs(copy, [row], names)
+            met = {parts[0] for parts in where if isinstance(row[parts[0]], int)}
+            plain = [self._control_names[part] if isinstance(part, int) and part in names and k not in met else part
+                     for k, part in enumerate(row)]                                            # none, with letters beside it
+            found[n] = (ids, where) if plain == row else self._in_runs(copy, [plain], names)[0]
+        return found
+
+    def _in_runs(self, tok, rows, names: dict[int, str]):
         def encode(texts):
-            with _foreign(f"{self._path} cannot encode a text"): encoded = copy.encode_batch(texts, add_special_tokens=False)
-            return ((np.array(e.ids, np.int64), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encoded)
+            return ((np.array(e.ids, np.int64), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in self._encoded(tok, texts))
         return _encode_runs(rows, names.get, encode, len)
 
     def _decode(self, ids):
         with _foreign(f"{self._path} cannot decode tokens"): return self._tok.decode(ids, skip_special_tokens=True)
 
-    def _control(self): return {token.content: i for i, token in self._tok.get_added_tokens_decoder().items() if token.special}
+    def _control(self): return {name: i for i, name in self._control_names.items()}
 
     def _name(self, i):
         name = self._tok.id_to_token(i) or f"<{i}>"

@@ -50,8 +50,8 @@ def test_byte_and_hugging_face_agree_on_broken_utf8(ids):
 def test_negative_controls_for_round_trips():
     sp, hf = tokenizer("sentencepiece"), HFTokenizer(saved(ByteTokenizer()))
     assert sp._sp.decode(sp._sp.encode("a▁b")) == "a b"                      # what SentencePiece alone would lose
-    hf._tok.encode_special_tokens = False
-    assert hf.encode("<eos>") == [hf.eos_id]                                 # what text would do without that setting
+    assert hf._tok.encode("<eos>", add_special_tokens=False).ids == [hf.eos_id]      # what a text would do if it were not looked at again
+    assert hf.encode("<eos>") == list(b"<eos>")
 
 
 @KINDS
@@ -126,7 +126,7 @@ def test_a_tokenizer_outlives_its_directory(tmp_path):
 
 
 def test_special_tokens_of_published_models(tmp_path):
-    "tokenizer_config.json, then special_tokens_map.json, config.json, generation_config.json; no pad: eos pads."
+    "What the tokenizer says, then config.json, generation_config.json; no pad: eos pads."
     ByteTokenizer().save(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     def ids(): return (tok := HFTokenizer(tmp_path)).bos_id, tok.eos_id, tok.pad_id
@@ -136,13 +136,17 @@ def test_special_tokens_of_published_models(tmp_path):
     assert ids() == (None, 97, 97)
     write("config.json", eos_token_id=99, pad_token_id=5000, bos_token=7)                 # an id outside the vocabulary is nobody's
     assert ids() == (None, 99, 99)
-    write("special_tokens_map.json", eos_token={"content": "<eos>"}, pad_token="<pad>")
-    assert ids() == (None, 258, 256)
     write("tokenizer_config.json", bos_token="<bos>", eos_token="<pad>", pad_token=None, chat_template="kept")
     assert ids() == (257, 256, 256)
+    write("special_tokens_map.json", eos_token={"content": "<eos>"}, pad_token="<pad>")    # older models: it counts more, as in transformers
+    assert ids() == (257, 258, 256)
+    assert HFTokenizer(tmp_path).eos_ids == (258, 99, 97, 98)                              # all that stop
     HFTokenizer(tmp_path).save(tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text()) == {
-        "bos_token": "<bos>", "eos_token": "<pad>", "pad_token": "<pad>", "chat_template": "kept"}
+        "bos_token": "<bos>", "eos_token": "<pad>", "pad_token": None, "chat_template": "kept",
+        "mlx_pretrain_ids": {"bos_token_id": 257, "eos_token_id": [258, 99, 97, 98], "pad_token_id": 256}}
+    assert (HFTokenizer(tmp_path / "copy").eos_ids, HFTokenizer(tmp_path / "copy").fingerprint) == (
+        (258, 99, 97, 98), HFTokenizer(tmp_path).fingerprint)
 
 
 def test_pieces_of_a_converted_sentencepiece_model(tmp_path):
