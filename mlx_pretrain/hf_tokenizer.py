@@ -188,6 +188,7 @@ class Backend(NamedTuple):
 
 def _around(made: Tokenizer) -> tuple[list[int], list[int]]:
     "What the post-processor puts around a text."
+    if made.num_special_tokens_to_add(False) == 0: return [], []
     text, whole = made.encode("a", add_special_tokens=False).ids, made.encode("a").ids
     start = next(n for n in range(len(whole) + 1) if whole[n:n + len(text)] == text)
     return whole[:start], whole[start + len(text):]

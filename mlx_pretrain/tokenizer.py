@@ -277,9 +277,9 @@ def _with_parts(row: list[str | int], run: list[int], ends: np.ndarray, ids: np.
     "The parts that each token lies in; a control token in its own, whatever white space beside it belongs to its span."
     first = np.searchsorted(ends, spans[:, 0], side="right").clip(max=len(run) - 1)
     last = np.searchsorted(ends, np.maximum(spans[:, 1] - 1, spans[:, 0]), side="right").clip(max=len(run) - 1)
-    ids, where = ids.tolist(), []
-    for i, a, b in zip(ids, first, last):
-        own = [n for n in range(run[a], run[b] + 1) if isinstance(row[n], int) and row[n] == i]
+    begins, ids, where = [0, *ends[:-1]], ids.tolist(), []
+    for i, a, b, (start, end) in zip(ids, first, last, spans):
+        own = [run[k] for k in range(a, b + 1) if isinstance(row[run[k]], int) and row[run[k]] == i and start <= begins[k] and ends[k] <= end]
         where.append(range(own[0], own[0] + 1) if own else range(run[a], run[b] + 1))
     return ids, where
 
@@ -378,7 +378,7 @@ def _special_ids(
              for name in ("bos", "eos", "pad")}
     if not found["eos"]:
         said = [f"{key} {config[key]!r}" for config in configs for key in ("eos_token", "eos_token_id") if config.get(key) is not None]
-        wrong = f" ({said[0][:60]} is none of its {vocab_size} tokens)" if said else ""
+        wrong = f" ({said[0][:60]} is not one of its tokens)" if said else ""
         raise DataError(f'{path} does not say which token ends a document{wrong}; add "eos_token" to its tokenizer_config.json')
     first = {name: ids[0] if ids else None for name, ids in found.items()}
     return {"bos": first["bos"], "eos": found["eos"], "pad": first["eos"] if first["pad"] is None else first["pad"]}
@@ -531,7 +531,8 @@ class HFTokenizer(Tokenizer):
         with _foreign(f"{self._path} cannot be read"): backend = read_backend(self._files)
         self._tok, self._names, self._prefix, self._suffix = backend.tokenizer, backend.names, backend.prefix, tuple(backend.suffix)
         self.vocab_size = max(self._tok.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        _set_special(self, path, self._names, self._tok.token_to_id, backend.listed)
+        def listed(text): return i if (i := self._tok.token_to_id(text)) is not None and i < backend.listed else None
+        _set_special(self, path, self._names, listed, self.vocab_size)
         self._control_names = {i: token.content for i, token in self._tok.get_added_tokens_decoder().items() if token.special}
         self._special, self._copies = [*self._control_names], {}
 

@@ -41,11 +41,12 @@ TALK = [said("system", "Be brief."), said("user", "Who is there?"), said("assist
 TALKS = [TALK, TALK[1:3], [*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:]], [*TALK[:3], said("assistant", "Many."), TALK[1]]]
 
 
-def make_tokenizer(folder, template=CHATML, form="chat_template.jinja", **names):
+def make_tokenizer(folder, template=CHATML, form="chat_template.jinja", more=(), **names):
     "A tokenizer as Hugging Face has it, in which each byte is a token, with a chat template in one of its three places."
     special = SpecialTokens(**{"pad": "<pad>", "bos": "<|im_start|>", "eos": "<|im_end|>", **names})
     ByteTokenizer(special_tokens=special).save(folder)
     about = {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{key}_token": name for key, name in special.model_dump().items()}}
+    if more: about["extra_special_tokens"] = list(more)
     if form == "string": about["chat_template"] = template
     if form == "list": about["chat_template"] = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
     Path(folder, "tokenizer_config.json").write_text(json.dumps(about))
@@ -134,7 +135,7 @@ def test_without_a_template_in_the_prompt_format(place):
 
 
 def header_trained(monkeypatch):
-    monkeypatch.setattr(chat, "render", lambda tokenizer, messages, ask=False: render(tokenizer, messages))
+    monkeypatch.setattr(chat, "render", lambda tokenizer, messages, ask=False, date=None: render(tokenizer, messages))
 
 
 def answers(monkeypatch, trained):
@@ -270,8 +271,7 @@ HOSTILE = {
     "{% for %}": "is no Jinja program", "{% nonsense %}": "is no Jinja program",
     "{{ 1 / 0 }}": "division", "{{ '%d' % 'x' }}": "refuses these messages", "": "does not end answers with <|im_end|>",
     CHATML.replace("+ '<|im_end|>' +", "+"): "does not end answers with <|im_end|>",
-    CHATML.replace("<|im_start|>assistant", "<|im_start|>assistant (thinks)"): "in another form later",
-    CHATML + "{% if not add_generation_prompt %}The end.{% endif %}": "in another form later",
+    CHATML.replace("<|im_start|>assistant", "<|im_start|>assistant (thinks)"): "in another form than the one in which it asks",
 }
 
 
@@ -295,9 +295,55 @@ def thinker(tmp_path):
     return make_tokenizer(tmp_path, CHATML.replace("message['content']", left))
 
 
-def test_a_template_that_forgets_thoughts(thinker):
-    with pytest.raises(DataError, match="in another form later than when it asks for it; train one answer a row"): made(thinker, THOUGHTS)
-    assert made(thinker, FORGOTTEN) == [*in_chatml(FORGOTTEN)]            # the last ones are trained
+def test_templates_that_drop_thoughts_train_the_last_answer(thinker, caplog):
+    chat._tell_untrained.cache_clear()
+    unlike = [FORGOTTEN[0], {**FORGOTTEN[1], "weight": 0}, *FORGOTTEN[2:]]
+    assert made(thinker, THOUGHTS) == made(thinker, THOUGHTS) == [*in_chatml(unlike)]
+    assert caplog.text.count("only the last answer is trained") == 1      # said once
+    assert made(thinker, FORGOTTEN) == [*in_chatml(FORGOTTEN)]            # an answer without thoughts stays as it was asked for
+
+
+R1 = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}"
+      "{% set c = m['content'] %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
+      "{{ '<|assistant|>' + c + '<|im_end|>' }}{% endif %}{% endfor %}"
+      "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize("answer", [
+    said("assistant", "<think>\nHm.\n</think>\n\nGulls."), said("assistant", "Hm.\n</think>\n\nGulls."),
+    said("assistant", "Gulls.", reasoning_content="Hm."), said("assistant", " <think>\nHm.\n</think>\n\nGulls.")])
+def test_templates_that_open_a_thought_train_it(tmp_path, answer):
+    tok = make_tokenizer(tmp_path, R1)
+    [example] = encode_pieces(tok, [template_pieces(tok, [said("user", "Who?", trained=False), {**answer, "trained": True}])])
+    asked = render_chat(BY_TEMPLATE, tok, [], "Who?")
+    assert example.ids[:example.start] == asked and bytes(asked[-8:]) == b"<think>\n"   # trained as it is asked for
+    assert example.ids[example.start:] == [*b"Hm.\n</think>\n\nGulls.", END]
+
+
+def test_templates_that_open_a_thought_refuse_answers_without_one(tmp_path):
+    tok = make_tokenizer(tmp_path, R1)
+    talk = [said("user", "Who?", trained=False), said("assistant", "Gulls.", trained=True)]
+    with pytest.raises(DataError, match="opens each answer with <think>, and this answer has no thought; write <think>…</think> in front"):
+        template_pieces(tok, talk)
+    followed = [talk[0], {**talk[1], "content": "<think>…</think>Gulls."}]               # the remedy works
+    assert template_pieces(tok, followed)[-1] == (tok.eos_id, True, False)
+
+
+def test_the_date_of_a_template_is_that_of_the_run(tmp_path):
+    tok = make_tokenizer(tmp_path, "{{ strftime_now('%d %b %Y') }}" + CHATML)
+    assert chat.render(tok, TALK[:2], date="2024-07-26").startswith("26 Jul 2024")
+    assert render_chat(BY_TEMPLATE.model_copy(update={"date": "2024-07-26"}), tok, [], "?")[:11] == [*b"26 Jul 2024"]
+    assert chat.render(tok, TALK[:2])[7:11].isdigit()                     # without a date: today's
+
+
+def test_several_stop_tokens_end_answers(tmp_path):
+    tok = make_tokenizer(tmp_path, CHATML.replace("<|im_end|>", "<|eot|>"), more=["<|eot|>"])
+    with pytest.raises(DataError, match='add the token that it writes to "eos_token_id" in generation_config.json'):
+        template_pieces(tok, read_messages(TALK))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, tok.control["<|eot|>"]]}))
+    again = type(tok)(tmp_path)                                           # the remedy works
+    ends = [what for what, trained, _ in template_pieces(again, read_messages(TALK)) if trained and isinstance(what, int)]
+    assert set(ends) == {tok.control["<|eot|>"]} and again.eos_ids == (END, tok.control["<|eot|>"])
 
 
 def test_thoughts_of_an_answer_that_is_not_trained(thinker):
