@@ -408,10 +408,8 @@ class SentencePieceTokenizer(Tokenizer):
         self,
         path: str | Path, # directory with tokenizer.model and tokenizer_config.json
     ):
-        import sentencepiece
         self._files = _read_files(path, "tokenizer.model")
-        try: self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=self._files["tokenizer.model"])
-        except RuntimeError: raise DataError(f"{path}/tokenizer.model is not a SentencePiece model; make or copy it again") from None
+        self._sp = sp = _open_model(path, self._files)
         pieces = [sp.id_to_piece(i) for i in range(len(sp))]
         self.vocab_size, self._cuts = len(sp), _exact_cuts(sp)
         self._joined = {a + b for piece in pieces for a, b in zip(piece, piece[1:])}
@@ -422,14 +420,6 @@ class SentencePieceTokenizer(Tokenizer):
             self._files["tokenizer_config.json"] = _tokenizer_config(names, **_LLAMA_TOKENIZER, add_prefix_space=False)
         config = json.loads(self._files["tokenizer_config.json"])
         _set_special(self, path, {**own, **special_tokens(config, {})}, {piece: i for i, piece in enumerate(pieces)}.get, len(sp))
-
-    @property
-    def is_ours(self) -> bool:
-        "Is it made by `train_sentencepiece`, so that cutting at line breaks changes nothing, and transformers makes the same ids?"
-        config = json.loads(self._files["tokenizer_config.json"])
-        listed = {int(i) for i in config.get("added_tokens_decoder", {})} | {*json.loads(self._files.get("added_tokens.json", b"{}")).values()}
-        same = config.get("add_prefix_space") is False and config.get("tokenizer_class") == "LlamaTokenizer"
-        return bool(self._cuts) and same and max(listed, default=0) < self.vocab_size
 
     def _encode_parts(self, rows):
         def encode(texts):
@@ -481,6 +471,21 @@ def _join_lines(cuts: list[str], encoded: Iterator[list[int]], ids_of: dict[str,
         ids += ids_of[cut] + next(encoded)
         if len(ids) > 100_000: done, ids = [*done, np.array(ids, np.int32)], []
     return np.concatenate([*done, np.array(ids, np.int32)])
+
+
+def _open_model(path: str | Path, files: dict[str, bytes]):
+    "The SentencePiece model in a `tokenizer.model`. Raises `DataError` if it is none."
+    import sentencepiece
+    try: return sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
+    except RuntimeError: raise DataError(f"{path}/tokenizer.model is not a SentencePiece model; make or copy it again") from None
+
+
+def _made_here(path: str | Path, files: dict[str, bytes]) -> bool:
+    "Is a `tokenizer.model` one of `train_sentencepiece`, so that it may be cut at line breaks, and nothing was added to it?"
+    config = json.loads(files.get("tokenizer_config.json", _tokenizer_config({}, **_LLAMA_TOKENIZER, add_prefix_space=False)))
+    added = "added_tokens.json" in files or "added_tokens_decoder" in config
+    plain = config.get("tokenizer_class") == "LlamaTokenizer" and config.get("add_prefix_space") is False and not added
+    return bool(_exact_cuts(_open_model(path, files))) and plain
 
 
 def _exact_cuts(sp) -> dict[str, list[int]]:
@@ -644,9 +649,7 @@ def load_tokenizer(
     Raises `DataError` if there is none, or it cannot be read, or it does not name the token that ends a document.
     """
     files = _read_files(path, "tokenizer.json", "tokenizer.model")
-    if "tokenizer.json" not in files:
-        tokenizer = SentencePieceTokenizer(path)
-        return tokenizer if tokenizer.is_ours else HFTokenizer(path)
+    if "tokenizer.json" not in files: return (SentencePieceTokenizer if _made_here(path, files) else HFTokenizer)(path)
     config = _read_object(Path(path) / "tokenizer_config.json")
     if "normal_vocab_size" not in config: return HFTokenizer(path)
     names = {name: token_text(config.get(f"{name}_token")) for name in ("pad", "bos", "eos")}
