@@ -276,7 +276,8 @@ def render_chat(
         pieces = template_pieces(tokenizer, _introduced(fmt, [*messages, _said("user", instruction)]), fmt.date)
     else:
         pieces = [*map(Piece, _begin(tokenizer))]
-        for n, (asked, said) in enumerate(turns): pieces += [Piece(_later(fmt, n).ask(asked)), Piece(said, cut=True), Piece(tokenizer.eos_id)]
+        for n, (asked, said) in enumerate(turns):
+            pieces += [Piece(_later(fmt, n).ask(asked)), Piece(said, cut=True), Piece(tokenizer.eos_id)]
         pieces.append(Piece(_later(fmt, len(turns)).ask(instruction)))
     return encode_pieces(tokenizer, [pieces])[0].ids
 

@@ -261,8 +261,8 @@ def _encode_runs(
     "Join parts to texts that are as long as possible, encode these, and tell which parts each token lies in."
     texts = [[part if isinstance(part, str) else spell(part) for part in row] for row in rows]
     runs = [[[*run] for _, run in groupby(range(len(row)), key=lambda n, row=row: row[n] is None)] for row in texts]
-    encoded = iter(encode(["".join(row[n] for n in run) for row, mine in zip(texts, runs) for run in mine if row[run[0]] is not None]))
-    found = []
+    joined = ["".join(row[n] for n in run) for row, mine in zip(texts, runs) for run in mine if row[run[0]] is not None]
+    encoded, found = iter(encode(joined)), []
     for row, text, mine in zip(rows, texts, runs):
         ids, where = [], []
         for run in mine:
@@ -279,7 +279,8 @@ def _with_parts(row: list[str | int], run: list[int], ends: np.ndarray, ids: np.
     last = np.searchsorted(ends, np.maximum(spans[:, 1] - 1, spans[:, 0]), side="right").clip(max=len(run) - 1)
     begins, ids, where = [0, *ends[:-1]], ids.tolist(), []
     for i, a, b, (start, end) in zip(ids, first, last, spans):
-        own = [run[k] for k in range(a, b + 1) if isinstance(row[run[k]], int) and row[run[k]] == i and start <= begins[k] and ends[k] <= end]
+        whole = [run[k] for k in range(a, b + 1) if start <= begins[k] and ends[k] <= end]
+        own = [n for n in whole if isinstance(row[n], int) and row[n] == i]
         where.append(range(own[0], own[0] + 1) if own else range(run[a], run[b] + 1))
     return ids, where
 

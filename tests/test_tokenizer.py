@@ -138,7 +138,7 @@ def test_special_tokens_of_published_models(tmp_path):
     assert ids() == (None, 99, 99)
     write("tokenizer_config.json", bos_token="<bos>", eos_token="<pad>", pad_token=None, chat_template="kept")
     assert ids() == (257, 256, 256)
-    write("special_tokens_map.json", eos_token={"content": "<eos>"}, pad_token="<pad>")    # older models: it counts more, as in transformers
+    write("special_tokens_map.json", eos_token={"content": "<eos>"}, pad_token="<pad>")    # it counts more, as in transformers
     assert ids() == (257, 258, 256)
     assert HFTokenizer(tmp_path).eos_ids == (258, 99, 97, 98)                              # all that stop
     HFTokenizer(tmp_path).save(tmp_path / "copy")

@@ -55,9 +55,11 @@ def spm(folder, config, added=None, special=None, **more):
 LISTED = {str(i): flags(name) for i, name in [(0, "<unk>"), (1, "<s>"), (2, "</s>"), (330, "<|im_start|>"), (331, "<|im_end|>")]}
 for legacy in (True, False, None):
     for prefix in (True, False, None):
-        keys = {"legacy": legacy, "add_prefix_space": prefix, "add_bos_token": True, "eos_token": "<|im_end|>", "added_tokens_decoder": LISTED}
+        keys = {"legacy": legacy, "add_prefix_space": prefix, "add_bos_token": True, "eos_token": "<|im_end|>",
+                "added_tokens_decoder": LISTED}
         family(f"spm, legacy {legacy}, prefix {prefix}", {k: v for k, v in keys.items() if v is not None})(spm)
-family("spm with bos and eos", {"add_bos_token": True, "add_eos_token": True, "eos_token": "<|im_end|>", "added_tokens_decoder": LISTED})(spm)
+family("spm with bos and eos", {
+    "add_bos_token": True, "add_eos_token": True, "eos_token": "<|im_end|>", "added_tokens_decoder": LISTED})(spm)
 family("spm, flags in a map", {"add_bos_token": True}, special={
     "bos_token": flags("<s>"), "eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})(spm)
 family("spm with user-defined symbols", {"eos_token": "<|im_end|>"}, added={}, user_defined_symbols=["\n", "<|x|>"],

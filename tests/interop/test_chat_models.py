@@ -1,4 +1,4 @@
-"A chat model of each tokenizer family: opened, fine-tuned here, and opened again by transformers and mlx-lm, with the same prompt and answer."
+"A chat model of each tokenizer family: fine-tuned here, opened again by transformers and mlx-lm, with the same prompt and answer."
 import json
 import sys
 from pathlib import Path
@@ -23,8 +23,9 @@ from mlx_pretrain.sft import SFTConfig, sft  # noqa: E402
 from mlx_pretrain.tokenizer import load_tokenizer  # noqa: E402
 
 transformers.logging.set_verbosity_error()
-LLAMA3 = ("{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}{{ '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|l|>' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}")
+LLAMA3 = ("{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
+          "{{ '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|l|>' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}")
 MODELS = { # family, template, LoRA's rank, names in front of the weights, other stop tokens
     "SentencePiece": ("spm, legacy False, prefix None", CHATML, 0, "", ()),
     "SentencePiece, legacy": ("spm, legacy True, prefix None", CHATML, 2, "_orig_mod.", ()),

@@ -38,13 +38,17 @@ TALKS = {
     "two turns": talk("name a bird", "gull", "who counts", "the old gull"),
     "blanks": talk("  name  a bird ", " gull", "\twho\n", "the old gull\n\n"), "no blank": talk("a", "b", "c", "d"),
     "characters": talk("é ☕ 漢字 e\u0301 ﬁ", "À gauche, 1234", system="İ"), "marks of tokenizers": talk("▁x ▁ Ġ <0x41>", "##s ▁"),
-    "three turns": talk("the", "gull", "flies", "over", "the", "harbour", system=" "), "an empty system turn": talk("boat", "tide", system="")}
+    "three turns": talk("the", "gull", "flies", "over", "the", "harbour", system=" "),
+    "an empty system turn": talk("boat", "tide", system="")}
 
 
 def ids_of(found): return found["input_ids"] if hasattr(found, "keys") else found
 
 
-@pytest.fixture(scope="module", params=[(name, template) for name in FAMILIES for template in TEMPLATES], ids=" | ".join)
+PAIRS = [(name, template) for name in FAMILIES for template in TEMPLATES]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=" | ".join)
 def both(request, tmp_path_factory):
     "A published tokenizer, opened here and in transformers."
     name, template = request.param
@@ -52,7 +56,8 @@ def both(request, tmp_path_factory):
     return load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder)), folder
 
 
-SAMPLES = ["", " ", "The gull", " the old gull", "name  a bird\n\nWho? 1234\t", "é ☕ 漢字", "▁x ▁", "\n\n", "e\u0301 ﬁ", "<think>x</think>"]
+SAMPLES = ["", " ", "The gull", " the old gull", "name  a bird\n\nWho? 1234\t", "é ☕ 漢字", "▁x ▁", "\n\n", "e\u0301 ﬁ",
+           "<think>x</think>"]
 
 
 def test_texts_have_the_same_ids(both):
@@ -82,7 +87,7 @@ def trained(theirs, messages):
     special = {i: token.content for i, token in theirs.added_tokens_decoder.items() if token.special}
     for i, (start, end) in zip(found["input_ids"], found["offset_mapping"]):
         name = special.get(i, "")                                       # white space beside a control token may belong to its span
-        if name and name in text[start:end]: start, end = start + text[start:end].index(name), start + text[start:end].index(name) + len(name)
+        if name and name in text[start:end]: start, end = (at := text.index(name, start)), at + len(name)
         yield any(start < answer.stop and max(end, start + 1) > answer.start for answer in answers)
 
 
@@ -99,8 +104,9 @@ def test_conversations_have_the_same_ids_and_the_right_mask(both, name):
 
 def test_any_text_in_a_conversation(both):
     ours, theirs, _ = both
-    part = st.one_of(st.sampled_from([" ", "\n", "  ", "é", "the ", "▁", "1", "x", "!", "<", "|>"]), st.text(st.characters(exclude_categories=["Cs"])))
-    text = st.lists(part, min_size=1, max_size=6).map("".join).filter(lambda text: text.strip() and not any(n in text for n in ours.control))
+    some = st.sampled_from([" ", "\n", "  ", "é", "the ", "▁", "1", "x", "!", "<", "|>"])
+    text = st.lists(st.one_of(some, st.text(st.characters(exclude_categories=["Cs"]))), min_size=1, max_size=6).map("".join)
+    text = text.filter(lambda text: text.strip() and not any(name in text for name in ours.control))
 
     @forall(25, texts=st.tuples(text, text, text, text))
     def check(texts):
@@ -138,12 +144,14 @@ def pieces_apart(tokenizer, rows):
     return [([i for ids in row for i in ids], [range(n, n + 1) for n, ids in enumerate(row) for _ in ids]) for row in encoded]
 
 
+def always(vocab, merges, config, build=RECIPES["LlamaTokenizer"].build): return build(vocab, merges, {**config, "legacy": True})
+
+
 @pytest.mark.parametrize("family, bug", [
     ("Metaspace first, split False", lambda patch: patch.setattr(HFTokenizer, "encode_parts", pieces_apart)),
     ("rstrip on the end of a turn", lambda patch: patch.setattr(HFTokenizer, "encode_parts", pieces_apart)),
     ("Prepend as LlamaTokenizerFast", lambda patch: patch.setitem(RECIPES, "LlamaTokenizer", None)),
-    ("spm, legacy False, prefix None", lambda patch: patch.setitem(RECIPES, "LlamaTokenizer", Recipe(
-        lambda vocab, merges, config: RECIPES["legacy"].build(vocab, merges, {**config, "legacy": True}), RECIPES["LlamaTokenizer"].defaults))),
+    ("spm, legacy False, prefix None", lambda patch: patch.setitem(RECIPES, "LlamaTokenizer", Recipe(always, {}))),
     ("ByteLevel", lambda patch: patch.setattr(chat, "_answer", lambda tokenizer, parts: [Piece(what, True) for what in parts]))])
 def test_planted_bugs_are_seen(family, bug, tmp_path, monkeypatch):
     folder = publish(family, tmp_path / "tokenizer")
@@ -153,6 +161,5 @@ def test_planted_bugs_are_seen(family, bug, tmp_path, monkeypatch):
         [example] = encode_pieces(ours, [template_pieces(ours, read_messages(messages))])
         return example == (ids_of(theirs.apply_chat_template(messages)), [*trained(theirs, messages)])
     assert right()
-    monkeypatch.setitem(RECIPES, "legacy", RECIPES["LlamaTokenizer"])
     bug(monkeypatch)
     assert not right()
