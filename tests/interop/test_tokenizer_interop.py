@@ -1,4 +1,5 @@
 "Published tokenizers of every family give the ids that transformers gives: texts, prompts, conversations; and the mask is right."
+import json
 import sys
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pytest
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import forall  # noqa: E402
-from published import CHATML, FAMILIES, publish  # noqa: E402
+from common import check_sentence, forall  # noqa: E402
+from published import CHATML, FAMILIES, publish, put  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 from mlx_pretrain import chat  # noqa: E402
@@ -17,7 +18,7 @@ from mlx_pretrain.chat import read_messages, render_chat, template_pieces  # noq
 from mlx_pretrain.data import pack  # noqa: E402
 from mlx_pretrain.hf_tokenizer import RECIPES, Recipe  # noqa: E402
 from mlx_pretrain.prompt import Piece, PromptFormat, encode_pieces, prompt_ids  # noqa: E402
-from mlx_pretrain.tokenizer import HFTokenizer, load_tokenizer  # noqa: E402
+from mlx_pretrain.tokenizer import DataError, HFTokenizer, load_tokenizer  # noqa: E402
 
 TEMPLATES = {
     "ChatML": CHATML,
@@ -163,3 +164,79 @@ def test_planted_bugs_are_seen(family, bug, tmp_path, monkeypatch):
     assert right()
     bug(monkeypatch)
     assert not right()
+
+
+def in_json(change):
+    "Change what tokenizer.json holds."
+    def apply(folder):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        change(content)
+        put(folder, "tokenizer.json", content)
+    return apply
+
+
+def in_config(**more):
+    "Change keys of tokenizer_config.json; `...` takes one out."
+    def apply(folder):
+        content = {**json.loads((folder / "tokenizer_config.json").read_text()), **more}
+        put(folder, "tokenizer_config.json", {key: value for key, value in content.items() if value is not ...})
+    return apply
+
+
+def without_config(folder):
+    (folder / "tokenizer_config.json").unlink()
+    put(folder, "special_tokens_map.json", {"eos_token": "<|im_end|>"})
+
+
+PADDING = {"strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}
+FIRST = "Metaspace first, split False"
+ODDITIES = { # family, what is changed, what the template has in front
+    "truncation": ("ByteLevel", in_json(lambda c: c.update(truncation={
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0})), ""),
+    "padding": (FIRST, in_json(lambda c: c.update(padding=PADDING)), ""),
+    "control tokens inside others": ("ByteLevel", in_config(extra_special_tokens=["<|im_start|>user", "<|im_start|>assistant"]), ""),
+    "normalized control tokens": (FIRST, in_json(lambda c: (c.update(normalizer={"type": "NFKC"}), [
+        token.update(normalized=True) for token in c["added_tokens"]])), ""),
+    "lower case": (FIRST, in_json(lambda c: c.update(normalizer={"type": "Lowercase"})), ""),
+    "no class": ("ByteLevel", in_config(tokenizer_class=...), ""),
+    "an unknown class": ("ByteLevel", in_config(tokenizer_class="TheirTokenizer"), ""),
+    "no tokenizer_config.json": ("ByteLevel", without_config, ""),
+    "bos twice": ("ByteLevel with bos", in_config(), "{{ bos_token }}{{ bos_token }}"),
+    "unk in the template": (FIRST, in_config(unk_token="<unk>"), "{{ unk_token }}"),
+    "a token without a name": ("ByteLevel", in_config(), "{{ pad_token }}{{ mask_token }}"),
+    "add_bos_token beside tokenizer.json": ("ByteLevel", in_config(add_bos_token=True), ""),
+    "a blank in front as GPT2": ("GPT2Tokenizer", in_config(add_prefix_space=True), ""),
+    "a control token that is not special": (FIRST, in_json(lambda c: [
+        token.update(special=False) for token in c["added_tokens"] if token["content"] == "<|im_start|>"]), ""),
+    "keys of a message": ("ByteLevel", in_config(), "{% for k, v in messages[0].items() %}{{ k }}{% endfor %}"),
+}
+
+
+@pytest.mark.parametrize("name", ODDITIES)
+def test_oddities_of_published_tokenizers(name, tmp_path):
+    family, change, front = ODDITIES[name]
+    folder = publish(family, tmp_path / "tokenizer", front + CHATML)
+    change(folder)
+    ours, theirs, messages = load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder)), TALKS["two turns"]
+    assert encode_pieces(ours, [template_pieces(ours, read_messages(messages))])[0].ids == ids_of(theirs.apply_chat_template(messages))
+    assert ours.prefix_ids + ours.encode("The gull. x") + ours.suffix_ids == theirs("The gull. x")["input_ids"]
+
+
+UNSUPPORTED = {
+    "split_special_tokens": ("ByteLevel", in_config(split_special_tokens=True), "remove that key"),
+    "no class for a tokenizer.model": ("spm, legacy False, prefix None", in_config(tokenizer_class=...), "save_pretrained(DIR)"),
+    "another class for it": ("spm, legacy False, prefix None", in_config(tokenizer_class="T5Tokenizer"), "save_pretrained(DIR)")}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_cannot_be_made_equal_is_refused(name, tmp_path):
+    family, change, remedy = UNSUPPORTED[name]
+    folder = publish(family, tmp_path / "tokenizer")
+    change(folder)
+    with pytest.raises(DataError) as error: load_tokenizer(folder)
+    check_sentence(str(error.value).replace("from_pretrained(DIR).", ""), str(folder))
+    assert remedy in str(error.value)
+    theirs = AutoTokenizer.from_pretrained(str(folder))                   # the remedy works
+    in_config(split_special_tokens=...)(folder) if "key" in remedy else theirs.save_pretrained(str(folder))
+    theirs = AutoTokenizer.from_pretrained(str(folder))
+    assert load_tokenizer(folder).encode("The gull") == theirs("The gull", add_special_tokens=False)["input_ids"]
