@@ -232,8 +232,9 @@ class StageTrainer(Trainer):
     def state(self) -> dict:
         "The rest of a checkpoint, with the place in the data, and what the configuration made of the steps to come."
         left = self.total_steps - self.steps_done
-        rate = float(self.schedule(self.steps_done)) if left else None
-        return {**super().state(), "sampler": self.sampler.state(), "ahead": {"steps": left, "learning_rate": rate}}
+        rate = float(self.schedule(self.steps_done)) if left > 0 else None
+        ahead = {"steps": left, "learning_rate": rate if rate is None or math.isfinite(rate) else None}
+        return {**super().state(), "sampler": self.sampler.state(), "ahead": ahead}
 
     def load(
         self,
