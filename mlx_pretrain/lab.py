@@ -651,7 +651,7 @@ class Live(Stepper):
 
     def _open(self):
         if self.record.open(): self.curves.read(self.record.run.path)
-        self._stood = self.trainer.last_knobs
+        self._stood, self.panel.bar.max = self.trainer.last_knobs, self.trainer.total_steps   # resumed, it may have others
 
     def _close(self):
         if not self.record.close(): return

@@ -404,8 +404,8 @@ class Segment(NamedTuple):
 class Sampler:
     """Which rows each step takes: each row once per epoch, also if the batch size changes in the middle of one.
 
-    `n`: number of rows; `segments`: how the rows of `epoch` were made into batches, and the last of them how all rows are from `step` on.
-    A subclass knows the order of the epoch's rows (`order`), the rows of a step (`batches`), and counts (`seen`, `epoch_steps`, `end`).
+    `n`: number of rows; `segments`: how the rows of `epoch` were made into batches; the last of them holds from
+    `step` on, also for later epochs. A subclass has `order`, `batches`, `seen`, `epoch_steps` and `end`.
     """
     def __init__(
         self,
@@ -415,14 +415,15 @@ class Sampler:
         step: int = 0, # where the last segment begins
         epoch: int = 0, # the epoch under way at that step, from 0
     ):
-        self.rows, self.n, self.epochs, self.segments, self.step, self.epoch = rows, len(rows), epochs, tuple(segments), step, epoch
-        self.last = self.segments[-1]
+        self.rows, self.n, self.epochs, self.step, self.epoch = rows, len(rows), epochs, step, epoch
+        self.segments, self.last = tuple(segments), segments[-1]
 
     @cached_property
     def left(self) -> np.ndarray | None:
         "The rows of the epoch under way that earlier segments have not taken; None: all of them."
         rows = None
-        for segment, after in pairwise(self.segments): rows = self.order(segment, rows)[after.row - segment.row:]
+        for segment, after in pairwise(self.segments):
+            rows = self.order(segment, rows)[after.row - segment.row:]
         return rows
 
     def state(self) -> dict[str, Any]:
@@ -432,7 +433,7 @@ class Sampler:
 
 # %% ../nbs/26_rows.ipynb #cfec0f5a
 class ShuffledSampler(Sampler):
-    "Rows in random order; a step may begin in one epoch and end in the next, so that all are of the same size but the last."
+    "Rows in random order; a step may begin in one epoch and end in the next, so that only the last is smaller."
     @property
     def epoch_steps(self) -> Fraction: return Fraction(self.n, self.last.step_size)
 
@@ -476,17 +477,22 @@ class ShuffledSampler(Sampler):
 # %% ../nbs/26_rows.ipynb #182023e8
 class LengthGroupedSampler(Sampler):
     "Rows of like length in a batch, see `epoch_batches`; each epoch ends with a step, which may be smaller."
-    def __init__(self, rows: Any, *where, **more):
-        super().__init__(rows, *where, **more)
-        self.lengths = getattr(rows, "lengths", rows)
-        self._plan = lru_cache(2)(lambda epoch: epoch_batches(self.lengths, self.last.batch_size, self.last.seed, epoch,
-                                                              self.left if epoch == self.epoch else None))
+    @cached_property
+    def lengths(self) -> np.ndarray: return getattr(self.rows, "lengths", self.rows)
+
+    @cached_property
+    def _plan(self) -> Callable[[int], list[np.ndarray]]:
+        "Epoch → its batches; of the epoch under way, those of the last segment."
+        size, seed = self.last.batch_size, self.last.seed
+        return lru_cache(2)(lambda n: epoch_batches(self.lengths, size, seed, n, self.left if n == self.epoch else None))
 
     @property
     def epoch_steps(self) -> int: return -(-self.n // self.last.step_size)
 
     @property
-    def _first(self) -> int: return -(-(self.n - self.last.row) // self.last.step_size)   # steps of the epoch under way
+    def _first(self) -> int:
+        "Steps of the epoch under way, from `step` on."
+        return -(-(self.n - self.last.row) // self.last.step_size)
 
     @property
     def end(self) -> int:
@@ -538,5 +544,5 @@ def resume_sampler(
     unchanged = at(rows, sampler.epochs, *place)
     if unchanged.last[1:] == sampler.last[1:] and unchanged.seen(step) == before.seen(step): return unchanged
     earlier = before.segments if epoch == before.epoch else [before.last._replace(row=0)]
-    now = sampler.last._replace(row=row)
-    return at(rows, sampler.epochs, [*(segment for segment in earlier if segment.row < row), now], step, epoch)
+    segments = [*(segment for segment in earlier if segment.row < row), sampler.last._replace(row=row)]
+    return at(rows, sampler.epochs, segments, step, epoch)

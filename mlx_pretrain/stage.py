@@ -193,7 +193,8 @@ class StageTrainer(Trainer):
     ):
         if cfg.system.device != "auto": set_device(cfg.system.device)
         self.cfg, self.tokenizer, self.data, self.held_out, h = cfg, tokenizer, data, held_out, cfg.training.hyperparameters
-        start = Segment(0, h.batch_size, h.gradient_accumulation_steps if self.accumulates_rows else 1, cfg.system.seed)
+        accumulation = h.gradient_accumulation_steps if self.accumulates_rows else 1
+        start = Segment(0, h.batch_size, accumulation, cfg.system.seed)
         self.sampler = self.sampler_type(data, None if h.iters else cfg.training.epochs, [start])
         total_steps = h.iters or self.sampler.end
         self.loss = compute_in(cfg.system.precision, loss)
@@ -241,20 +242,20 @@ class StageTrainer(Trainer):
         saved: Saved, # a checkpoint
         reset_optimizer: bool = False, # start its memory anew?
     ):
-        """Continue after the rows that were taken before a checkpoint; with other data, the epoch under way begins again.
+        """Continue after the rows that were taken before a checkpoint; with other data, the epoch begins again.
 
-        The steps that are left have the learning rates of the last steps of a run with the present settings. A checkpoint that does not
-        say how its rows were drawn counts as drawn like this trainer's.
+        The steps that are left have the learning rates of the last steps of a run with the present settings.
+        A checkpoint that does not say how its rows were drawn counts as drawn like this trainer's.
         Raises `RunError` as `Trainer.load` does, or if it has more epochs than the configuration.
         """
-        step, identity = saved.state["step"], self.data.identity
-        fresh, total_steps, schedule = self._fresh
-        sampler = resume_sampler(fresh, saved.state.get("sampler") or fresh.state(), step, saved.state.get("data", identity) == identity)
+        step, (fresh, total_steps, schedule) = saved.state["step"], self._fresh
+        same = "data" not in saved.state or saved.state["data"] == self.data.identity
+        sampler = resume_sampler(fresh, saved.state.get("sampler") or fresh.state(), step, same)
         end = total_steps if sampler.epochs is None else sampler.end
         if end < step and sampler.epochs is not None:
             seen = sampler.epoch + sampler.last.row / sampler.n + float((step - sampler.step) / sampler.epoch_steps)
-            raise RunError(f'{saved.path} has seen {seen:.3g} epochs, but "training.epochs" is {sampler.epochs}; set it to '
-                           f"{math.ceil(seen)} or more")
+            raise RunError(f'{saved.path} has seen {seen:.3g} epochs, but "training.epochs" is {sampler.epochs}; '
+                           f"set it to {math.ceil(seen)} or more")
         self.sampler, self.total_steps, shift = sampler, end, total_steps - end
         if schedule: self.schedule = (lambda step: schedule(max(0, step + shift))) if shift else schedule
         super().load(saved, reset_optimizer)
@@ -300,8 +301,8 @@ def _check_identity(now: dict, saved: Saved):
 
 # %% ../nbs/27_stage.ipynb #88802877
 _OF_ROWS = tuple(f"data.{key}" for key in (
-    "input", "output", "preprocess", "prompt_format", "response_format", "system_prompt", "mask_prompt", "truncation", "on_bad_row",
-    "chosen_field", "rejected_field", "margin_field", "reward_field"))    # beginnings of the keys that decide what a row is
+    "input", "output", "preprocess", "prompt_format", "response_format", "system_prompt", "mask_prompt", "truncation",
+    "on_bad_row", "chosen_field", "rejected_field", "margin_field", "reward_field")) # how keys begin that make a row
 _OF_RATE = "training.scheduler.", "training.hyperparameters.learning_rate"
 
 
@@ -316,15 +317,16 @@ def _with_sampler(trainer: StageTrainer, saved: Saved, config: dict) -> Saved:
     if "sampler" in saved.state: return saved
     fresh, step = trainer.sampler, saved.state["step"]
     try:
-        training, seed = config["training"], config["system"]["seed"]
-        h, rows = training["hyperparameters"], (read_metadata(saved.path.parent.parent).get("data") or {}).get("input_file") or {}
+        training, h = config["training"], config["training"]["hyperparameters"]
+        rows = (read_metadata(saved.path.parent.parent).get("data") or {}).get("input_file") or {}
         accumulation = h["gradient_accumulation_steps"] if trainer.accumulates_rows else 1
-        then = type(fresh)(fresh.rows, None if h["iters"] else training["epochs"], [Segment(0, h["batch_size"], accumulation, seed)])
+        start = Segment(0, h["batch_size"], accumulation, config["system"]["seed"])
+        then = type(fresh)(fresh.rows, None if h["iters"] else training["epochs"], [start])
         ahead = {"ahead": {"steps": (h["iters"] or then.end) - step, "learning_rate": None}}
         state = {**then.state(), "rows": rows.get("kept", fresh.n)}
     except (KeyError, TypeError):
-        logger.warning(f"{saved.path} and its run do not say with which batch size it was made; its place in the data is counted in "
-                       f"batches of {fresh.last.batch_size}.")
+        logger.warning(f"{saved.path} and its run do not say with which batch size it was made; "
+                       f"its place in the data is counted in batches of {fresh.last.batch_size}.")
         ahead, state = {}, fresh.state()
     return saved._replace(state={**saved.state, "sampler": state, **ahead})
 
