@@ -548,7 +548,7 @@ def batch_indices(
     step: int, # the training step, from 0
     seed: int, # the run's seed
     epochs: int | None = None, # None: there is always a next epoch
-    before: int = 0, # windows seen before step 0: a training that has changed its batch size counts steps from there
+    before: int = 0, # windows taken before step 0, of the same epochs
 ) -> np.ndarray: # (B,) window numbers; −1 fills the last batch of the last epoch
     """The windows of one step: a pure function of its arguments.
 

@@ -651,7 +651,8 @@ class Live(Stepper):
 
     def _open(self):
         if self.record.open(): self.curves.read(self.record.run.path)
-        self._stood, self.panel.bar.max = self.trainer.last_knobs, self.trainer.total_steps   # resumed, it may have others
+        self._stood = self.trainer.last_knobs
+        self.panel.bar.max = self.trainer.total_steps                     # of a resumed run there may be others
 
     def _close(self):
         if not self.record.close(): return

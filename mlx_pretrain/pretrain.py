@@ -62,7 +62,8 @@ class PretrainTrainer(StageTrainer):
             raise ConfigError(f'"data.preprocessing.max_context_size" ({context}) is larger than "model.attention.max_position_embeddings" '
                               f"({args.max_position_embeddings}); make one fit the other")
         held_out, data = (read_windows(cfg.data, tokenizer, key) for key in ("validation_file", "input_file"))
-        super().__init__(cfg, Llama(args, cfg.system.seed), tokenizer, next_token_loss, data, held_out, **kwargs)
+        model = Llama(args, cfg.system.seed)
+        super().__init__(cfg, model, tokenizer, next_token_loss, data, held_out, **kwargs)
 
     def held_out_batches(self):
         "The whole held-out text, in its own order."

@@ -27,8 +27,9 @@ from pydantic import field_validator
 from .chat import row_pieces
 from .config import ConfigError
 from .core import rng_for
-from .data import (
-    DataConfig, Row, _check_ids, _groups, _hash_file, _kind, _Preprocess, _quote, _read_lines, _row, _token_type, batch_indices)
+from mlx_pretrain.data import (
+    DataConfig, Row, _check_ids, _groups, _hash_file, _kind, _Preprocess, _quote, _read_lines, _row, _token_type,
+    batch_indices)
 from .prompt import INSTRUCTION, VERBATIM, Example, Piece, PromptFormat, _begin, _names, encode_pieces
 from .tokenizer import DataError, Tokenizer
 
@@ -388,7 +389,7 @@ def epoch_batches(
 class Segment(NamedTuple):
     """How an epoch is made into batches, from one of its rows on.
 
-    `row`: rows of the epoch that were taken before; `batch_size`; `accumulation`: batches per step; `seed`: of the order.
+    `row`: rows of the epoch that were taken before; `accumulation`: batches per step; `seed`: of the order.
     """
     row: int
     batch_size: int
@@ -402,10 +403,10 @@ class Segment(NamedTuple):
 
 
 class Sampler:
-    """Which rows each step takes: each row once per epoch, also if the batch size changes in the middle of one.
+    """Which rows each step takes: each row once per epoch, also if the batch size changes.
 
-    `n`: number of rows; `segments`: how the rows of `epoch` were made into batches; the last of them holds from
-    `step` on, also for later epochs. A subclass has `order`, `batches`, `seen`, `epoch_steps` and `end`.
+    `n`: number of rows; `segments`: how the rows of `epoch` were made into batches; the last holds from `step`
+    on, also for later epochs. A subclass has `order`, `batches`, `seen`, `epoch_steps` and `end`.
     """
     def __init__(
         self,
@@ -433,7 +434,7 @@ class Sampler:
 
 # %% ../nbs/26_rows.ipynb #cfec0f5a
 class ShuffledSampler(Sampler):
-    "Rows in random order; a step may begin in one epoch and end in the next, so that only the last is smaller."
+    "Rows in random order; a step may begin in one epoch and end in the next; only the last is smaller."
     @property
     def epoch_steps(self) -> Fraction: return Fraction(self.n, self.last.step_size)
 
@@ -468,7 +469,7 @@ class ShuffledSampler(Sampler):
         "The rows of a step: a pure function. Raises `ValueError` after the last epoch."
         size, done = self.last.step_size, step - self.step
         indices = batch_indices(self.n, size, done, self.last.seed, self.epochs, self._before)
-        if self.last.row:                                                 # the epoch under way was begun otherwise
+        if self.last.row:                                                 # the epoch was begun otherwise
             places = done * size + np.arange(size)
             here = places < len(self._rest)
             indices[here] = self._rest[places[here]]
@@ -484,7 +485,8 @@ class LengthGroupedSampler(Sampler):
     def _plan(self) -> Callable[[int], list[np.ndarray]]:
         "Epoch → its batches; of the epoch under way, those of the last segment."
         size, seed = self.last.batch_size, self.last.seed
-        return lru_cache(2)(lambda n: epoch_batches(self.lengths, size, seed, n, self.left if n == self.epoch else None))
+        def plan(n): return epoch_batches(self.lengths, size, seed, n, self.left if n == self.epoch else None)
+        return lru_cache(2)(plan)
 
     @property
     def epoch_steps(self) -> int: return -(-self.n // self.last.step_size)

@@ -20,8 +20,9 @@ from .generate import generate_text
 from .model import Llama
 from .pretrained import Pretrained, open_checkpoint
 from .prompt import PromptFormat
-from .rows import (
-    Examples, LengthGroupedSampler, PromptConfig, RowBatch, Truncation, read_examples, read_first_row, resolve_format)
+from mlx_pretrain.rows import (
+    Examples, LengthGroupedSampler, PromptConfig, RowBatch, Truncation, read_examples, read_first_row,
+    resolve_format)
 from .stage import (
     AdaptedTraining, StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage, with_adapters)
 from .trainer import Hyperparameters

@@ -25,8 +25,8 @@ from .model import Llama, ModelConfig, ScalarLlama
 from .pretrained import Pretrained, export, find_model, load
 from .prompt import PromptFormat
 from .run import (
-    LoggingConfig, ResumeConfig, Run, RunError, Saved, changed_keys, check_name, check_place, find_checkpoint, latest_checkpoint,
-    read_metadata, short)
+    LoggingConfig, ResumeConfig, Run, RunError, Saved, changed_keys, check_name, check_place, find_checkpoint,
+    latest_checkpoint, read_metadata, short)
 from .rows import Sampler, Segment, ShuffledSampler, resume_sampler
 from .tokenizer import Tokenizer
 from .trainer import (
@@ -177,7 +177,7 @@ class StageTrainer(Trainer):
     trial = "" # what is said before a few steps are tried for the forecast
     of_tokens = True # is the loss one of tokens, in nats?
     sampler_type: type[Sampler] = ShuffledSampler
-    accumulates_rows = True # does `gradient_accumulation_steps` mean that a step takes so many batches of rows?
+    accumulates_rows = True # does a step take `gradient_accumulation_steps` batches of rows?
     rows_are = "rows" # what an epoch is counted in
     base: dict | None = None # of adapters: `path` and `identity` of the model they are trained beside, and how they are made (`lora`)
 
@@ -192,7 +192,8 @@ class StageTrainer(Trainer):
         **kwargs, # `callbacks`, `run`, or your own `optimizer` and `schedule`, as `Trainer` takes them
     ):
         if cfg.system.device != "auto": set_device(cfg.system.device)
-        self.cfg, self.tokenizer, self.data, self.held_out, h = cfg, tokenizer, data, held_out, cfg.training.hyperparameters
+        self.cfg, self.tokenizer, self.data, self.held_out = cfg, tokenizer, data, held_out
+        h = cfg.training.hyperparameters
         accumulation = h.gradient_accumulation_steps if self.accumulates_rows else 1
         start = Segment(0, h.batch_size, accumulation, cfg.system.seed)
         self.sampler = self.sampler_type(data, None if h.iters else cfg.training.epochs, [start])
@@ -231,7 +232,7 @@ class StageTrainer(Trainer):
         return {**metrics, **(loss_metrics(metrics["loss"]) if self.of_tokens else {})}
 
     def state(self) -> dict:
-        "The rest of a checkpoint, with the place in the data, and what the configuration made of the steps to come."
+        "The rest of a checkpoint: also the place in the data, and what lay ahead."
         left = self.total_steps - self.steps_done
         rate = float(self.schedule(self.steps_done)) if left > 0 else None
         ahead = {"steps": left, "learning_rate": rate if rate is None or math.isfinite(rate) else None}
@@ -253,9 +254,10 @@ class StageTrainer(Trainer):
         sampler = resume_sampler(fresh, saved.state.get("sampler") or fresh.state(), step, same)
         end = total_steps if sampler.epochs is None else sampler.end
         if end < step and sampler.epochs is not None:
-            seen = sampler.epoch + sampler.last.row / sampler.n + float((step - sampler.step) / sampler.epoch_steps)
-            raise RunError(f'{saved.path} has seen {seen:.3g} epochs, but "training.epochs" is {sampler.epochs}; '
-                           f"set it to {math.ceil(seen)} or more")
+            since = float((step - sampler.step) / sampler.epoch_steps)
+            seen = sampler.epoch + sampler.last.row / sampler.n + since
+            raise RunError(f"{saved.path} has seen {seen:.3g} epochs, but "
+                           f'"training.epochs" is {sampler.epochs}; set it to {math.ceil(seen)} or more')
         self.sampler, self.total_steps, shift = sampler, end, total_steps - end
         if schedule: self.schedule = (lambda step: schedule(max(0, step + shift))) if shift else schedule
         super().load(saved, reset_optimizer)
@@ -300,9 +302,10 @@ def _check_identity(now: dict, saved: Saved):
 
 
 # %% ../nbs/27_stage.ipynb #88802877
+# How the keys begin that decide what the rows are, and those that decide the learning rate.
 _OF_ROWS = tuple(f"data.{key}" for key in (
-    "input", "output", "preprocess", "prompt_format", "response_format", "system_prompt", "mask_prompt", "truncation",
-    "on_bad_row", "chosen_field", "rejected_field", "margin_field", "reward_field")) # how keys begin that make a row
+    "input", "output", "preprocess", "prompt_format", "response_format", "system_prompt", "mask_prompt",
+    "truncation", "on_bad_row", "chosen_field", "rejected_field", "margin_field", "reward_field"))
 _OF_RATE = "training.scheduler.", "training.hyperparameters.learning_rate"
 
 
@@ -313,7 +316,7 @@ def _read_config(saved: Saved) -> dict:
 
 
 def _with_sampler(trainer: StageTrainer, saved: Saved, config: dict) -> Saved:
-    "A checkpoint of an earlier version, with what its run's configuration says about the rows that it has taken."
+    "A checkpoint of an earlier version, with what its run's configuration says about the rows taken."
     if "sampler" in saved.state: return saved
     fresh, step = trainer.sampler, saved.state["step"]
     try:
@@ -332,13 +335,15 @@ def _with_sampler(trainer: StageTrainer, saved: Saved, config: dict) -> Saved:
 
 # %% ../nbs/27_stage.ipynb #4cb8e5be
 def _steps_changed(trainer: StageTrainer, then: dict, others: list[str]) -> Iterable[str]:
-    "What follows from another batch size, other epochs, or other rows; `others`: how the rows changed, if they did."
+    "What follows from another batch size, other epochs, or other rows (`others`: how they changed)."
     was, now, step, left = then["sampler"], trainer.sampler, then["step"], trainer.total_steps - then["step"]
     before, last = then.get("ahead"), was["segments"][-1]
     pairs = {"batch_size": (last["batch_size"], now.last.batch_size),
              "gradient_accumulation_steps": (last["accumulation"], now.last.accumulation)}
     if was["epochs"] and now.epochs: pairs["epochs"] = was["epochs"], now.epochs
-    elif before: pairs["iters"] = "not set" if was["epochs"] else step + before["steps"], "not set" if now.epochs else trainer.total_steps
+    elif before:
+        old = "not set" if was["epochs"] else step + before["steps"]
+        pairs["iters"] = old, "not set" if now.epochs else trainer.total_steps
     what = [*others, *(f"{key} {old} → {new}" for key, (old, new) in pairs.items() if old != new)]
     if not what: return
     epoch, row = divmod(now.seen(step), now.n)
@@ -350,19 +355,21 @@ def _steps_changed(trainer: StageTrainer, then: dict, others: list[str]) -> Iter
 
 
 def _rate_changed(trainer: StageTrainer, then: dict, keys: list[str]) -> Iterable[str]:
-    "What follows from another schedule, or from another number of steps, for the learning rate; `keys`: what is set otherwise."
+    "What follows for the learning rate, from what is set otherwise (`keys`) or from other steps."
     ahead, left, total = then.get("ahead") or {}, trainer.total_steps - trainer.steps_done, trainer._fresh[1]
     if not left: return
     old, new = ahead.get("learning_rate"), float(trainer.schedule(trainer.steps_done))
     other = old is not None and f"{old:.4g}" != f"{new:.4g}"
     if not (keys or other or left != ahead.get("steps", left)): return
     why = f"{'; '.join(keys)}: " if keys else ""
-    how = f"; the {left:,} steps that are left are the last of a schedule of {total:,}" if total != trainer.total_steps else ""
-    yield f"{why}the learning rate of the next step is {new:.4g}{f' instead of {old:.4g}' if other else ''}{how}."
+    instead = f" instead of {old:.4g}" if other else ""
+    how = f"; the {left:,} steps that are left are the last of a schedule of {total:,}"
+    if total == trainer.total_steps: how = ""
+    yield f"{why}the learning rate of the next step is {new:.4g}{instead}{how}."
 
 
 def _go_on(trainer: StageTrainer, saved: Saved) -> str:
-    """Load a checkpoint into a trainer, and say what is not as it was, and what follows. Returns what it has printed.
+    """Load a checkpoint into a trainer, and say what is not as it was, and what follows; returns what was said.
 
     Raises `RunError` as `_check_identity` and `StageTrainer.load` do.
     """
@@ -370,18 +377,21 @@ def _go_on(trainer: StageTrainer, saved: Saved) -> str:
     _check_identity(now, saved)
     then = (saved := _with_sampler(trainer, saved, config)).state
     changed = changed_keys(config, trainer.cfg.model_dump(mode="json")) if config else []
-    of_rows, of_rate = ([key for key in changed if key.startswith(keys)] for keys in (_OF_ROWS, _OF_RATE))
-    if other := then.get("data") != now["data"]: logger.warning("The training data, or how they are cut, are not what they were.")
+    of_rows, of_rate = ([key for key in changed if key.startswith(begins)] for begins in (_OF_ROWS, _OF_RATE))
+    if other := then.get("data") != now["data"]:
+        logger.warning("The training data, or how they are cut, are not what they were.")
+        of_rows = of_rows or ["other training data"]
     if reset and then.get("reset"): logger.warning("The optimizer was reset before this checkpoint already; its memory since then is kept.")
     trainer.load(saved, reset and not then.get("reset"))
     if trainer.best and then.get("held_out") != now["held_out"]:
         logger.warning("The held-out data are not what they were; the best validation is counted anew.")
         trainer.best = None
-    lines = [f"Going on from {saved.path}.", *_steps_changed(trainer, then, (of_rows or ["other training data"]) if other else []),
-             *_rate_changed(trainer, then, of_rate)]
-    if of_rows and not other: lines.append(f"{'; '.join(of_rows)}: the {trainer.rows_are} are the same as before, in the same order.")
+    lines, rows = [f"Going on from {saved.path}."], trainer.rows_are
+    lines += _steps_changed(trainer, then, of_rows if other else [])
+    lines += _rate_changed(trainer, then, of_rate)
+    if of_rows and not other: lines.append(f"{'; '.join(of_rows)}: the {rows} are the same as before, in the same order.")
     if (old := then["sampler"]["segments"][-1]["seed"]) != (new := trainer.sampler.last.seed):
-        lines.append(f"seed {old} → {new}: the {trainer.rows_are} to come are shuffled with it, and all else that is random follows it.")
+        lines.append(f"seed {old} → {new}: the {rows} to come are shuffled with it, and all else that is random follows it.")
     print(*lines, sep="\n", flush=True)
     return "\n".join(lines)
 

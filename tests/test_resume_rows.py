@@ -1,4 +1,4 @@
-"A run that resumes with another batch size, other epochs or other data finds its place by rows: each is seen as often as `epochs` says."
+"A run that resumes with other settings finds its place by rows: each is seen as often as `epochs` says."
 import json
 import logging
 import shutil
