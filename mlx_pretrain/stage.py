@@ -351,7 +351,7 @@ def _steps_changed(trainer: StageTrainer, then: dict, others: list[str]) -> Iter
     if others: rows = f"epoch {epoch + 1} begins again, with {now.n:,} {trainer.rows_are}"
     if not left: rows = f"no {trainer.rows_are} are left"
     instead = f" instead of {before['steps']:,}" if before and before["steps"] != left else ""
-    yield f"{'; '.join(what)}: {rows}; {left:,} steps to go{instead}."
+    yield f"{'; '.join(what)}: {rows}; {left:,} {'step' if left == 1 else 'steps'} to go{instead}."
 
 
 def _rate_changed(trainer: StageTrainer, then: dict, keys: list[str]) -> Iterable[str]:

@@ -14,7 +14,9 @@ from common import check_sentence, forall
 from hypothesis import strategies as st
 from toys import tiny
 
+from mlx_pretrain.config import load_config
 from mlx_pretrain.data import Windows
+from mlx_pretrain.lab import Live
 from mlx_pretrain.ppo import PPOConfig, PPOTrainer
 from mlx_pretrain.preferences import Preferences
 from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer
@@ -285,6 +287,14 @@ def test_the_consequence_of_another_batch_size_is_a_line(stopped, capsys, counte
     assert "the learning rate of the next step is " in said and "the 3 steps that are left are the last of a schedule of 4." in said
     assert "10 rows of epoch 1 are left" in (path / "logs" / "log.txt").read_text()
     assert [row["step"] for row in read_metrics(path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_panel_resumes_by_rows_too(stopped, capsys, counted):
+    cfg = load_config(SFTConfig, "runs/run/config.yaml", {"training.hyperparameters.batch_size": 8, "resume.checkpoint": "latest"})
+    live = Live(SFTTrainer(cfg))
+    live.run()
+    assert "batch_size 4 → 8: 10 rows of epoch 1 are left; 5 steps to go instead of 9." in capsys.readouterr().out
+    assert (live.trainer.steps_done, live.panel.bar.max) == (8, 8) and sorted(counted.values()) == [1] * 12 + [2] * 10
 
 
 def test_nothing_is_said_of_what_is_as_it_was(stopped, capsys):
