@@ -551,14 +551,16 @@ def batch_indices(
     step: int, # the training step, from 0
     seed: int, # the run's seed
     epochs: int | None = None, # None: there is always a next epoch
+    before: int = 0, # windows taken before step 0, of the same epochs
 ) -> np.ndarray: # (B,) window numbers; −1 fills the last batch of the last epoch
     """The windows of one step: a pure function of its arguments.
 
     Raises `ValueError` if there is no window, or the step lies after the last epoch.
     """
     if n < 1 or batch_size < 1 or step < 0: raise ValueError(f"need n ≥ 1, batch_size ≥ 1 and step ≥ 0, got {n}, {batch_size}, {step}")
-    if epochs is not None and step >= steps_in(n, batch_size, epochs): raise ValueError(f"step {step} is after the end of {epochs} epochs")
-    places = step * batch_size + np.arange(batch_size)                        # (B,) in the endless row
+    if epochs is not None and before + step * batch_size >= n * epochs:
+        raise ValueError(f"step {step} is after the end of {epochs} epochs")
+    places = before + step * batch_size + np.arange(batch_size)               # (B,) in the endless row
     indices = np.full(batch_size, -1)
     for epoch in range(places[0] // n, places[-1] // n + 1):
         here = places // n == epoch

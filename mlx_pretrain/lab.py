@@ -652,6 +652,7 @@ class Live(Stepper):
     def _open(self):
         if self.record.open(): self.curves.read(self.record.run.path)
         self._stood = self.trainer.last_knobs
+        self.panel.bar.max = self.trainer.total_steps                     # of a resumed run there may be others
 
     def _close(self):
         if not self.record.close(): return

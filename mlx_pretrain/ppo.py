@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -26,7 +25,6 @@ from pydantic import Field, model_validator
 
 from .config import ConfigError, Section
 from .core import RewardModel, rng_for
-from .data import batch_indices
 from .episodes import Episodes, lay_out, no_reward, read_episodes, width
 from .generate import generate, text_after
 from .guards import Guards
@@ -458,7 +456,8 @@ class PPOTrainer(StageTrainer):
     `rollout` and `sampled` are those of the last step.
     Raises `ConfigError`, `DataError`, `RewardError` or `PretrainedError` if something in the configuration or its files is wrong.
     """
-    stage = "ppo"
+    stage, rows_are = "ppo", "prompts"
+    accumulates_rows = False # mini-batches are accumulated instead
     _in_order: int | None = None # the last step before a guard stopped the training
     probes = 2 # steps that a forecast times; the reward is asked in them too
     judged_by, higher_is_better, shown = "val_reward", True, ("reward", "kl", "row_logratio", "val_reward")
@@ -497,9 +496,8 @@ class PPOTrainer(StageTrainer):
             add_adapters(critic, cfg.training.lora, cfg.system.seed)
             critic.score.unfreeze()
         actor_critic = ActorCritic(policy, critic)
-        epoch = Fraction(len(data), cfg.training.hyperparameters.batch_size)
         super().__init__(cfg, policy, tokenizer, ppo_loss(self.ppo.vf_coef, self.ppo.cliprange_value), data, held_out and
-                         held_out.evenly(MAX_HELD_OUT), epoch, trained=actor_critic, **kwargs)
+                         held_out.evenly(MAX_HELD_OUT), trained=actor_critic, **kwargs)
         self.configured = {"kl_coef": self.ppo.kl_coef, "clip_range": self.ppo.clip_range, "temperature": self.ppo.temperature,
                            "target_kl": self.ppo.target_kl or 0.0}
         least = {"kl_coef": 0, "target_kl": 0, "clip_range": 1e-6, "temperature": 1e-6}
@@ -520,9 +518,10 @@ class PPOTrainer(StageTrainer):
     def draw(
         self,
         step: int, # from 0
-    ) -> np.ndarray: # (batch_size,) numbers of rows
+    ) -> np.ndarray: # numbers of rows, (batch_size,), or fewer in the last step of the last epoch
         "What a step asks: a pure function."
-        return batch_indices(len(self.data), self.cfg.training.hyperparameters.batch_size, step, self.seed)
+        [rows] = self.sampler.batches(step)
+        return rows[rows >= 0]
 
     def collect(
         self,

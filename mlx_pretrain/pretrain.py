@@ -6,14 +6,13 @@
 __all__ = ['next_token_loss', 'PretrainConfig', 'read_windows', 'PretrainTrainer', 'pretrain']
 
 # %% ../nbs/02_pretrain.ipynb #e4bc2e03
-from fractions import Fraction
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from .config import ConfigError
-from .data import Batch, DataConfig, Windows, batch_indices, cached_windows, make_tokenizer
+from .data import Batch, DataConfig, Windows, cached_windows, make_tokenizer
 from .generate import generate_text
 from .model import Llama
 from .stage import StageConfig, StageTrainer, data_file, loss_metrics, run_stage
@@ -50,31 +49,21 @@ class PretrainTrainer(StageTrainer):
 
     Raises `ConfigError` or `DataError` if something in the configuration or its files is wrong.
     """
-    stage = "pretrain"
+    stage, rows_are = "pretrain", "windows"
 
     def __init__(
         self,
         cfg: PretrainConfig, # the whole run
         **kwargs, # `callbacks`, `run`, or your own `optimizer` and `schedule`, as `Trainer` takes them
     ):
-        tokenizer, context, t = make_tokenizer(cfg.data), cfg.data.preprocessing.max_context_size, cfg.training
+        tokenizer, context = make_tokenizer(cfg.data), cfg.data.preprocessing.max_context_size
         args = cfg.model.args(tokenizer.vocab_size, context)
         if args.max_position_embeddings < context:
             raise ConfigError(f'"data.preprocessing.max_context_size" ({context}) is larger than "model.attention.max_position_embeddings" '
                               f"({args.max_position_embeddings}); make one fit the other")
-        self.windows_per_step = t.hyperparameters.batch_size * t.hyperparameters.gradient_accumulation_steps
         held_out, data = (read_windows(cfg.data, tokenizer, key) for key in ("validation_file", "input_file"))
-        epoch = Fraction(len(data), self.windows_per_step)                # in steps; only the last of all may be partly empty
-        super().__init__(cfg, Llama(args, cfg.system.seed), tokenizer, next_token_loss, data, held_out, epoch, **kwargs)
-
-    def draw(
-        self,
-        step: int, # from 0
-    ) -> list[Batch]: # one batch, or as many as are accumulated
-        "The batches of a step."
-        h, epochs = self.cfg.training.hyperparameters, self.cfg.training.epochs
-        indices = batch_indices(len(self.data), self.windows_per_step, step, self.cfg.system.seed, None if h.iters else epochs)
-        return [self.data.batch(part) for part in indices.reshape(-1, h.batch_size)]
+        model = Llama(args, cfg.system.seed)
+        super().__init__(cfg, model, tokenizer, next_token_loss, data, held_out, **kwargs)
 
     def held_out_batches(self):
         "The whole held-out text, in its own order."

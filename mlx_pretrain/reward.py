@@ -29,7 +29,7 @@ from .preferences import Columns, PreferenceBatch, Preferences, are_pairs, read_
 from .pretrained import Pretrained, _fill
 from .prompt import PromptFormat, split_format
 from .reward_model import TrainedReward, last_score, make_scorer
-from .rows import PromptConfig, draw_rows, read_first_row, resolve_format
+from .rows import LengthGroupedSampler, PromptConfig, read_first_row, resolve_format
 from .run import Run, _writing, checkpoints, load_checkpoint
 from .stage import StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage
 from .trainer import Hyperparameters, TrainingConfig
@@ -212,7 +212,7 @@ class RewardTrainer(StageTrainer):
 
     Raises `ConfigError`, `DataError` or `PretrainedError` if something in the configuration or its files is wrong.
     """
-    stage = "reward"
+    stage, sampler_type = "reward", LengthGroupedSampler
     of_tokens, best_is_kept = False, True
     shown = ("loss", "accuracy", "val_accuracy", "val_correlation")
 
@@ -233,10 +233,8 @@ class RewardTrainer(StageTrainer):
         cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
         data, held_out = (self._read(cfg.data, key, tokenizer, columns) for key in ("input_file", "validation_file"))
         if held_out is None: logger.warning('There is no "data.validation_file": nobody will know whether this model is right.')
-        h = cfg.training.hyperparameters
         self.compare = make_comparison(self.pairs, cfg.training.center_rewards_coefficient)
-        self.draw, epoch = draw_rows(data, h.batch_size, h.gradient_accumulation_steps, cfg.system.seed)
-        super().__init__(cfg, ScalarLlama.of(self.policy), tokenizer, self.batch_loss, data, held_out, epoch, **kwargs)
+        super().__init__(cfg, ScalarLlama.of(self.policy), tokenizer, self.batch_loss, data, held_out, **kwargs)
         self.scores, self.began_as = make_scorer(self.model, tokenizer.pad_id), base_identity(self.policy)
         if "score.weight" not in dict(tree_flatten(self.model.trainable_parameters())):
             raise ConfigError('"training.freeze": the head begins at zero, and nothing is learned without it; let score be trained')

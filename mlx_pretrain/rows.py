@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['Truncation', 'logger', 'truncate', 'PromptConfig', 'check_format', 'resolve_format', 'read_first_row', 'RowBatch',
-           'Examples', 'read_examples', 'epoch_batches', 'draw_rows']
+           'Examples', 'read_examples', 'epoch_batches', 'Segment', 'Sampler', 'ShuffledSampler',
+           'LengthGroupedSampler', 'resume_sampler']
 
 # %% ../nbs/26_rows.ipynb #5b78e73d
 import hashlib
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +27,9 @@ from pydantic import field_validator
 from .chat import row_pieces
 from .config import ConfigError
 from .core import rng_for
-from .data import DataConfig, Row, _check_ids, _groups, _hash_file, _kind, _Preprocess, _quote, _read_lines, _row, _token_type
+from mlx_pretrain.data import (
+    DataConfig, Row, _check_ids, _groups, _hash_file, _kind, _Preprocess, _quote, _read_lines, _row, _token_type,
+    batch_indices)
 from .prompt import INSTRUCTION, VERBATIM, Example, Piece, PromptFormat, _begin, _names, encode_pieces
 from .tokenizer import DataError, Tokenizer
 
@@ -368,26 +374,177 @@ def epoch_batches(
     batch_size: int, # B
     seed: int, # the run's seed
     epoch: int, # from 0
+    rows: np.ndarray | None = None, # numbers of the rows that are left of it; by default all
 ) -> list[np.ndarray]: # row numbers, (B,) each; one batch may be smaller
     "The batches of one epoch, each row once: a pure function of its arguments."
     rng = rng_for(seed, epoch, "order")
-    order = rng.permutation(len(lengths))
+    rows = np.arange(len(lengths)) if rows is None else rows
+    order = rows[rng.permutation(len(rows))]
     buckets = np.array([_grid(n - 1) for n in lengths[order].tolist()])
     order = order[np.argsort(buckets, kind="stable")]                     # rows of one bucket stay shuffled
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 # %% ../nbs/26_rows.ipynb #449dcd8c
-def draw_rows(
-    data: Any, # has `lengths` (n,) and `batch(indices)`
-    batch_size: int, # rows of a batch
-    accumulated: int, # batches of a step
-    seed: int, # the run's seed
-) -> tuple[Callable[[int], list], int]: # (step from 0 → its batches: a pure function, steps of an epoch; the last may be smaller)
-    "What each step is made of, each row once an epoch."
-    batches, epoch = lru_cache(2)(lambda n: epoch_batches(data.lengths, batch_size, seed, n)), -(-len(data) // (batch_size * accumulated))
+class Segment(NamedTuple):
+    """How an epoch is made into batches, from one of its rows on.
 
-    def draw(step):
-        n, place = divmod(step, epoch)
-        return [*map(data.batch, batches(n)[place * accumulated:(place + 1) * accumulated])]
-    return draw, epoch
+    `row`: rows of the epoch that were taken before; `accumulation`: batches per step; `seed`: of the order.
+    """
+    row: int
+    batch_size: int
+    accumulation: int
+    seed: int
+
+    @property
+    def step_size(self) -> int:
+        "Rows per step."
+        return self.batch_size * self.accumulation
+
+
+class Sampler:
+    """Which rows each step takes: each row once per epoch, also if the batch size changes.
+
+    `n`: number of rows; `segments`: how the rows of `epoch` were made into batches; the last holds from `step`
+    on, also for later epochs. A subclass has `order`, `batches`, `seen`, `epoch_steps` and `end`.
+    """
+    def __init__(
+        self,
+        rows: Any, # what to draw from: has a length, and `lengths` if it is grouped by them
+        epochs: int | None, # how often each row is taken; None: there is always a next epoch
+        segments: Sequence[Segment], # of the epoch under way, in order; the first begins at its row 0
+        step: int = 0, # where the last segment begins
+        epoch: int = 0, # the epoch under way at that step, from 0
+    ):
+        self.rows, self.n, self.epochs, self.step, self.epoch = rows, len(rows), epochs, step, epoch
+        self.segments, self.last = tuple(segments), segments[-1]
+
+    @cached_property
+    def left(self) -> np.ndarray | None:
+        "The rows of the epoch under way that earlier segments have not taken; None: all of them."
+        rows = None
+        for segment, after in pairwise(self.segments):
+            rows = self.order(segment, rows)[after.row - segment.row:]
+        return rows
+
+    def state(self) -> dict[str, Any]:
+        "What a checkpoint must hold to continue at the same row."
+        return {"step": self.step, "epoch": self.epoch, "epochs": self.epochs, "rows": self.n,
+                "segments": [segment._asdict() for segment in self.segments]}
+
+# %% ../nbs/26_rows.ipynb #cfec0f5a
+class ShuffledSampler(Sampler):
+    "Rows in random order; a step may begin in one epoch and end in the next; only the last is smaller."
+    @property
+    def epoch_steps(self) -> Fraction: return Fraction(self.n, self.last.step_size)
+
+    @property
+    def _before(self) -> int: return self.epoch * self.n + self.last.row
+
+    @property
+    def end(self) -> int:
+        "Steps until all epochs are over."
+        return self.step + math.ceil(Fraction(self.epochs * self.n - self._before, self.last.step_size))
+
+    def seen(
+        self,
+        step: int, # from 0, not before `self.step`
+    ) -> int: # rows, over all epochs
+        "How many rows have been taken before a step."
+        count = self._before + (step - self.step) * self.last.step_size
+        return count if self.epochs is None else min(count, self.epochs * self.n)
+
+    def order(self, segment: Segment, rows: np.ndarray | None) -> np.ndarray:
+        "The rows of the epoch under way as a segment takes them: of all rows, or of those that are left."
+        rows = np.arange(self.n) if rows is None else rows
+        return rows[rng_for(segment.seed, self.epoch, "order").permutation(len(rows))]
+
+    @cached_property
+    def _rest(self) -> np.ndarray: return self.order(self.last, self.left)
+
+    def batches(
+        self,
+        step: int, # from 0, not before `self.step`
+    ) -> list[np.ndarray]: # row numbers, (batch_size,) each; −1 fills the last batch of the last epoch
+        "The rows of a step: a pure function. Raises `ValueError` after the last epoch."
+        size, done = self.last.step_size, step - self.step
+        indices = batch_indices(self.n, size, done, self.last.seed, self.epochs, self._before)
+        if self.last.row:                                                 # the epoch was begun otherwise
+            places = done * size + np.arange(size)
+            here = places < len(self._rest)
+            indices[here] = self._rest[places[here]]
+        return [*indices.reshape(-1, self.last.batch_size)]
+
+# %% ../nbs/26_rows.ipynb #182023e8
+class LengthGroupedSampler(Sampler):
+    "Rows of like length in a batch, see `epoch_batches`; each epoch ends with a step, which may be smaller."
+    @cached_property
+    def lengths(self) -> np.ndarray: return getattr(self.rows, "lengths", self.rows)
+
+    @cached_property
+    def _plan(self) -> Callable[[int], list[np.ndarray]]:
+        "Epoch → its batches; of the epoch under way, those of the last segment."
+        size, seed = self.last.batch_size, self.last.seed
+        def plan(n): return epoch_batches(self.lengths, size, seed, n, self.left if n == self.epoch else None)
+        return lru_cache(2)(plan)
+
+    @property
+    def epoch_steps(self) -> int: return -(-self.n // self.last.step_size)
+
+    @property
+    def _first(self) -> int:
+        "Steps of the epoch under way, from `step` on."
+        return -(-(self.n - self.last.row) // self.last.step_size)
+
+    @property
+    def end(self) -> int:
+        "Steps until all epochs are over."
+        return self.step + self._first + (self.epochs - self.epoch - 1) * self.epoch_steps
+
+    def _find(self, step: int) -> tuple[int, int]:
+        "The epoch of a step, and the number of batches of it (of its last segment) before the step."
+        done = step - self.step
+        if done < self._first: return self.epoch, done * self.last.accumulation
+        epochs, place = divmod(done - self._first, self.epoch_steps)
+        return self.epoch + 1 + epochs, place * self.last.accumulation
+
+    def seen(
+        self,
+        step: int, # from 0, not before `self.step`
+    ) -> int: # rows, over all epochs
+        "How many rows have been taken before a step."
+        epoch, place = self._find(step)
+        before = self.last.row if epoch == self.epoch else 0
+        return epoch * self.n + before + (sum(map(len, self._plan(epoch)[:place])) if place else 0)
+
+    def order(self, segment: Segment, rows: np.ndarray | None) -> np.ndarray:
+        "The rows of the epoch under way as a segment takes them: of all rows, or of those that are left."
+        return np.concatenate(epoch_batches(self.lengths, segment.batch_size, segment.seed, self.epoch, rows))
+
+    def batches(
+        self,
+        step: int, # from 0, not before `self.step`
+    ) -> list[np.ndarray]: # row numbers, at most (batch_size,) each
+        "The rows of a step: a pure function."
+        epoch, place = self._find(step)
+        return self._plan(epoch)[place:place + self.last.accumulation]
+
+# %% ../nbs/26_rows.ipynb #297ad505
+def resume_sampler(
+    sampler: Sampler, # of the new settings, at its beginning
+    saved: dict[str, Any], # the `state()` of the one that was used so far
+    step: int, # steps taken with it
+    same_rows: bool = True, # are the rows the same, in the same order?
+) -> Sampler: # continues after the rows that were taken
+    "Continue with the rows that are left: as before if nothing has changed, else from a new segment on."
+    def at(rows, epochs, segments, step, epoch): return type(sampler)(rows, epochs, segments, step, epoch)
+    place = [Segment(**segment) for segment in saved["segments"]], saved["step"], saved["epoch"]
+    rows = sampler.rows if same_rows else np.ones(saved["rows"], np.int32)
+    before = at(rows, saved["epochs"], *place)
+    epoch, row = divmod(before.seen(step), before.n)
+    if not same_rows: return at(sampler.rows, sampler.epochs, [sampler.last._replace(row=0)], step, epoch)
+    unchanged = at(rows, sampler.epochs, *place)
+    if unchanged.last[1:] == sampler.last[1:] and unchanged.seen(step) == before.seen(step): return unchanged
+    earlier = before.segments if epoch == before.epoch else [before.last._replace(row=0)]
+    segments = [*(segment for segment in earlier if segment.row < row), sampler.last._replace(row=row)]
+    return at(rows, sampler.epochs, segments, step, epoch)

@@ -20,7 +20,9 @@ from .generate import generate_text
 from .model import Llama
 from .pretrained import Pretrained, open_checkpoint
 from .prompt import PromptFormat
-from .rows import Examples, PromptConfig, RowBatch, Truncation, draw_rows, read_examples, read_first_row, resolve_format
+from mlx_pretrain.rows import (
+    Examples, LengthGroupedSampler, PromptConfig, RowBatch, Truncation, read_examples, read_first_row,
+    resolve_format)
 from .stage import (
     AdaptedTraining, StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage, with_adapters)
 from .trainer import Hyperparameters
@@ -74,7 +76,7 @@ class SFTTrainer(StageTrainer):
 
     Raises `ConfigError`, `DataError` or `PretrainedError` if something in the configuration or its files is wrong.
     """
-    stage = "sft"
+    stage, sampler_type = "sft", LengthGroupedSampler
 
     def __init__(
         self,
@@ -94,9 +96,7 @@ class SFTTrainer(StageTrainer):
         if fmt.input_field: cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
         elif pretrained: self.format = pretrained.format                      # plain texts teach no other
         data, held_out = (_read(cfg.data, key, tokenizer, fmt) for key in ("input_file", "validation_file"))
-        h = cfg.training.hyperparameters
-        self.draw, epoch = draw_rows(data, h.batch_size, h.gradient_accumulation_steps, cfg.system.seed)
-        super().__init__(cfg, model, tokenizer, response_loss, data, held_out, epoch, **kwargs)
+        super().__init__(cfg, model, tokenizer, response_loss, data, held_out, **kwargs)
 
     def held_out_batches(self) -> Iterable[RowBatch]:
         "All held-out rows, short ones first."

@@ -18,14 +18,16 @@ from typing import Any
 from mlx.utils import tree_flatten
 from pydantic import field_validator, model_validator
 
-from .config import ConfigError, Section, to_yaml
+from .config import ConfigError, Section, read_yaml, to_yaml
 from .data import DataConfig, make_tokenizer
 from .lora import LoRAConfig, adapters, apply_lora, base_identity, save_adapters
 from .model import Llama, ModelConfig, ScalarLlama
 from .pretrained import Pretrained, export, find_model, load
 from .prompt import PromptFormat
 from .run import (
-    LoggingConfig, ResumeConfig, Run, RunError, Saved, check_name, check_place, find_checkpoint, latest_checkpoint, read_metadata, short)
+    LoggingConfig, ResumeConfig, Run, RunError, Saved, changed_keys, check_name, check_place, find_checkpoint,
+    latest_checkpoint, read_metadata, short)
+from .rows import Sampler, Segment, ShuffledSampler, resume_sampler
 from .tokenizer import Tokenizer
 from .trainer import (
     LossFn, SystemConfig, Trainer, TrainingConfig, check_memory, compute_in, evaluate, forecast, recorded, set_device, train_run)
@@ -168,12 +170,15 @@ class StageTrainer(Trainer):
     """A trainer with data.
 
     `data` and `held_out` tell what they are by `n_targets`, `source`, `identity` and `describe()`; `format`: how the model is asked, if it
-    answers; `epoch`: steps in an epoch.
+    answers; `sampler`: which rows each step takes.
     """
     stage = "stage" # its name, for its checkpoints
     format: PromptFormat | None = None
     trial = "" # what is said before a few steps are tried for the forecast
     of_tokens = True # is the loss one of tokens, in nats?
+    sampler_type: type[Sampler] = ShuffledSampler
+    accumulates_rows = True # does a step take `gradient_accumulation_steps` batches of rows?
+    rows_are = "rows" # what an epoch is counted in
     base: dict | None = None # of adapters: `path` and `identity` of the model they are trained beside, and how they are made (`lora`)
 
     def __init__(
@@ -184,24 +189,33 @@ class StageTrainer(Trainer):
         loss: LossFn, # (model, batch) → (sum, count)
         data: Any, # what to train on
         held_out: Any | None, # what to measure on
-        epoch: int | Fraction, # steps in an epoch
         **kwargs, # `callbacks`, `run`, or your own `optimizer` and `schedule`, as `Trainer` takes them
     ):
         if cfg.system.device != "auto": set_device(cfg.system.device)
-        self.cfg, self.tokenizer, self.data, self.held_out, self.epoch = cfg, tokenizer, data, held_out, epoch
-        total_steps = cfg.training.hyperparameters.iters or math.ceil(cfg.training.epochs * epoch)
+        self.cfg, self.tokenizer, self.data, self.held_out = cfg, tokenizer, data, held_out
+        h = cfg.training.hyperparameters
+        accumulation = h.gradient_accumulation_steps if self.accumulates_rows else 1
+        start = Segment(0, h.batch_size, accumulation, cfg.system.seed)
+        self.sampler = self.sampler_type(data, None if h.iters else cfg.training.epochs, [start])
+        total_steps = h.iters or self.sampler.end
         self.loss = compute_in(cfg.system.precision, loss)
         model.model.checkpointing = cfg.system.gradient_checkpointing
         super().__init__(
             model, self.loss, self.draw, total_steps, cfg.training, validate=self.measure if held_out else None,
             validation_interval=cfg.logging.steps.validation_interval, seed=cfg.system.seed, **kwargs)
+        self._fresh = self.sampler, total_steps, None if kwargs.get("schedule") else self.schedule
+
+    @property
+    def epoch(self) -> int | Fraction:
+        "Steps in an epoch."
+        return self.sampler.epoch_steps
 
     def draw(
         self,
         step: int, # from 0
     ) -> list: # one batch, or as many as are accumulated
         "The batches of a step: a pure function."
-        raise NotImplementedError
+        return [*map(self.data.batch, self.sampler.batches(step))]
 
     def held_out_batches(self) -> Iterable:
         "All held-out data, in a fixed order."
@@ -216,6 +230,37 @@ class StageTrainer(Trainer):
         "One step; its loss in several units, if it is one of tokens."
         metrics = yield from super().phases()
         return {**metrics, **(loss_metrics(metrics["loss"]) if self.of_tokens else {})}
+
+    def state(self) -> dict:
+        "The rest of a checkpoint: also the place in the data, and what lay ahead."
+        left = self.total_steps - self.steps_done
+        rate = float(self.schedule(self.steps_done)) if left > 0 else None
+        ahead = {"steps": left, "learning_rate": rate if rate is None or math.isfinite(rate) else None}
+        return {**super().state(), "sampler": self.sampler.state(), "ahead": ahead}
+
+    def load(
+        self,
+        saved: Saved, # a checkpoint
+        reset_optimizer: bool = False, # start its memory anew?
+    ):
+        """Continue after the rows that were taken before a checkpoint; with other data, the epoch begins again.
+
+        The steps that are left have the learning rates of the last steps of a run with the present settings.
+        A checkpoint that does not say how its rows were drawn counts as drawn like this trainer's.
+        Raises `RunError` as `Trainer.load` does, or if it has more epochs than the configuration.
+        """
+        step, (fresh, total_steps, schedule) = saved.state["step"], self._fresh
+        same = "data" not in saved.state or saved.state["data"] == self.data.identity
+        sampler = resume_sampler(fresh, saved.state.get("sampler") or fresh.state(), step, same)
+        end = total_steps if sampler.epochs is None else sampler.end
+        if end < step and sampler.epochs is not None:
+            since = float((step - sampler.step) / sampler.epoch_steps)
+            seen = sampler.epoch + sampler.last.row / sampler.n + since
+            raise RunError(f"{saved.path} has seen {seen:.3g} epochs, but "
+                           f'"training.epochs" is {sampler.epochs}; set it to {math.ceil(seen)} or more')
+        self.sampler, self.total_steps, shift = sampler, end, total_steps - end
+        if schedule: self.schedule = (lambda step: schedule(max(0, step + shift))) if shift else schedule
+        super().load(saved, reset_optimizer)
 
     def leave(
         self,
@@ -256,17 +301,99 @@ def _check_identity(now: dict, saved: Saved):
         raise RunError(f'{saved.path} holds adapters to another model than "pretrained_model" is now; give it {was["path"]} as it was')
 
 
-def _go_on(trainer: StageTrainer, saved: Saved):
-    "Load a checkpoint into a trainer, and tell what is not as it was. Raises `RunError` as `_check_identity` and `Trainer.load` do."
-    now, then, reset = _identity(trainer), saved.state, trainer.cfg.resume.reset_optimizer
+# %% ../nbs/27_stage.ipynb #88802877
+# How the keys begin that decide what the rows are, and those that decide the learning rate.
+_OF_ROWS = tuple(f"data.{key}" for key in (
+    "input", "output", "preprocess", "prompt_format", "response_format", "system_prompt", "mask_prompt",
+    "truncation", "on_bad_row", "chosen_field", "rejected_field", "margin_field", "reward_field"))
+_OF_RATE = "training.scheduler.", "training.hyperparameters.learning_rate"
+
+
+def _read_config(saved: Saved) -> dict:
+    "The configuration of the run that a checkpoint is in; empty if there is none."
+    try: return read_yaml(saved.path.parent.parent / "config.yaml")[0]
+    except ConfigError: return {}
+
+
+def _with_sampler(trainer: StageTrainer, saved: Saved, config: dict) -> Saved:
+    "A checkpoint of an earlier version, with what its run's configuration says about the rows taken."
+    if "sampler" in saved.state: return saved
+    fresh, step = trainer.sampler, saved.state["step"]
+    try:
+        training, h = config["training"], config["training"]["hyperparameters"]
+        rows = (read_metadata(saved.path.parent.parent).get("data") or {}).get("input_file") or {}
+        accumulation = h["gradient_accumulation_steps"] if trainer.accumulates_rows else 1
+        start = Segment(0, h["batch_size"], accumulation, config["system"]["seed"])
+        then = type(fresh)(fresh.rows, None if h["iters"] else training["epochs"], [start])
+        ahead = {"ahead": {"steps": (h["iters"] or then.end) - step, "learning_rate": None}}
+        state = {**then.state(), "rows": rows.get("kept", fresh.n)}
+    except (KeyError, TypeError):
+        logger.warning(f"{saved.path} and its run do not say with which batch size it was made; "
+                       f"its place in the data is counted in batches of {fresh.last.batch_size}.")
+        ahead, state = {}, fresh.state()
+    return saved._replace(state={**saved.state, "sampler": state, **ahead})
+
+# %% ../nbs/27_stage.ipynb #4cb8e5be
+def _steps_changed(trainer: StageTrainer, then: dict, others: list[str]) -> Iterable[str]:
+    "What follows from another batch size, other epochs, or other rows (`others`: how they changed)."
+    was, now, step, left = then["sampler"], trainer.sampler, then["step"], trainer.total_steps - then["step"]
+    before, last = then.get("ahead"), was["segments"][-1]
+    pairs = {"batch_size": (last["batch_size"], now.last.batch_size),
+             "gradient_accumulation_steps": (last["accumulation"], now.last.accumulation)}
+    if was["epochs"] and now.epochs: pairs["epochs"] = was["epochs"], now.epochs
+    elif before:
+        old = "not set" if was["epochs"] else step + before["steps"]
+        pairs["iters"] = old, "not set" if now.epochs else trainer.total_steps
+    what = [*others, *(f"{key} {old} → {new}" for key, (old, new) in pairs.items() if old != new)]
+    if not what: return
+    epoch, row = divmod(now.seen(step), now.n)
+    rows = f"{now.n - row:,} {trainer.rows_are} of epoch {epoch + 1} are left"
+    if others: rows = f"epoch {epoch + 1} begins again, with {now.n:,} {trainer.rows_are}"
+    if not left: rows = f"no {trainer.rows_are} are left"
+    instead = f" instead of {before['steps']:,}" if before and before["steps"] != left else ""
+    yield f"{'; '.join(what)}: {rows}; {left:,} {'step' if left == 1 else 'steps'} to go{instead}."
+
+
+def _rate_changed(trainer: StageTrainer, then: dict, keys: list[str]) -> Iterable[str]:
+    "What follows for the learning rate, from what is set otherwise (`keys`) or from other steps."
+    ahead, left, total = then.get("ahead") or {}, trainer.total_steps - trainer.steps_done, trainer._fresh[1]
+    if not left: return
+    old, new = ahead.get("learning_rate"), float(trainer.schedule(trainer.steps_done))
+    other = old is not None and f"{old:.4g}" != f"{new:.4g}"
+    if not (keys or other or left != ahead.get("steps", left)): return
+    why = f"{'; '.join(keys)}: " if keys else ""
+    instead = f" instead of {old:.4g}" if other else ""
+    how = f"; the {left:,} steps that are left are the last of a schedule of {total:,}"
+    if total == trainer.total_steps: how = ""
+    yield f"{why}the learning rate of the next step is {new:.4g}{instead}{how}."
+
+
+def _go_on(trainer: StageTrainer, saved: Saved) -> str:
+    """Load a checkpoint into a trainer, and say what is not as it was, and what follows; returns what was said.
+
+    Raises `RunError` as `_check_identity` and `StageTrainer.load` do.
+    """
+    now, config, reset = _identity(trainer), _read_config(saved), trainer.cfg.resume.reset_optimizer
     _check_identity(now, saved)
-    if then.get("data") != now["data"]: logger.warning("The training data, or how they are cut, are not what they were.")
+    then = (saved := _with_sampler(trainer, saved, config)).state
+    changed = changed_keys(config, trainer.cfg.model_dump(mode="json")) if config else []
+    of_rows, of_rate = ([key for key in changed if key.startswith(begins)] for begins in (_OF_ROWS, _OF_RATE))
+    if other := then.get("data") != now["data"]:
+        logger.warning("The training data, or how they are cut, are not what they were.")
+        of_rows = of_rows or ["other training data"]
     if reset and then.get("reset"): logger.warning("The optimizer was reset before this checkpoint already; its memory since then is kept.")
     trainer.load(saved, reset and not then.get("reset"))
     if trainer.best and then.get("held_out") != now["held_out"]:
         logger.warning("The held-out data are not what they were; the best validation is counted anew.")
         trainer.best = None
-    print(f"Going on from {saved.path}.")
+    lines, rows = [f"Going on from {saved.path}."], trainer.rows_are
+    lines += _steps_changed(trainer, then, of_rows if other else [])
+    lines += _rate_changed(trainer, then, of_rate)
+    if of_rows and not other: lines.append(f"{'; '.join(of_rows)}: the {rows} are the same as before, in the same order.")
+    if (old := then["sampler"]["segments"][-1]["seed"]) != (new := trainer.sampler.last.seed):
+        lines.append(f"seed {old} → {new}: the {rows} to come are shuffled with it, and all else that is random follows it.")
+    print(*lines, sep="\n", flush=True)
+    return "\n".join(lines)
 
 # %% ../nbs/27_stage.ipynb #84a406e7
 def _size(model: Llama | ScalarLlama) -> int:
@@ -285,7 +412,7 @@ def _say_ahead(trainer: StageTrainer, place: Path) -> str:
     if trainer.base: which = f", and {trained:,} in adapters, which are trained"
     about = trainer.data.describe() + (f"\nHeld out: {trainer.held_out.describe()}" if trainer.held_out else "")
     said = (f"{count:,} parameters{which}. {about}\n"
-            f"{left:,} steps to go of {steps:,}: {float(steps / trainer.epoch):.3g} epochs. "
+            f"{left:,} steps to go of {steps:,}: {trainer.sampler.seen(steps) / trainer.sampler.n:.3g} epochs. "
             f"Checkpoints take up to {short(needed)}B; {short(free)}B are free.")
     print(said, flush=True)
     if needed > free: logger.warning(f"{place} may get full: make room, or keep fewer with \"logging.keep_last\"")
@@ -324,14 +451,15 @@ def open_run(
     Raises `UserError` as `run_stage` does.
     """
     cfg, place = trainer.cfg, Path(root) / check_name(trainer.cfg.name)
+    watched = "Watched from a notebook."
     if trainer.run_dir is None:
         saved = find_checkpoint(cfg.resume, place)
         for key in ("pretrained_model", "reward_model"): check_begins_elsewhere(cfg, saved, root, key)
-        if saved: _go_on(trainer, saved)
+        if saved: watched = f"{_go_on(trainer, saved)}\n{watched}"
         else: check_place(place, cfg.overwrite)
     else: place, saved = trainer.run_dir.final, latest_checkpoint(trainer.run_dir.path)
     check_memory(trainer)
-    run = trainer.run_dir = _start(trainer, saved, place, "Watched from a notebook.")
+    run = trainer.run_dir = _start(trainer, saved, place, watched)
     return recorded(trainer, run, lambda: trainer.leave(run), **_identity(trainer))
 
 
@@ -350,12 +478,14 @@ def run_stage(
     if not saved: check_place(place, cfg.overwrite)                       # before the data are read, which may take long
     trainer = build(saved)
     if saved:
-        _go_on(trainer, saved)
+        went_on = _go_on(trainer, saved)
         done = read_metadata(place).get("outcome") == "finished" and place.resolve() in saved.path.resolve().parents
         if done and trainer.steps_done == trainer.total_steps:
-            print(f'It has all its {trainer.total_steps:,} steps. To train longer, raise "training.hyperparameters.iters".')
+            key = "epochs" if trainer.sampler.epochs else "hyperparameters.iters"
+            print(f'It has all its {trainer.total_steps:,} steps. To train longer, raise "training.{key}".')
             return place
     ahead = _say_ahead(trainer, next(p for p in (place, *place.absolute().parents) if p.is_dir()))
+    if saved: ahead = f"{went_on}\n{ahead}"
     run = trainer.run_dir = _start(trainer, saved, place, ahead)
     train_run(trainer, run, lambda: trainer.leave(run), **_identity(trainer))
     return run.path

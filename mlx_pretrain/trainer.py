@@ -56,11 +56,13 @@ class Hyperparameters(Section):
 class TrainingConfig(Section):
     "The `training:` section of a configuration."
     epochs: int = Field(1, ge=1)
-    "How often each window or row is seen; `iters` overrides it."
+    """How often each window or row is seen; `iters` overrides it. A run that resumes with another batch size
+    trains the rows that are left, and the number of steps follows from them."""
     hyperparameters: Hyperparameters = Hyperparameters()
     "The numbers people turn first."
     scheduler: SchedulerConfig = SchedulerConfig()
-    "How the learning rate changes."
+    """How the learning rate changes over the steps. After a resume with another batch size, the steps that are
+    left get the rates of the last steps of a run with the present settings; with `iters`, the step alone counts."""
     optimization: Optimization = Optimization()
     "The optimizer."
     freeze: tuple[int | str, ...] = ()
