@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -78,8 +79,16 @@ class PromptConfig(DataConfig):
     'Column that `{response}` means; by default "response", "output", or "completion".'
     input_field_optional: str | None = None
     "Column that may be missing, null or empty; it is added to the instruction, unless the format names it."
+    date: str | None = None
+    "Date for chat templates that write one (`strftime_now`), such as 2026-11-30; by default the day on which the run begins."
     on_bad_row: Literal["error", "skip"] = "error"
     "What to do with a row that cannot be used: stop, or count it and go on."
+
+    @field_validator("date")
+    @classmethod
+    def _is_a_date(cls, date: str | None) -> str | None:
+        try: return date and datetime.fromisoformat(date).date().isoformat()
+        except ValueError: raise ValueError(f"{date!r} is no date; write it like 2026-11-30") from None
 
     @field_validator("prompt_format", "response_format")
     @classmethod
@@ -113,7 +122,7 @@ def _columns(cfg: PromptConfig, row: Row, answered: bool = True) -> tuple[str | 
                     '"data.output_field", or call them "instruction" and "response"')
 
 
-_FORMAT = ("prompt_format", "response_format", "system_prompt")
+_FORMAT = ("prompt_format", "response_format", "system_prompt", "date")
 
 
 def check_format(

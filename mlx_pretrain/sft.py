@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 from pydantic import Field
 
+from .chat import dated
 from .data import make_tokenizer
 from .generate import generate_text
 from .model import Llama
@@ -23,8 +24,9 @@ from .prompt import PromptFormat
 from mlx_pretrain.rows import (
     Examples, LengthGroupedSampler, PromptConfig, RowBatch, Truncation, read_examples, read_first_row,
     resolve_format)
-from .stage import (
-    AdaptedTraining, StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage, with_adapters)
+from mlx_pretrain.stage import (
+    AdaptedTraining, StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, keep_date, run_stage,
+    with_adapters)
 from .trainer import Hyperparameters
 
 # %% ../nbs/03_sft.ipynb #a8a4944b
@@ -92,7 +94,7 @@ class SFTTrainer(StageTrainer):
         else: model, tokenizer = pretrained.model, pretrained.tokenizer
         cfg = complete(cfg, model)
         if cfg.training.lora.rank: model, self.base = with_adapters(cfg, pretrained)
-        fmt = resolve_format(cfg.data, read_first_row(path, cfg.data), pretrained and pretrained.format)
+        fmt = dated(resolve_format(cfg.data, read_first_row(path, cfg.data), pretrained and pretrained.format), tokenizer)
         if fmt.input_field: cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
         elif pretrained: self.format = pretrained.format                      # plain texts teach no other
         data, held_out = (_read(cfg.data, key, tokenizer, fmt) for key in ("input_file", "validation_file"))
@@ -150,5 +152,5 @@ def sft(
     def build(saved):
         check_begins_elsewhere(cfg, saved, root)
         whole = saved and not saved.state.get("base")                     # it holds all that the pretrained model gave
-        return SFTTrainer(cfg, open_checkpoint(saved) if whole else None, **kwargs)
+        return SFTTrainer(keep_date(cfg, saved), open_checkpoint(saved) if whole else None, **kwargs)
     return run_stage(cfg, build, root)
