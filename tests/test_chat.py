@@ -11,7 +11,7 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 from mlx_pretrain import chat, cli
 from mlx_pretrain.chat import read_messages, render, render_chat, row_pieces, template_pieces
 from mlx_pretrain.cli import main
-from mlx_pretrain.config import ConfigError
+from mlx_pretrain.config import ConfigError, load_config
 from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.pretrained import export, load
 from mlx_pretrain.prompt import Piece, PromptFormat, encode_pieces
@@ -334,6 +334,26 @@ def test_the_date_of_a_template_is_that_of_the_run(tmp_path):
     assert chat.render(tok, TALK[:2], date="2024-07-26").startswith("26 Jul 2024")
     assert render_chat(BY_TEMPLATE.model_copy(update={"date": "2024-07-26"}), tok, [], "?")[:11] == [*b"26 Jul 2024"]
     assert chat.render(tok, TALK[:2])[7:11].isdigit()                     # without a date: today's
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_resumed_run_keeps_its_date(place, monkeypatch, caplog, lora):
+    class Clock(chat.datetime):
+        day = 1
+        @classmethod
+        def now(cls, tz=None): return cls(2026, 1, cls.day)
+    monkeypatch.setattr(chat, "datetime", Clock)
+    make_base("{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    write([{"messages": TALKS[0]}])
+    def cfg(iters, **more):
+        hyper = {"batch_size": 4, "learning_rate": 1e-2, "iters": iters}
+        return config(pretrained_model="hf", training={"hyperparameters": hyper, "lora": {"rank": lora}}, **more)
+    assert load_config(SFTConfig, sft(cfg(1)) / "config.yaml").data.date == "2026-01-01"
+    Clock.day = 2
+    assert load_config(SFTConfig, sft(cfg(2, resume={"checkpoint": "latest"})) / "config.yaml").data.date == "2026-01-01"
+    assert "data.date" not in caplog.text and "training data" not in caplog.text
+    assert load("runs/run").format.date == "2026-01-01" and SFTTrainer(cfg(1)).format.date == "2026-01-02"
+    with pytest.raises(ValueError, match="is no date; write it like 2026-11-30"): config(data={"date": "tomorrow"})
 
 
 def test_several_stop_tokens_end_answers(tmp_path):
