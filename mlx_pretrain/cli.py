@@ -345,6 +345,11 @@ def _run(name: str, rest: list[str]) -> int:
         if e.name != "mlx.core": raise
         print(f"mlx-pretrain: {e}", file=sys.stderr)
         return 2
+    except UnicodeEncodeError as e:                                       # of a file's name
+        if sys.getfilesystemencoding() == "utf-8": raise
+        print(f"mlx-pretrain: {e.object!r} cannot be a file name in this locale, whose encoding is {e.encoding}; "
+              "set the environment variable PYTHONUTF8=1", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -359,7 +364,8 @@ def main(
         except SystemExit as e: code = e.code or 0                        # tyro's, after --help or a mistake
         except KeyboardInterrupt: print("Stopped.", file=sys.stderr); return console.stop_code()
         sys.stdout.flush()
-        if code or name in TRAININGS or not (problem := console.output_problem()): return code
+        trained = name in TRAININGS and not {"-h", "--help"} & set(rest)
+        if code or trained or not (problem := console.output_problem()): return code
         if isinstance(sys.stdout.error, BrokenPipeError): return 141
         print(f"mlx-pretrain: {problem}", file=sys.stderr)
         return 1
