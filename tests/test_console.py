@@ -110,16 +110,45 @@ def test_stopped_at_any_moment(here):
             assert said.count("Stopped.") == 1 and not any(word in said for word in NOT_SAID), (names, said)
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_stopped_while_it_trains(name, here):
+    "It saves, and says how to go on; the exit code is that of the signal."
+    words = [*TRAIN, "--name", name, "--training.hyperparameters.iters", "100000"]
+    child = subprocess.Popen([sys.executable, "-m", "mlx_pretrain", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not Path("runs", name, "metrics.jsonl").exists(): assert child.poll() is None
+    child.send_signal(getattr(signal, name))
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 128 + getattr(signal, name), said
+    assert "--resume.checkpoint latest" in said and said.endswith("Stopped.\n") and "Traceback" not in said, said
+
+
 def test_an_import_that_hides_ctrl_c(tmp_path, monkeypatch):
-    "A module that turns every exception into another, as some extension modules do."
+    "A module that does without another if importing that one fails, in whatever way."
     (tmp_path / "stubborn.py").write_text("import time\nprint('here', flush=True)\ntry: time.sleep(30)\n"
-                                          "except BaseException: raise ImportError('odd')\n")
+                                          "except BaseException: pass\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    code = "from mlx_pretrain.console import run_process\ndef command(): import stubborn\nrun_process(command)"
+    code = "from mlx_pretrain.console import run_process\ndef command():\n import stubborn\n print('lost')\nrun_process(command)"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "here\n"
     child.send_signal(signal.SIGINT)
-    assert child.communicate(timeout=30)[1] == "Stopped.\n" and child.returncode == 130
+    assert child.communicate(timeout=30) == ("", "Stopped.\n") and child.returncode == 130
+
+
+def test_an_exception_made_of_ctrl_c():
+    "An extension module may turn it into another exception."
+    code = """
+import time
+from mlx_pretrain.console import run_process
+def command():
+    print("here", flush=True)
+    try: time.sleep(30)
+    except BaseException: raise ValueError("odd")
+run_process(command)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "here\n"
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=30) == ("", "Stopped.\n") and child.returncode == 130
 
 
 def test_ctrl_c_in_a_destructor_is_not_lost():
