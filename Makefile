@@ -5,12 +5,12 @@
 BIN = .venv/bin
 PYTHONS = python3.13 python3.12 python3.11 python3
 DEVICE = $(shell [ `uname -s` = Linux ] && { nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu; })
-LEFT_OUT = `make test` left out the demo, interop, e2e, tutorials and docs, and tests that take long (known optima, large files, the panel under attack): run `make check` for all of it.
+LEFT_OUT = `make test` left out the demo, install, interop, e2e, tutorials and docs, and tests that take long (known optima, large files, the panel under attack): run `make check` for all of it.
 CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 .DEFAULT_GOAL = help
 .NOTPARALLEL:
-.PHONY: help demo test e2e interop docs site lab check clean units demo-result long browser check-rest
+.PHONY: help demo test e2e interop install docs site lab check clean units demo-result long browser check-rest
 
 help:
 	@echo "make demo      train a small Llama on two centuries of speeches, teach it to answer, and align it with a learned reward"
@@ -18,6 +18,7 @@ help:
 	@echo "make test      run the notebooks, the tests and the checks"
 	@echo "make e2e       press the buttons of the panels in a real JupyterLab, with a real browser"
 	@echo "make interop   compare with mlx-lm, transformers and torch (a large download)"
+	@echo "make install   build the package, and use it from new environments (a large download)"
 	@echo "make docs      run the tutorials, and build the site in _docs/ and README.md"
 	@echo "make site      the same, and open its pages in a real browser"
 	@echo "make check     everything above but lab"
@@ -41,7 +42,7 @@ docs: .venv/.stamp-dev .venv/.stamp-data
 
 check: units check-rest
 
-check-rest: demo-result long e2e interop site
+check-rest: demo-result long install e2e interop site
 
 e2e: .venv/.stamp-dev .venv/.stamp-data browser
 	$(BIN)/python -m pytest -q -rs tests/e2e
@@ -53,6 +54,10 @@ site: docs browser
 browser: .venv/.stamp-e2e
 	@test -n "$(CHROMIUM)" || { test `id -u` = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || $(BIN)/playwright install chromium
 
+# The package is built and installed as a user would do it; that needs PyPI.
+install: .venv/.stamp-dev
+	$(BIN)/python -m pytest -q -rs tests/install
+
 long: .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/long
 
@@ -61,7 +66,7 @@ units: .venv/.stamp-dev .venv/.stamp-data
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/notebooks.py execute
 	$(BIN)/python tools/notebooks.py sync
-	$(BIN)/python -m pytest -q -rs tests $(foreach part,interop demo long e2e site,--ignore=tests/$(part))
+	$(BIN)/python -m pytest -q -rs tests $(foreach part,install interop demo long e2e site,--ignore=tests/$(part))
 
 demo-result: demo .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/demo

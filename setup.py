@@ -29,6 +29,7 @@ setuptools.setup(
     install_requires=cfg["requirements"].split(),
     extras_require={extra: requirements(extra) for extra in ("cpu", "cuda", "dev", "e2e", "interop", "data")},
     python_requires=">=" + cfg["min_python"],
+    classifiers=[f"Programming Language :: Python :: {version}" for version in ("3", "3.11", "3.12", "3.13")],
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

@@ -1,6 +1,6 @@
 "`python sft.py …` is `mlx-pretrain sft …`."
 import sys
 
-from mlx_pretrain.cli import main
+from mlx_pretrain.__main__ import main
 
 sys.exit(main(["sft", *sys.argv[1:]]))

@@ -1,6 +1,17 @@
-"`python -m mlx_pretrain` is the command `mlx-pretrain`."
+"The command `mlx-pretrain`, also as `python -m mlx_pretrain`; signals are handled before anything large is imported."
 import sys
 
-from mlx_pretrain.cli import main
+from mlx_pretrain.console import run_process
+
+
+def main(
+    args: list[str] | None = None, # command-line words; by default those of this process
+) -> int: # exit code
+    "Run `cli.main` as all that this process does."
+    def command():
+        from mlx_pretrain import cli
+        return cli.main(args)
+    return run_process(command)
+
 
 if __name__ == "__main__": sys.exit(main())

@@ -367,6 +367,8 @@ def _find(
     near = [str(p) for folder in folders for p in sorted(folder.glob("*.y*ml"))]
     close = difflib.get_close_matches(str(path), near, 1) or [p for p in near if difflib.get_close_matches(Path(path).stem, [Path(p).stem])]
     remedy = f"did you mean {_show(close[0])}?" if close else "check the path"
+    if not close and not os.path.isdir("configs"):
+        remedy += ", or copy an example from configs/ in the source code, https://github.com/mlx-pretrain/mlx-pretrain"
     raise ConfigError(_one_line(f"there is no configuration {path or _show('')}, neither from here nor in configs/; {remedy}"))
 
 # %% ../nbs/10_config.ipynb #b540353a

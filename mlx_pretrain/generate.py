@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['GenerateError', 'sample', 'response_mask', 'Generation', 'generate', 'text_after', 'text_pieces', 'stream_text',
-           'generate_text']
+           'generate_text', 'WritingConfig', 'GenerateConfig', 'ChatConfig']
 
 # %% ../nbs/14_generate.ipynb #34a81820
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from pydantic import Field
 
-from .config import UserError
+from .config import Section, UserError
 from .core import key_for
 from .ops import linears
 from .prompt import prompt_ids
@@ -256,3 +257,37 @@ def generate_text(
                    temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch_size=batch_size)
     written = [tokens[mask].tolist() for tokens, mask in zip(np.array(out.tokens), np.array(out.response_mask))]
     return ["".join(text_pieces(tokenizer, ids, [t for t in tokens if t not in stops])) for ids, tokens in zip(rows, written)]
+
+# %% ../nbs/14_generate.ipynb #ca4a5a62
+class WritingConfig(Section):
+    "What all commands that let a model write can be told."
+    run: str
+    "A run (its name or its directory), a checkpoint, or a Hugging Face directory."
+    max_new_tokens: int = 200
+    "Most tokens to write; it stops earlier at the end of a document."
+    temperature: float = 0.8
+    "0 always takes the likeliest token; 1 follows the model's odds."
+    top_k: int = 0
+    "Only the k likeliest tokens; 0 for all."
+    top_p: float = 1.0
+    "Only the likeliest tokens that together have this probability."
+    seed: int = 0
+    "Another number, another text."
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    "auto, gpu or cpu."
+
+
+class GenerateConfig(WritingConfig):
+    "Let a model write."
+    prompt: str = ""
+    "How the text begins."
+    instruction: str | None = None
+    "Or a question, asked in the form the model was fine-tuned with."
+    num_samples: int = Field(1, ge=1)
+    "How many texts to write."
+
+
+class ChatConfig(WritingConfig):
+    "Talk to a fine-tuned model."
+    turns: Annotated[int, Field(ge=0)] | None = None
+    "Earlier exchanges it is reminded of; 0: each question stands alone. By default 0 in a prompt format, 8 with a chat template."

@@ -11,7 +11,6 @@ __all__ = ['logger', 'MAX_HELD_OUT', 'log_probs', 'kl_estimate', 'token_rewards'
 # %% ../nbs/04_ppo.ipynb #39479a31
 import logging
 import math
-import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +38,7 @@ from .score import find_reward, reward_name, score
 from .stage import (
     AdaptedTraining, StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage, with_adapters)
 from .tokenizer import Tokenizer
-from .trainer import Hyperparameters, Knobs, TrainingError, compute_in
+from .trainer import Hyperparameters, Knobs, Stopwatch, TrainingError, compute_in
 
 # %% ../nbs/04_ppo.ipynb #95ef586a
 def log_probs(
@@ -422,7 +421,7 @@ class _Step:
     "A step that is under way: what it has done is not done again when it is cut short and gone on with."
     number: int
     knobs: dict[str, float]
-    started: float = field(default_factory=time.perf_counter)
+    watch: Stopwatch = field(default_factory=Stopwatch)
     sampled: Sampled | None = None
     rollout: Rollout | None = None
     seen: dict[str, float] = field(default_factory=dict)
@@ -591,7 +590,7 @@ class PPOTrainer(StageTrainer):
         self.rewards = [*self.rewards, now.seen["reward"]][-self.validation_interval:]
         average = {} if self.held_out else {"mean_reward": float(np.mean(self.rewards))}
         metrics = {"step": self.steps_done, **now.seen, **average, **means, "learning_rate": self._rate(now), "tokens": self.tokens,
-                   "tokens_per_second": tokens / (time.perf_counter() - now.started)}
+                   "tokens_per_second": tokens / now.watch.seconds()}
         self._guard(metrics)
         return metrics
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sums', 'logger', 'in_order', 'bradley_terry', 'squared_error', 'make_comparison', 'RewardData',
            'RewardHyperparameters', 'RewardTraining', 'RewardConfig', 'Bin', 'calibration', 'correlation', 'Examined',
-           'RewardTrainer', 'train_reward']
+           'RewardTrainer', 'train_reward', 'RewardModel']
 
 # %% ../nbs/05_reward.ipynb #0e6d4d02
 import json
@@ -21,7 +21,8 @@ from mlx.utils import tree_flatten
 from pydantic import Field
 
 from .config import ConfigError
-from .core import write_whole
+from .console import say
+from .core import RewardModel, write_whole
 from .generate import generate_text
 from .lora import base_identity, merge
 from .model import ScalarLlama
@@ -33,6 +34,9 @@ from .rows import LengthGroupedSampler, PromptConfig, read_first_row, resolve_fo
 from .run import Run, _writing, checkpoints, load_checkpoint
 from .stage import StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage
 from .trainer import Hyperparameters, TrainingConfig
+
+# %% ../nbs/05_reward.ipynb #95db310a
+_all_ = ["RewardModel"] # of `core`: what a reward of your own subclasses
 
 # %% ../nbs/05_reward.ipynb #55b7bf99
 Sums = tuple[mx.array, mx.array, dict[str, mx.array]] # of a loss, how many it is of, and of what is shown beside it
@@ -336,7 +340,7 @@ class RewardTrainer(StageTrainer):
         reward.save(run.path / "model")
         run.metadata(reward_model=known)
         run.note(about)
-        print(f"\n{about}", flush=True)
+        say(f"\n{about}")
 
 # %% ../nbs/05_reward.ipynb #d816b319
 def train_reward(

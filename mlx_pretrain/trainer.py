@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['logger', 'LossFn', 'MAX_SKIPPED', 'Hyperparameters', 'TrainingConfig', 'SystemConfig', 'set_device', 'Knobs',
-           'clip_gradient', 'Update', 'choose_parameters', 'compute_in', 'stop_between_steps', 'TrainingError',
-           'Progress', 'Trainer', 'evaluate', 'log_metrics', 'save_checkpoint', 'save_checkpoints', 'ProgressBar',
-           'span', 'Forecast', 'check_memory', 'forecast', 'recorded', 'train_run', 'replay_knobs']
+           'clip_gradient', 'Update', 'choose_parameters', 'compute_in', 'compiles_first', 'Stopwatch',
+           'stop_between_steps', 'TrainingError', 'Progress', 'Trainer', 'evaluate', 'log_metrics', 'save_checkpoint',
+           'save_checkpoints', 'ProgressBar', 'span', 'Forecast', 'check_memory', 'forecast', 'recorded', 'train_run',
+           'replay_knobs']
 
 # %% ../nbs/18_trainer.ipynb #2e7b0ba0
 import logging
 import math
 import os
+import resource
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -31,6 +35,7 @@ from mlx.utils import tree_flatten, tree_map
 from pydantic import Field, field_validator, model_validator
 
 from .config import ConfigError, Section, UserError
+from .console import caught, output_problem, safe, say
 from .core import key_for
 from .lora import adapters, dropping, lora_layers
 from .optim import Optimization, SchedulerConfig, check_optimizer, make_optimizer, make_schedule
@@ -253,6 +258,31 @@ def compute_in(
         finally: model.update(masters)
     return narrow
 
+# %% ../nbs/18_trainer.ipynb #1e11547e
+def _compiler() -> tuple[int, float]:
+    "When MLX last compiled something on this machine, and the processor seconds of this process's children."
+    folder, children = Path(tempfile.gettempdir(), "mlx", mx.__version__, "cpu"), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return folder.stat().st_mtime_ns if folder.is_dir() else 0, children.ru_utime + children.ru_stime
+
+
+def compiles_first() -> bool:
+    "Will MLX have to compile everything, as nothing was compiled on this machine before?"
+    return mx.default_device() == mx.cpu and sys.platform == "linux" and not _compiler()[0] and shutil.which("g++") is not None
+
+
+class Stopwatch:
+    "Runs from when it is made; the time that MLX's compiler takes does not count."
+    def __init__(self): self.start, self.before = time.perf_counter(), _compiler()
+
+    def compiled(self) -> bool:
+        "Did this process compile anything since then?"
+        return all(now > before for now, before in zip(_compiler(), self.before))
+
+    def seconds(self) -> float:
+        "Since then, without the compiler."
+        passed = time.perf_counter() - self.start
+        return max(passed - (_compiler()[1] - self.before[1]), 1e-6) if self.compiled() else passed
+
 # %% ../nbs/18_trainer.ipynb #c2c78907
 @contextmanager
 def stop_between_steps(
@@ -260,6 +290,7 @@ def stop_between_steps(
 ):
     "Inside, Ctrl-C, `kill` and a closed terminal set `trainer.stop_requested`; a second time they stop at once. In the main thread only."
     def ask(number, frame):
+        caught.append(number)
         if trainer.stop_requested: raise KeyboardInterrupt
         trainer.stop_requested = True
         logger.warning("Stopping after this step. Ctrl-C again stops at once, without saving.")
@@ -270,6 +301,8 @@ def stop_between_steps(
         before = {s: signal.getsignal(s) for s in signals if signal.getsignal(s) not in (None, signal.SIG_IGN)}
     for s in before: signal.signal(s, ask)
     try: yield
+    except RuntimeError as error:                                         # Ctrl-C in a terminal ends MLX's compiler too
+        if not trainer.stop_requested or "Failed to compile" not in str(error): raise
     finally:
         for s in reversed(before): signal.signal(s, before[s])            # Ctrl-C last: it could end this loop
 
@@ -452,7 +485,7 @@ class Trainer(Progress):
 
     def phases(self) -> Generator[str, None, dict]:
         "One step in pieces; returns its metrics."
-        start, knobs = time.perf_counter(), self.knobs.snapshot()
+        watch, knobs = Stopwatch(), self.knobs.snapshot()
         rate = float(self.schedule(self.steps_done)) * knobs["learning_rate_factor"]
         step = self.steps_done
         with self.whole(lambda: self.steps_done > step):
@@ -461,7 +494,7 @@ class Trainer(Progress):
             loss, _, norm, good, means, tokens = self._numbers(values)
             self.tokens, self.steps_done = self.tokens + tokens, step + 1
         self.tell_knobs(step, knobs)
-        speed = tokens / (time.perf_counter() - start)
+        speed = tokens / watch.seconds()
         if not good: self.report(loss, norm)
         self.judge(good, loss, norm)
         yield "update"
@@ -490,10 +523,10 @@ class Trainer(Progress):
         self._under_way, pieces = True, self._stepping()
         try:
             while True:
-                start = time.perf_counter()
+                watch = Stopwatch()
                 try: piece = next(pieces)
                 except StopIteration as end: return end.value
-                finally: self.seconds += time.perf_counter() - start
+                finally: self.seconds += watch.seconds()
                 yield piece
         finally: self._under_way = False
 
@@ -653,7 +686,8 @@ class ProgressBar:
         done: int = 0, # steps taken before
     ):
         from tqdm import tqdm
-        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 20)
+        file = safe(sys.stderr)
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=0.2 if file.isatty() else 20, file=file)
         self.rate, self.shown = None, {}
 
     def __call__(
@@ -715,24 +749,34 @@ def check_memory(
                         'make "model.dimensions" smaller')
 
 # %% ../nbs/18_trainer.ipynb #9ded0dd2
+def _time_probes(trainer: Trainer, steps: range) -> tuple[list[float], int]:
+    "Seconds of each step that compiled nothing, and the most tokens of a step. Two long steps are enough, or one on a CPU."
+    times, tokens = [], 0
+    for n, step in enumerate([*steps, steps[-1], steps[-1]]):
+        if times and n >= len(steps): break                               # the others are for when all of them compiled
+        watch = Stopwatch()
+        tokens = max(tokens, trainer.probe(step))
+        if not watch.compiled(): times.append(watch.seconds())
+        if sum(times) > (5 if n else 20) and (n or mx.default_device() == mx.cpu): break
+    return times or [watch.seconds()], tokens
+
+
 def forecast(
     trainer: Trainer, # at any step; it stays as it is
     held_out: int = 0, # tokens of one validation, which goes forward only and takes a third of the time
-    probes: int | None = None, # steps to time, by default `trainer.probes`; the first, which compiles, does not count
+    probes: int | None = None, # steps to time, by default `trainer.probes`; more than two are taken twice if they are short
 ) -> Forecast: # for the steps that are left
     "Time a few steps and undo them. Raises `TrainingError` as `check_memory` does."
     held, before, left = check_memory(trainer), trainer.arrays(), trainer.total_steps - trainer.steps_done
     mx.eval(before); mx.reset_peak_memory()
-    times, tokens = [0.0], 0
+    steps, times, tokens = range(trainer.steps_done, trainer.steps_done + min(probes or trainer.probes, left)), [0.0], 0
     try:
-        for step in range(trainer.steps_done, trainer.steps_done + min(probes or trainer.probes, left)):
-            start = time.perf_counter()
-            count = trainer.probe(step)
-            times, tokens = [*times, time.perf_counter() - start], max(tokens, count)
-            if sum(times) > (5 if step > trainer.steps_done else 20): break   # long steps: two must do, or one
+        if steps: times, tokens = _time_probes(trainer, steps)
+        if len(steps) > 2 and sum(times) < 5: times, tokens = _time_probes(trainer, steps)
+        else: times = times[1:] or times
     finally:
         for name, tree in trainer.places().items(): _put(tree, before[name])
-    seconds = sorted(times[2:] or times[-1:])[len(times[2:]) // 2]        # the median
+    seconds = sorted(times)[len(times) // 2]                              # the median
     validations = math.ceil(trainer.total_steps / trainer.validation_interval) - trainer.steps_done // trainer.validation_interval
     each = held_out / tokens * seconds / 3 if tokens else 0.0
     peak, speed = max(0, mx.get_peak_memory() - held), tokens / seconds if seconds else 0.0
@@ -819,10 +863,11 @@ def recorded(
         trainer.callbacks = [callback for callback in trainer.callbacks if callback not in ours]
         with suppress(*forgotten):
             try:
+                if problem := output_problem(): run.note(problem)
                 said = f"{said}\n{_took(trainer, run, since, tokens, before)}".strip()
                 run.note(said)
             finally: run.finish(outcome)                                  # also when the disk is full: somebody may wait for the lock
-    print(said, flush=True)                                               # last, since nobody may be listening any more
+    say(said)
     _look_back(trainer, run, last.get(trainer.judged_by))
 
 # %% ../nbs/18_trainer.ipynb #369989df

@@ -1,6 +1,7 @@
 "The commands as a user types them: what they do, and what they say when something is wrong."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import mlx_pretrain  # noqa: F401 (before MLX)
+import mlx_pretrain  # noqa: F401, I001 (before MLX)
+
+from common import check_sentence
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import load_config
 from mlx_pretrain.ppo import PPOConfig
@@ -88,11 +91,37 @@ def test_a_traceback_is_ours_only(here):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
+@pytest.mark.linux
+def test_without_a_backend(tmp_path):
+    "MLX's own half alone, as `pip install mlx` gives it on Linux: what needs no MLX works, the rest says in one sentence what to install."
+    import mlx.core
+    (tmp_path / "mlx").mkdir()
+    shutil.copy(mlx.core.__file__, tmp_path / "mlx")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    def python(*words): return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, check=False)
+    for way in (["-m", "mlx_pretrain"], [str(ROOT / "train.py")]):
+        done = python(*way, "train" if "-m" in way else "--help")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        check_sentence(done.stderr.strip(), "mlx-pretrain[cpu]", "mlx-pretrain[cuda]")
+    done = python("-m", "mlx_pretrain", "--version")
+    assert done.returncode == 0 and not done.stderr and done.stdout.startswith("mlx-pretrain ")
+    done = python("-c", "import mlx_pretrain")
+    assert done.returncode == 0 and done.stderr.count("mlx-pretrain[cpu]") == 1 and "<string>:1" in done.stderr, done.stderr
+    done = python("-c", "import mlx_pretrain.model")
+    assert done.returncode == 1 and "mlx-pretrain[cpu]" in done.stderr.splitlines()[-1], done.stderr
+
+
 def test_a_config_is_found_in_configs(here, caplog):
     Path("configs").mkdir()
     os.rename("run.yaml", "configs/run.yaml")
     assert main(["train", "--config", "run.yaml"]) == 0
     assert "configs/run.yaml" in caplog.text
+
+
+def test_a_config_that_is_nowhere(here, capfd):
+    "The package brings no configurations; whoever knows them from the source code is told where they are."
+    assert main(["train", "--config", "model-config.yaml"]) == 2
+    check_sentence(capfd.readouterr().err.strip(), "model-config.yaml", "source code")
 
 
 def test_an_existing_run_is_not_overwritten(here, capfd):

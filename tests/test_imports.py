@@ -27,6 +27,24 @@ def test_the_check_sees_a_heavy_passenger():
     assert HEAVY & set(loaded_and_seconds("import mlx_pretrain.plot, matplotlib")[0])
 
 
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_first_questions_need_no_mlx(word):
+    "Answered from the standard library alone."
+    code = f"from mlx_pretrain.__main__ import main; assert main(['{word}']) == 0"
+    report = "import sys; sys.stderr.write(' '.join(sorted({m.split('.')[0] for m in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
+    assert done.stdout and not (HEAVY | {"mlx", "numpy", "pydantic", "yaml"}) & set(done.stderr.split())
+
+
+def test_reward_model_is_found_where_people_look():
+    "In the package and in `reward`; the package alone does not import MLX for it."
+    assert "mlx" not in loaded_and_seconds("import mlx_pretrain")[0]
+    assert "mlx" in loaded_and_seconds("from mlx_pretrain import RewardModel")[0]
+    from mlx_pretrain import RewardModel, core, reward
+    assert RewardModel is core.RewardModel is reward.RewardModel and "RewardModel" in reward.__all__
+    with pytest.raises(ImportError): from mlx_pretrain import Rewardmodel  # noqa: F401
+
+
 def test_hardly_slower_than_mlx():
     "Processor time, the best of three: other programs do not count."
     ours = min(loaded_and_seconds("import mlx_pretrain.pretrain")[1] for _ in range(3))

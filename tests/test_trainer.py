@@ -1,6 +1,7 @@
 "Ctrl-C at any moment, steps that are not finite, and parts that add up to a whole."
 import json
 import signal
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_pretrain import trainer as trainer_module
 from mlx_pretrain.cli import main
 from mlx_pretrain.core import key_for
 from mlx_pretrain.model import Linear, Llama, ModelConfig, project
@@ -18,7 +20,7 @@ from mlx_pretrain.ops import head_loss
 from mlx_pretrain.optim import Optimization, make_optimizer
 from mlx_pretrain.pretrained import load
 from mlx_pretrain.run import LoggingConfig, Run, StepsConfig, checkpoints, latest_checkpoint, load_checkpoint, read_metrics
-from mlx_pretrain.trainer import MAX_SKIPPED, Trainer, TrainingError, Update, stop_between_steps, train_run
+from mlx_pretrain.trainer import MAX_SKIPPED, Trainer, TrainingError, Update, forecast, stop_between_steps, train_run
 
 
 class Points(NamedTuple):
@@ -155,6 +157,69 @@ def test_the_handler_is_put_back(tmp_path):
     run = Run("line", "seed: 0\n", root=tmp_path)
     train_run(Trainer(Linear(256, 1), squares, points_at, 3, run=run), run, lambda: None)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_compiler_gets_ctrl_c_too(asked):
+    "In a terminal it dies of the same Ctrl-C: no error then, and an error otherwise."
+    def compile_fails(step):
+        if trainer.steps_done != 2 or failed: return points_at(step)
+        failed.append(step)
+        if asked: signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("[Compile::eval_cpu] Failed to compile function x: g++: Interrupt signal terminated program cc1plus")
+    failed, trainer = [], None
+    trainer = Trainer(Linear(256, 1), squares, compile_fails, 5)
+    if asked: trainer.run()
+    else:
+        with pytest.raises(RuntimeError): trainer.run()
+    assert trainer.steps_done == 2
+    trainer.run()
+    (twin := Trainer(Linear(256, 1), squares, points_at, 5)).run()
+    assert trainer.steps_done == 5 and mx.array_equal(trainer.model.weight, twin.model.weight)
+
+
+# The time of a step
+
+
+class Machine:
+    "A clock that only the batches move on, and a compiler that takes 40 s for the first batch of each kind, or less of a processor."
+    def __init__(self, monkeypatch, seconds, kinds=1, busy=40.0):
+        self.now, self.compiled, self.seconds, self.kinds, self.taken = 0.0, set(), seconds, kinds, []
+        clock = SimpleNamespace(perf_counter=lambda: self.now, monotonic=lambda: self.now)
+        monkeypatch.setattr(trainer_module, "time", clock)
+        monkeypatch.setattr(trainer_module, "_compiler", lambda: (len(self.compiled), busy * len(self.compiled)))
+
+    def batch_at(self, step):
+        self.taken.append(step)
+        self.now += self.seconds if step % self.kinds in self.compiled else self.seconds + 40
+        self.compiled.add(step % self.kinds)
+        return points_at(step)
+
+    def trainer(self, steps): return Trainer(Linear(256, 1), squares, self.batch_at, steps)
+
+
+@pytest.mark.parametrize("seconds, kinds, steps, probes", [
+    (0.1, 1, 100, 12),                                                    # short: each once to compile, once for the stopwatch
+    (0.1, 4, 100, 12), (0.1, 8, 100, 13), (0.1, 1, 1, 2), (3, 2, 50, 4), (60, 1, 50, 2), (60, 3, 50, 4)])
+def test_a_forecast_knows_nothing_of_the_compiler(seconds, kinds, steps, probes, monkeypatch):
+    "Red if a step's time has 40 s of the compiler in it, or if long steps are taken more often than needed."
+    machine = Machine(monkeypatch, seconds, kinds, busy=20.0)               # other programs have the other half
+    ahead = forecast(machine.trainer(steps))
+    assert ahead.seconds == pytest.approx(steps * seconds) and ahead.tokens_per_second == pytest.approx(512 / seconds)
+    assert len(machine.taken) <= probes
+
+
+def test_a_long_step_is_timed_once(monkeypatch):
+    machine = Machine(monkeypatch, 60)
+    machine.compiled.add(0)
+    assert forecast(machine.trainer(50)).seconds == pytest.approx(3000) and len(machine.taken) == 1
+
+
+def test_the_speed_of_a_step_knows_nothing_of_the_compiler(monkeypatch):
+    machine = Machine(monkeypatch, 2, kinds=2)
+    trainer = machine.trainer(4)
+    speeds = [trainer.step()["tokens_per_second"] for _ in range(4)]
+    assert speeds == pytest.approx([256] * 4) and trainer.seconds == pytest.approx(8)
 
 
 # Parts of a step
