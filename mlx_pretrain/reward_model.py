@@ -15,11 +15,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .chat import by_instruction
+from .chat import by_instruction, judged_pieces
 from .core import RewardModel
 from .model import ScalarLlama
 from .preferences import lay_beside, reading
-from .pretrained import PretrainedError, _read_object, export, load
+from .pretrained import PretrainedError, _read_object, export, find_model, load
 from .prompt import PromptFormat, _begin
 from .tokenizer import DataError, Tokenizer
 
@@ -96,11 +96,12 @@ class TrainedReward(RewardModel):
         messages: list[dict[str, str]] | None, # what it asks
     ):
         "Raise `DataError` if the model's form has no place for these messages."
-        try: reading(self.tokenizer, self.format, [""], ["?"], [messages])
+        if messages is None or not by_instruction(self.format): return
+        try: judged_pieces(self.format, self.tokenizer, messages, "")
         except DataError as e:
             why = str(e).rpartition("; ")[0] or e
-            raise DataError(f"the reward model cannot read this conversation: {why}; change the messages, or skip such rows with "
-                            '"data.on_bad_row: skip"') from None
+            raise DataError(f'the reward model cannot read this conversation: {why}; change its messages or "data.system_prompt", or '
+                            'leave such rows out with "data.on_bad_row: skip"') from None
 
     def check_asked(
         self,
@@ -114,8 +115,8 @@ class TrainedReward(RewardModel):
                            "form, its rewards may mean little.", 'the policy\'s "data.prompt_format" has other columns than the '
                            "instruction" if by_instruction(own) else "it has no chat template")
         elif fmt.system_prompt and fmt.system_prompt != own.system_prompt:
-            logger.warning('The reward model reads the policy\'s "data.system_prompt", but it was trained %s; its rewards may mean '
-                           "little.", "with another one" if own.system_prompt else "without a system prompt")
+            logger.warning('The reward model reads the policy\'s "data.system_prompt", but its own format has %s; its rewards may mean '
+                           "little.", "another one" if own.system_prompt else "no system prompt")
         if context > (longest := self.model.args.max_position_embeddings):
             logger.warning(f"The reward model reads {longest} tokens at most; of longer texts it reads the end.")
 
@@ -131,10 +132,17 @@ class TrainedReward(RewardModel):
         export(self.model, self.tokenizer, directory, self.format, {_NORM: {"mean": self.mean, "std": self.std}})
 
 
+def _check_labels(config: dict, place: Path):
+    "Raise `PretrainedError` if a classifier gives more than one number."
+    n = config.get("num_labels", len(config.get("id2label") or "1"))
+    if n != 1: raise PretrainedError(f"{place} is a classifier with {n} labels, and a reward is one number; give a model with num_labels 1")
+
+
 def load_reward(
     path: str | Path, # a finished run of `mlx-pretrain reward` (its directory, or its name in runs/), or the model/ in it
 ) -> TrainedReward: # ready to be asked
     "Open a reward model. Raises `PretrainedError` and others as `load` does."
+    for place in (find_model(path), find_model(path) / "model"): _check_labels(_read_object(place / "config.json"), place)
     model, tokenizer, place, fmt = load(path, ScalarLlama)
     norm = _read_object(place / "config.json").get(_NORM) or {}
     mean, std = (norm.get("mean", 0.0), norm.get("std", 1.0)) if isinstance(norm, dict) else (None, None)
