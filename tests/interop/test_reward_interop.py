@@ -121,6 +121,11 @@ def of_trl(folder, template=CHATML):
     return folder
 
 
+def text_of(tok, fmt):
+    "The first conversation as a policy of that format sees it."
+    return tok.decode(encode_pieces(tok, [ask_pieces(fmt, tok, {"instruction": "Name a bird."})])[0].ids)
+
+
 def near(ours, theirs): return np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
@@ -137,10 +142,9 @@ def test_a_chat_reward_model_of_trl_is_read_by_its_template(template, tmp_path):
     texts = ["whatever the policy saw"] * len(talks)
     assert reading(judge.tokenizer, judge.format, texts, answers, talks) == ids
     assert near(judge.compute_reward(texts, answers, talks), wanted) and np.ptp(wanted) > 0.1
-    seen = [judge.tokenizer.decode(encode_pieces(judge.tokenizer, [ask_pieces(judge.format, judge.tokenizer, {"instruction": "Name a bird."})])
-                                   [0].ids)]
-    assert near(judge.compute_reward(seen, ["A gull."]), wanted[:1])      # where PPO knows the text alone
-    old = encode_pieces(judge.tokenizer, [pair_pieces(judge.tokenizer, seen[0], "A gull.")])[0].ids
+    seen = text_of(judge.tokenizer, judge.format)
+    assert near(judge.compute_reward([seen], ["A gull."]), wanted[:1])    # where PPO knows the text alone
+    old = encode_pieces(judge.tokenizer, [pair_pieces(judge.tokenizer, seen, "A gull.")])[0].ids
     assert not near(judge.scores([old]), wanted[:1])                      # negative control: without control tokens
 
 
@@ -162,7 +166,8 @@ def test_ours_trained_on_a_chat_model_is_read_the_same_by_transformers(system, t
     assert near(scores, wanted) and np.ptp(wanted) > 1e-3
     trained = read_preferences(tmp_path / "rows.jsonl", judge.tokenizer, judge.format, 500)
     assert trained.chosen == by_transformers(run / "model", CONVERSATIONS, ["A gull."] * 4)[1]
-    asked = read_episodes(tmp_path / "rows.jsonl", ByteTokenizer(), PromptFormat(prompt_format="<{instruction}>", input_field="prompt"), 500, 4)
+    fmt = PromptFormat(prompt_format="<{instruction}>", input_field="prompt")
+    asked = read_episodes(tmp_path / "rows.jsonl", ByteTokenizer(), fmt, 500, 4)
     by_ppo = score(judge, [""] * 4, ANSWERS, asked.columns(range(4))) * judge.std + judge.mean
     assert near(by_ppo, wanted) and (system is None) == ("birds" not in judge.tokenizer.decode(ids[0]))
 
@@ -183,5 +188,4 @@ def test_ours_in_a_prompt_format_is_read_the_same_by_transformers(fmt, bos, tmp_
     wanted, ids = by_transformers(tmp_path / "m", CONVERSATIONS, ANSWERS)
     assert reading(tok, fmt, [""] * 4, ANSWERS, CONVERSATIONS) == ids
     assert near(load_reward(tmp_path / "m").compute_reward([""] * 4, ANSWERS, CONVERSATIONS) * 2 + 0.5, wanted)
-    text = tok.decode(encode_pieces(tok, [ask_pieces(fmt, tok, {"instruction": "Name a bird."})])[0].ids)
-    assert reading(tok, fmt, [text], ANSWERS[:1]) == ids[:1]              # where PPO knows the text alone
+    assert reading(tok, fmt, [text_of(tok, fmt)], ANSWERS[:1]) == ids[:1]                 # where PPO knows the text alone
