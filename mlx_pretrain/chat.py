@@ -246,7 +246,7 @@ def asked_messages(
     else: return None
     while messages and messages[-1]["role"] != "user": messages.pop()
     if not messages: raise DataError("the conversation has no message of the user; add one")
-    return [{"role": m["role"], "content": m["content"]} for m in _introduced(fmt, messages)]
+    return [{key: value for key, value in m.items() if key != "trained"} for m in _introduced(fmt, messages)]
 
 
 def judged_pieces(
@@ -260,7 +260,7 @@ def judged_pieces(
     The end of the answer is what the template writes there; in a prompt format it is the token that ends a text. Raises `DataError` if
     the template refuses these messages.
     """
-    messages = [_said(m["role"], m["content"]) for m in messages]
+    messages = [{**m, "trained": False} for m in messages]
     if fmt.prompt_format is None: return template_pieces(tokenizer, [*_introduced(fmt, messages), _said("assistant", response)])
     return [*_format_pieces(fmt, tokenizer, messages), Piece(response), Piece(tokenizer.eos_id)]
 

@@ -62,7 +62,7 @@ def reading(
 def _joined(pieces: list[Piece]) -> list[Piece]:
     "Texts that follow each other as one, as transformers encodes what stands between two control tokens."
     joined = []
-    for what, _ in pieces:
+    for what in (piece.what for piece in pieces):
         if joined and isinstance(what, str) and isinstance(joined[-1].what, str): what = joined.pop().what + what
         joined.append(Piece(what))
     return joined
@@ -195,8 +195,7 @@ def _conversed(fmt: PromptFormat, row: Row) -> tuple[Row, str]:
     "A row that asks what stands before the last answer of its conversation, and that answer."
     try: *asked, answer = read_messages(_conversation(fmt, row.value))
     except DataError as e: raise DataError(f"{row.file}, line {row.line}: {e}") from None
-    messages = [{"role": m["role"], "content": m["content"]} for m in asked]
-    return row._replace(value={**row.value, fmt.output_field: answer["content"], fmt.input_field: messages}), answer["content"]
+    return row._replace(value={**row.value, fmt.output_field: answer["content"], fmt.input_field: asked}), answer["content"]
 
 
 def _said(row: Row, key: str) -> str:

@@ -56,7 +56,8 @@ def find_reward(
     """
     if not isinstance(spec, str):
         try: return as_reward_model(spec)
-        except TypeError as e: raise RewardError(f"{e}; make an object of it") from None
+        except TypeError as e:
+            raise RewardError(f"{e}; {'make an object of it' if inspect.isclass(spec) else 'give one of them'}") from None
     if (path := find_model(spec)).is_dir(): return load_reward(path)
     if path.exists():
         raise RewardError(f'"reward_model": {spec} does not say what gives the reward; write {spec}:Name, with the name of a class or '
@@ -66,6 +67,11 @@ def find_reward(
     if not inspect.isclass(found): return as_reward_model(found)
     if not hasattr(found, "compute_reward"):
         raise RewardError(f'"reward_model": {spec} has no compute_reward(self, prompts, responses); make it a subclass of RewardModel')
+    try: inspect.signature(found).bind()
+    except ValueError: pass                                               # written in C, and without a signature
+    except TypeError as e:
+        raise RewardError(f'"reward_model": {spec} needs arguments ({e}); make an object in a file of yours, such as name = '
+                          f'{found.__name__}(…), and give "file.py:name"') from None
     try: return found()
     except (Exception, SystemExit) as e: raise RewardError(f'"reward_model": {spec}() fails{_blame(e)}; mend it') from None
 
