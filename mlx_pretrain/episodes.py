@@ -7,14 +7,16 @@ __all__ = ['split_episode', 'Episodes', 'no_reward', 'read_episodes', 'width', '
 
 # %% ../nbs/28_episodes.ipynb #ea03b38f
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .chat import ask_pieces, row_pieces
+from .chat import ask_pieces, asked_messages, row_pieces
 from .data import Row, _groups, _hash_file, _Preprocess
 from .prompt import Example, Piece, PromptFormat
 from .rows import _encoded, _grid, _none_left, _number, _size, _Tally, _values, logger
@@ -37,15 +39,34 @@ class Episodes:
     """Prompts, and perhaps what was said and how good it was.
 
     `prompts`: token ids, n lists; `responses`: token ids with the one that ends them, n lists, and `rewards` (n,) float32, or both `None`;
-    `response_length`: most tokens of a response; `source`: path, sha256, rows, kept, dropped, filtered and skipped of their file.
+    `response_length`: most tokens of a response; `source`: path, sha256, rows, kept, dropped, filtered and skipped of their file; `rows`:
+    their columns, n dictionaries, or none; `format`: how a row became a prompt.
     """
     prompts: list[list[int]]
     responses: list[list[int]] | None
     rewards: np.ndarray | None
     response_length: int
     source: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    format: PromptFormat = PromptFormat()
 
     def __len__(self) -> int: return len(self.prompts)
+
+    @cached_property
+    def _names(self) -> list[str]: return [*dict.fromkeys(name for row in self.rows for name in row)]
+
+    def columns(
+        self,
+        indices: Iterable[int], # which rows, B integers from 0
+    ) -> dict[str, list[Any]]: # by name, B values each; nothing if the rows are not known
+        """The columns of some rows, `None` where a row lacks one.
+
+        `prompt_messages` is the prompt as a list of messages, each with `role` and `content`, or `None`, as `asked_messages` has it.
+        """
+        if not self.rows: return {}
+        rows = [self.rows[i] for i in indices]
+        columns = {name: [deepcopy(row.get(name)) for row in rows] for name in self._names}
+        return {**columns, "prompt_messages": [asked_messages(self.format, row) for row in rows]}
 
     @property
     def n_targets(self) -> int:
@@ -77,7 +98,8 @@ class Episodes:
         chosen = np.linspace(0, len(self) - 1, most).round().astype(int).tolist()
         pick = lambda values: None if values is None else [values[i] for i in chosen]
         rewards = None if self.rewards is None else self.rewards[chosen]
-        return replace(self, prompts=pick(self.prompts), responses=pick(self.responses), rewards=rewards)
+        prompts, responses, rows = map(pick, (self.prompts, self.responses, self.rows or None))
+        return replace(self, prompts=prompts, responses=responses, rewards=rewards, rows=rows or [])
 
 # %% ../nbs/28_episodes.ipynb #c0c3e291
 def no_reward(
@@ -95,13 +117,16 @@ def _reward(row: Row, key: str) -> float:
     return _number(row, key)
 
 
-def _read(path, fmt: PromptFormat, tokenizer: Tokenizer, key: str | None, edit, tally: _Tally) -> Iterator[tuple[int, list[Piece], float]]:
-    "Line, pieces and reward of each row that can be used."
+def _read(path, fmt: PromptFormat, tokenizer: Tokenizer, key: str | None, edit, tally: _Tally,
+          check: Callable | None) -> Iterator[tuple[Row, list[Piece], float]]:
+    "Each row that can be used, with its pieces and its reward."
     for row in _values(path, edit, tally):
-        try: pieces = (ask_pieces if key is None else row_pieces)(fmt, tokenizer, row.value)
+        try:
+            pieces = (ask_pieces if key is None else row_pieces)(fmt, tokenizer, row.value)
+            if check: check(row.value, asked_messages(fmt, row.value))
         except DataError as e: tally.bad(DataError(f"{row.file}, line {row.line}: {e}"))
         else:
-            try: yield row.line, pieces, 0.0 if key is None else _reward(row, key)
+            try: yield row, pieces, 0.0 if key is None else _reward(row, key)
             except DataError as e: tally.bad(e)
 
 
@@ -123,18 +148,19 @@ def read_episodes(
     reward_field: str | None = None, # column of the reward, if rows bring their own responses
     on_bad_row: str = "error", # or "skip"
     preprocess: str | Callable[[dict], dict | None] | None = None, # changes a row, or drops it by returning None; or how it is called
+    check: Callable[[dict, list | None], None] | None = None, # raises `DataError` for a row and its messages that cannot be scored
 ) -> Episodes: # in the order of the file
     """Read the rows of a file, and say in `source` what became of them. Rows whose own response makes them too long are dropped.
 
     Raises `DataError` with file and line for a bad row, or if no row is left.
     """
     edit, tally, sha256 = None if preprocess is None else _Preprocess(preprocess), _Tally(on_bad_row), _hash_file(path)
-    kept, scores = [], {}
+    kept, known = [], {}
 
     def laid_out():
-        for line, pieces, reward in _read(path, fmt, tokenizer, reward_field, edit, tally):
-            scores[line] = reward
-            yield line, pieces
+        for row, pieces, reward in _read(path, fmt, tokenizer, reward_field, edit, tally, check):
+            known[row.line] = reward, row.value
+            yield row.line, pieces
 
     for group in _groups(laid_out(), length=_size):
         for line, example in _encoded(path, group, tokenizer, tally):
@@ -144,13 +170,13 @@ def read_episodes(
                 tally.bad(DataError(f"{path}, line {line}: {e}"))
                 continue
             if len(prompt) + len(response) > context: tally["dropped"] += 1
-            else: kept.append((prompt, response, scores[line]))
+            else: kept.append((prompt, response, *known[line]))
     if not kept: raise DataError(_none_left(path, tally, context))
     if tally.first: logger.warning("%s: %d bad rows left out; the first: %s", path, tally["skipped"], tally.first)
-    prompts, responses, rewards = map(list, zip(*kept))
+    prompts, responses, rewards, rows = map(list, zip(*kept))
     source = {"path": str(path), "sha256": sha256, **tally, "kept": len(kept)}
-    if reward_field is None: return Episodes(prompts, None, None, response_length, source)
-    return Episodes(prompts, responses, np.array(rewards, np.float32), max(map(len, responses)), source)
+    if reward_field is None: return Episodes(prompts, None, None, response_length, source, rows, fmt)
+    return Episodes(prompts, responses, np.array(rewards, np.float32), max(map(len, responses)), source, rows, fmt)
 
 # %% ../nbs/28_episodes.ipynb #e34fed55
 def width(

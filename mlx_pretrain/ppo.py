@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -31,10 +32,9 @@ from .lora import _around, add_adapters, merge
 from .model import Llama, ScalarLlama
 from .optim import Optimization
 from .pretrained import Pretrained, open_checkpoint
-from .reward_model import TrainedReward
 from .rows import PromptConfig, read_first_row, resolve_format
 from .run import LoggingConfig, RunError, StepsConfig
-from .score import find_reward, reward_name, score
+from .score import check_row, find_reward, reward_name, score
 from .stage import (
     AdaptedTraining, StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage, with_adapters)
 from .tokenizer import Tokenizer
@@ -331,7 +331,7 @@ def respond(
     step: int = 0, # of the draws
     batch_size: int | None = None, # responses written at once; by default all
 ) -> Sampled: # B responses
-    "Let a policy answer, and ask what that is worth; responses that the rows bring are taken as they are."
+    "Sample responses and score them, with the columns of their rows; responses that the rows bring are taken as they are."
     model, tokenizer, _, fmt = pretrained
     prompts = [episodes.prompts[i] for i in indices]
     asked = [tokenizer.decode(prompt) for prompt in prompts]
@@ -341,7 +341,8 @@ def respond(
                        temperature=temperature, seed=seed, step=step, batch_size=batch_size)
         responses = [row[mask].tolist() for row, mask in zip(np.array(out.tokens), np.array(out.response_mask))]
     said = [fmt.unwrap(text_after(tokenizer, p, r)) for p, r in zip(prompts, responses)]
-    return Sampled(prompts, responses, asked, said, episodes.rewards[indices] if reward is None else score(reward, asked, said))
+    scores = episodes.rewards[indices] if reward is None else score(reward, asked, said, episodes.columns(indices))
+    return Sampled(prompts, responses, asked, said, scores)
 
 # %% ../nbs/04_ppo.ipynb #696f7725
 def make_reader(
@@ -465,7 +466,7 @@ class PPOTrainer(StageTrainer):
         self,
         cfg: PPOConfig, # the whole run
         pretrained: Pretrained | None = None, # what to begin with, if it is open already; else `cfg.pretrained_model`
-        reward: RewardModel | Callable[[str, str], float] | None = None, # what scores; else `cfg.reward_model`, else the rows' own rewards
+        reward: RewardModel | Callable[..., float] | None = None, # what scores; else `cfg.reward_model`, else the rows' own rewards
         **kwargs, # `callbacks`, `run`, or your own `optimizer` and `schedule`, as `Trainer` takes them
     ):
         path, reward = data_file(cfg.data, "input_file"), cfg.reward_model if reward is None else reward
@@ -482,7 +483,7 @@ class PPOTrainer(StageTrainer):
         fmt = resolve_format(cfg.data, row, pretrained.format, answered)
         if not fmt.input_field: raise ConfigError(f'the rows of {path} have no prompt; name its column in "data.input_field"')
         cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
-        if isinstance(self.reward, TrainedReward): self.reward.check_asked(fmt, cfg.data.preprocessing.max_context_size)
+        if hasattr(self.reward, "check_asked"): self.reward.check_asked(fmt, cfg.data.preprocessing.max_context_size)
         data, held_out = (self._episodes(cfg, key, tokenizer) for key in ("input_file", "validation_file"))
         self.ppo, self.guards, self.now, self.rollout, self.sampled = cfg.ppo, Guards(), None, None, None
         if answered: self.ppo = self.ppo.model_copy(update={"kl_estimator": "k1"})       # a log-ratio is what it is
@@ -510,9 +511,9 @@ class PPOTrainer(StageTrainer):
     def _episodes(self, cfg: PPOConfig, key: str, tokenizer) -> Episodes | None:
         "The rows of one of the two files; `None` if there is none."
         if (path := data_file(cfg.data, key)) is None: return None
-        d = cfg.data
+        d, check = cfg.data, None if self.reward is None else partial(check_row, self.reward)
         return read_episodes(path, tokenizer, self.format, d.preprocessing.max_context_size, d.response_length,
-                             d.reward_field if self.reward is None else None, d.on_bad_row, d.preprocess)
+                             d.reward_field if self.reward is None else None, d.on_bad_row, d.preprocess, check)
 
     def draw(
         self,

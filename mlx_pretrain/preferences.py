@@ -9,30 +9,63 @@ __all__ = ['reading', 'unfold', 'PreferenceBatch', 'lay_beside', 'Preferences', 
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from .chat import ask_pieces, row_pieces
+from .chat import _conversation, ask_pieces, asked_messages, by_instruction, judged_pieces, read_messages, template_pieces
 from .data import Row, _groups, _hash_file, _Preprocess
-from .episodes import split_episode
-from .generate import text_after
-from .prompt import Example, PromptFormat, encode_pieces, pair_pieces
+from .prompt import Piece, PromptFormat, encode_pieces, pair_pieces
 from .rows import _grid, _none_left, _number, _Tally, _values, logger
 from .tokenizer import DataError, Tokenizer
 
 # %% ../nbs/31_preferences.ipynb #83f26ffb
+@lru_cache(8)
+def _around_message(tokenizer: Tokenizer) -> tuple[str, str]:
+    "The text of a chat template around a single message of the user, without control tokens."
+    message = {"role": "user", "content": "What is asked?", "trained": False}
+    try: [(ids, _)] = encode_pieces(tokenizer, [template_pieces(tokenizer, [message])])
+    except DataError: return "", ""
+    before, found, after = tokenizer.decode(ids).partition(message["content"])
+    return (before, after) if found else ("", "")
+
+
+def _message_in(tokenizer: Tokenizer, prompt: str) -> str:
+    "The message of the user in the text of a prompt; all of it, if the tokenizer's own chat template did not make it."
+    before, after = _around_message(tokenizer)
+    if not (prompt.startswith(before) and prompt[len(before):].endswith(after)): return prompt
+    return prompt[len(before):len(prompt) - len(after)]
+
+
 def reading(
-    tokenizer: Tokenizer, # makes the tokens
-    fmt: PromptFormat, # knows what stands around a response
-    prompts: list[str], # what was asked, as a model saw it
+    tokenizer: Tokenizer, # of the reward model
+    fmt: PromptFormat, # of the reward model
+    prompts: list[str], # what was asked, as the policy saw it, without control tokens
     responses: list[str], # what was said
-) -> list[Example]: # each pair in tokens, from the one that begins a text to the one that ends it; the response is marked
-    "Prompts and responses as a reward model reads them."
-    rows = [pair_pieces(tokenizer, prompt, fmt.wrap(response)) for prompt, response in zip(prompts, responses, strict=True)]
-    return encode_pieces(tokenizer, rows)
+    asked: list[list[dict[str, str]] | None] | None = None, # what was asked, as messages, where that is known
+) -> list[list[int]]: # token ids of prompt and response
+    "Prompts and responses as a reward model reads them. Raises `DataError` if its chat template refuses the messages."
+    rows = []
+    asked = [None] * len(prompts) if asked is None else asked
+    for prompt, response, messages in zip(prompts, responses, asked, strict=True):
+        said = fmt.wrap(response)
+        if fmt.prompt_format is None and messages is None: messages = [{"role": "user", "content": _message_in(tokenizer, prompt)}]
+        known = messages is not None and by_instruction(fmt)
+        pieces = judged_pieces(fmt, tokenizer, messages, said) if known else pair_pieces(tokenizer, prompt, said)
+        rows.append(pieces if fmt.prompt_format is None else _joined(pieces))
+    return [example.ids for example in encode_pieces(tokenizer, rows)]
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    "Texts that follow each other as one, as transformers encodes what stands between two control tokens."
+    joined = []
+    for what in (piece.what for piece in pieces):
+        if joined and isinstance(what, str) and isinstance(joined[-1].what, str): what = joined.pop().what + what
+        joined.append(Piece(what))
+    return joined
 
 # %% ../nbs/31_preferences.ipynb #9b09da2d
 def unfold(
@@ -84,12 +117,14 @@ class Preferences:
     """Prompts, what was said, and how good that was.
 
     `prompts`: token ids, n lists; `chosen`: those of prompt and response, n lists; `rejected`: the same of the other response, or `None`;
-    `values` (n,) float32: margins, or the reward of each response; `pad_id`: fills; `said` (N,): tokens of the response in each of
-    `texts`; `source`: path, sha256, rows, kept, dropped, filtered, skipped and tied of their file.
+    `asked`: the prompts as messages, n lists or `None`s; `values` (n,) float32: margins, or the reward of each response; `pad_id`: fills;
+    `said` (N,): tokens of the response in each of `texts`; `source`: path, sha256, rows, kept, dropped, filtered, skipped and tied of
+    their file.
     """
     prompts: list[list[int]]
     chosen: list[list[int]]
     rejected: list[list[int]] | None
+    asked: list[list[dict[str, str]] | None]
     values: np.ndarray
     pad_id: int
     said: np.ndarray
@@ -156,12 +191,11 @@ def are_pairs(
                     f'"{response}" and "{reward}"')
 
 
-def _conversed(fmt: PromptFormat, tokenizer: Tokenizer, row: Row) -> tuple[list[int], str]:
-    "Prompt and response of a row whose answer stands in a conversation, as PPO would see them."
-    try: [example] = encode_pieces(tokenizer, [row_pieces(fmt, tokenizer, row.value)])
+def _conversed(fmt: PromptFormat, row: Row) -> tuple[Row, str]:
+    "A row that asks what stands before the last answer of its conversation, and that answer."
+    try: *asked, answer = read_messages(_conversation(fmt, row.value))
     except DataError as e: raise DataError(f"{row.file}, line {row.line}: {e}") from None
-    prompt, response = split_episode(example, tokenizer.eos_id)
-    return prompt, fmt.unwrap(text_after(tokenizer, prompt, response))
+    return row._replace(value={**row.value, fmt.output_field: answer["content"], fmt.input_field: asked}), answer["content"]
 
 
 def _said(row: Row, key: str) -> str:
@@ -172,9 +206,10 @@ def _said(row: Row, key: str) -> str:
 
 
 class _Judged(NamedTuple):
-    "A row: its line, the prompt in tokens, the responses, and margin or reward."
+    "A row: its line, the prompt in tokens and as messages, the responses, and margin or reward."
     line: int
     prompt: list[int]
+    asked: list[dict[str, str]] | None
     said: list[str]
     value: float
 
@@ -184,26 +219,25 @@ def _judged(path, fmt: PromptFormat, tokenizer: Tokenizer, columns: Columns, pai
     for row in _values(path, edit, tally):
         try:
             row = unfold(row, columns.chosen, columns.rejected, fmt.input_field) if pairs else row
-            if not pairs and isinstance(row.value.get(columns.response), list):
-                prompt, one = _conversed(fmt, tokenizer, row)
-                said = [one]
-            else:
-                said = [_said(row, key) for key in (columns[:2] if pairs else (columns.response,))]
-                try: [(prompt, _)] = encode_pieces(tokenizer, [ask_pieces(fmt, tokenizer, row.value)])
-                except DataError as e: raise DataError(f"{row.file}, line {row.line}: {e}") from None
+            if not pairs and isinstance(row.value.get(columns.response), list): row, *said = _conversed(fmt, row)
+            else: said = [_said(row, key) for key in (columns[:2] if pairs else (columns.response,))]
+            try:
+                [(prompt, _)] = encode_pieces(tokenizer, [ask_pieces(fmt, tokenizer, row.value)])
+                asked = asked_messages(fmt, row.value)
+            except DataError as e: raise DataError(f"{row.file}, line {row.line}: {e}") from None
             key = columns.margin if pairs else columns.reward
             value = 0.0 if pairs and row.value.get(key) is None else _number(row, key)
         except DataError as e: tally.bad(e)
         else:
             if pairs and said[0] == said[1]: tally["tied"] += 1
-            else: yield _Judged(row.line, prompt, said, value)
+            else: yield _Judged(row.line, prompt, asked, said, value)
 
 
 def _read(path, fmt: PromptFormat, tokenizer: Tokenizer, group: list[_Judged], tally: _Tally) -> Iterator[tuple[_Judged, tuple]]:
-    "Some rows with their responses in tokens, all at once, from the prompts as PPO will hand them over."
+    "Some rows with prompt and response in tokens, all at once, from the prompts as PPO will hand them over."
     try:
-        prompts = [tokenizer.decode(row.prompt) for row in group]
-        yield from zip(group, zip(*(reading(tokenizer, fmt, prompts, list(said)) for said in zip(*(row.said for row in group)))))
+        prompts, asked = [tokenizer.decode(row.prompt) for row in group], [row.asked for row in group]
+        yield from zip(group, zip(*(reading(tokenizer, fmt, prompts, list(said), asked) for said in zip(*(row.said for row in group)))))
     except DataError as e:
         if len(group) == 1: return tally.bad(DataError(f"{path}, line {group[0].line}: {e}"))
         for row in group: yield from _read(path, fmt, tokenizer, [row], tally)
@@ -227,12 +261,13 @@ def read_preferences(
     kept = []
     rows = _judged(path, fmt, tokenizer, columns, pairs, edit, tally)
     for group in _groups(rows, length=lambda row: len(row.prompt) + sum(map(len, row.said))):
-        for row, examples in _read(path, fmt, tokenizer, group, tally):
-            if max(len(one.ids) for one in examples) > context: tally["dropped"] += 1
-            else: kept.append((row.prompt, row.value, *examples))
+        for row, texts in _read(path, fmt, tokenizer, group, tally):
+            if max(map(len, texts)) > context: tally["dropped"] += 1
+            else: kept.append((row.prompt, row.asked, row.value, *texts))
     if not kept: raise DataError(_none_left(path, tally, context))
     if tally.first: logger.warning("%s: %d bad rows left out; the first: %s", path, tally["skipped"], tally.first)
-    prompts, values, *both = map(list, zip(*kept))
-    texts, said = [[one.ids for one in some] for some in both], np.array([len(one.ids) - one.start for some in both for one in some])
+    prompts, asked, values, *both = map(list, zip(*kept))
+    said = np.array([max(0, len(ids) - len(prompt)) for texts in both for ids, prompt in zip(texts, prompts)])
     source = {"path": str(path), "sha256": sha256, **tally, "kept": len(kept)}
-    return Preferences(prompts, texts[0], texts[1] if pairs else None, np.array(values, np.float32), tokenizer.pad_id, said, source)
+    rejected, values = both[1] if pairs else None, np.array(values, np.float32)
+    return Preferences(prompts, both[0], rejected, asked, values, tokenizer.pad_id, said, source)

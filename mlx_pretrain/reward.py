@@ -246,10 +246,10 @@ class RewardTrainer(StageTrainer):
         first = zip(names, (data.chosen[0], *(data.rejected or [])[:1]))
         self.trial = "\n".join(f"For example {name + ':':<9} {tokenizer.decode(ids)!r}" for name, ids in first)
 
-    def _asked(self) -> list[list[int]]:
-        "The prompts on which the reward is normalised, spread over the file. Raises `ConfigError` if none leaves room for a response."
+    def _asked(self) -> list[int]:
+        "The rows on whose prompts the reward is normalised, spread over the file. Raises `ConfigError` if none leaves room for a response."
         n, room = self.cfg.data.normalization_samples, self.policy.args.max_position_embeddings - self.cfg.data.response_length
-        different = [ids for ids in map(list, dict.fromkeys(map(tuple, self.data.prompts))) if 0 < len(ids) <= room]
+        different = [i for ids, i in {tuple(ids): i for i, ids in enumerate(self.data.prompts)}.items() if 0 < len(ids) <= room]
         if n and not different:
             raise ConfigError('"data.response_length": no prompt leaves so much room for a response; lower it, or set '
                               '"data.normalization_samples: 0"')
@@ -307,11 +307,12 @@ class RewardTrainer(StageTrainer):
 
     def normalised(self) -> TrainedReward:
         "The reward model, with mean 0 and standard deviation 1 on what the policy says that it began as."
-        reward, tok, prompts = TrainedReward(self.model, self.tokenizer, self.format), self.tokenizer, self.asked
+        reward, tok = TrainedReward(self.model, self.tokenizer, self.format), self.tokenizer
+        prompts, asked = ([column[i] for i in self.asked] for column in (self.data.prompts, self.data.asked))
         if not prompts: return reward
         texts = generate_text(self.policy, tok, prompts, self.cfg.data.response_length, seed=self.seed, batch_size=32)
         said = [*map(self.format.unwrap, texts)]
-        scores = reward.compute_reward([*map(tok.decode, prompts)], said).astype(np.float64)
+        scores = reward.compute_reward([*map(tok.decode, prompts)], said, asked).astype(np.float64)
         reward.mean, reward.std = float(scores.mean()), float(scores.std())
         if reward.std < 1e-6:
             logger.warning("The reward model says the same about all that the policy says; it is only shifted, and not scaled.")

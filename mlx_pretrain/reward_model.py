@@ -15,12 +15,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .chat import by_instruction, judged_pieces
 from .core import RewardModel
 from .model import ScalarLlama
 from .preferences import lay_beside, reading
-from .pretrained import PretrainedError, _read_object, export, load
+from .pretrained import PretrainedError, _read_object, export, find_model, load
 from .prompt import PromptFormat, _begin
-from .tokenizer import Tokenizer
+from .tokenizer import DataError, Tokenizer
 
 # %% ../nbs/32_reward_model.ipynb #033d85c5
 def last_score(
@@ -62,8 +63,8 @@ class TrainedReward(RewardModel):
     def __init__(
         self,
         model: ScalarLlama, # gives a number for a text
-        tokenizer: Tokenizer, # its own, which need not be the policy's; it reads prompts as the policy's format wrote them, though
-        fmt: PromptFormat, # what stands around a response
+        tokenizer: Tokenizer, # its own, which need not be the policy's
+        fmt: PromptFormat, # its own, in which it reads conversations
         mean: float = 0.0, # is taken off
         std: float = 1.0, # divides what remains
     ):
@@ -72,25 +73,50 @@ class TrainedReward(RewardModel):
 
     def compute_reward(
         self,
-        prompts: list[str], # what was asked, as the policy saw it; B texts
+        prompts: list[str], # what was asked, as the policy saw it, without control tokens; B texts
         responses: list[str], # what was said; B texts
+        prompt_messages: list[list[dict[str, str]] | None] | None = None, # what was asked, as messages, where that is known; B lists
     ) -> np.ndarray: # (B,) float32
-        "Standard deviations above what the policy said at first."
-        begin, longest = len(_begin(self.tokenizer)), self.model.args.max_position_embeddings
-        texts = [ids for ids, _ in reading(self.tokenizer, self.format, prompts, responses)]
-        texts = [ids if len(ids) <= longest else ids[:begin] + ids[begin - longest:] for ids in texts]
+        """Standard deviations above what the policy said at first. The number is that at the last token of the conversation.
+
+        With a chat template, that is what the template writes at the end of an answer; else it is the token that ends a text, as in TRL.
+        """
+        texts = [self._newest(ids) for ids in reading(self.tokenizer, self.format, prompts, responses, prompt_messages)]
         return (self.scores(texts) - np.float32(self.mean)) / np.float32(self.std)
+
+    def _newest(self, ids: list[int]) -> list[int]:
+        "As many tokens as the model reads: the one that begins a text, if there is one, and the last."
+        longest, begin = self.model.args.max_position_embeddings, _begin(self.tokenizer)
+        n = len(begin) if ids[:len(begin)] == begin else 0
+        return ids if len(ids) <= longest else ids[:n] + ids[n - longest:]
+
+    def check_row(
+        self,
+        row: dict, # its columns
+        messages: list[dict[str, str]] | None, # what it asks
+    ):
+        "Raise `DataError` if the model's form has no place for these messages."
+        if messages is None or not by_instruction(self.format): return
+        try: judged_pieces(self.format, self.tokenizer, messages, "")
+        except DataError as e:
+            why = str(e).rpartition("; ")[0] or e
+            raise DataError(f'the reward model cannot read this conversation: {why}; change its messages or "data.system_prompt", or '
+                            'leave such rows out with "data.on_bad_row: skip"') from None
 
     def check_asked(
         self,
         fmt: PromptFormat, # how the policy is asked
         context: int, # most tokens that it reads and says
     ):
-        "Warn if the policy is asked in another form than this model was taught, or says more than it reads."
-        other = [key for key in ("prompt_format", "response_format", "system_prompt") if getattr(fmt, key) != getattr(self.format, key)]
-        if other:
-            logger.warning(f'The reward model was taught on prompts and responses of another form ({", ".join(other)}); what it says about '
-                           "these may mean little.")
+        "Warn if this model reads prompts in another form than it was taught, or less than the policy reads and says."
+        own = self.format
+        if not (by_instruction(own) and by_instruction(fmt)) and fmt.prompt_format != own.prompt_format:
+            logger.warning("The reward model reads prompts as the policy does, because %s; if it was trained on prompts of another "
+                           "form, its rewards may mean little.", 'the policy\'s "data.prompt_format" has other columns than the '
+                           "instruction" if by_instruction(own) else "it has no chat template")
+        elif fmt.system_prompt and fmt.system_prompt != own.system_prompt:
+            logger.warning('The reward model reads the policy\'s "data.system_prompt", but its own format has %s; its rewards may mean '
+                           "little.", "another one" if own.system_prompt else "no system prompt")
         if context > (longest := self.model.args.max_position_embeddings):
             logger.warning(f"The reward model reads {longest} tokens at most; of longer texts it reads the end.")
 
@@ -106,13 +132,20 @@ class TrainedReward(RewardModel):
         export(self.model, self.tokenizer, directory, self.format, {_NORM: {"mean": self.mean, "std": self.std}})
 
 
+def _check_labels(config: dict, place: Path):
+    "Raise `PretrainedError` if a classifier gives more than one number."
+    n = config.get("num_labels", len(config.get("id2label") or "1"))
+    if n != 1: raise PretrainedError(f"{place} is a classifier with {n} labels, and a reward is one number; give a model with num_labels 1")
+
+
 def load_reward(
     path: str | Path, # a finished run of `mlx-pretrain reward` (its directory, or its name in runs/), or the model/ in it
 ) -> TrainedReward: # ready to be asked
     "Open a reward model. Raises `PretrainedError` and others as `load` does."
+    for place in (find_model(path), find_model(path) / "model"): _check_labels(_read_object(place / "config.json"), place)
     model, tokenizer, place, fmt = load(path, ScalarLlama)
     norm = _read_object(place / "config.json").get(_NORM) or {}
     mean, std = (norm.get("mean", 0.0), norm.get("std", 1.0)) if isinstance(norm, dict) else (None, None)
     if not (isinstance(mean, int | float) and isinstance(std, int | float) and 0 < std < 1e15 and abs(mean) < 1e15):
         raise PretrainedError(f"{place / 'config.json'}: {_NORM} must hold a mean and a std above 0; copy it again")
-    return TrainedReward(model, tokenizer, fmt or PromptFormat(response_format="{response}"), mean, std)
+    return TrainedReward(model, tokenizer, fmt or PromptFormat(prompt_format="{prompt}"), mean, std)

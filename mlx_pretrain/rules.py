@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .core import RewardModel
-from .score import RewardError, find_reward, reward_name, score
+from .score import RewardError, check_row, find_reward, reward_name, score
 
 # %% ../nbs/33_rules.ipynb #b573a91d
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class WeightedSum(RewardModel):
     "Several rewards at once."
     def __init__(
         self,
-        *parts: tuple[float, RewardModel | Callable[[str, str], float] | str], # weight and reward, or what `find_reward` takes
+        *parts: tuple[float, RewardModel | Callable[..., float] | str], # weight and reward, or what `find_reward` takes
     ):
         try: parts = [(float(weight), find_reward(reward)) for weight, reward in parts]
         except (TypeError, ValueError):
@@ -110,8 +110,19 @@ class WeightedSum(RewardModel):
         self,
         prompts: list[str], # what was asked, B texts
         responses: list[str], # what was said, B texts
+        /,
+        **columns, # of the dataset, B values each; each part gets those it asks for
     ) -> np.ndarray: # (B,) float32
         "The sum for each response. Raises `RewardError` as `score` does, for the part that is wrong."
-        return sum(np.float32(weight) * score(reward, prompts, responses) for weight, reward in self.parts)
+        return sum(np.float32(weight) * score(reward, prompts, responses, columns) for weight, reward in self.parts)
+
+    def check_row(self, row: dict, messages: list[dict] | None):
+        "Raise `DataError` as `check_row` does, for the part that lacks a column."
+        for _, reward in self.parts: check_row(reward, row, messages)
+
+    def check_asked(self, *asked):
+        "Warn as the parts that are reward models do."
+        for _, reward in self.parts:
+            if hasattr(reward, "check_asked"): reward.check_asked(*asked)
 
     def __repr__(self): return f"WeightedSum({', '.join(f'{weight:g} {reward_name(reward)}' for weight, reward in self.parts)})"

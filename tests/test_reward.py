@@ -1,5 +1,6 @@
 "Reward models: what is learned from pairs and numbers, read as PPO asks, kept on the disk, and used beside adapters; and rules."
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -252,7 +253,8 @@ SAID = [("the boats", "count  them", " every morning "), ("é 🙂<eos>", "<pad>
 def both_ways(tmp_path, tok, fmt, rows, asked):
     "Tokens of the chosen responses: as they are trained, and as PPO has them read when the policy says just that."
     trained = read_preferences(write(tmp_path / "pairs.jsonl", rows), tok, fmt, 500)
-    prompts = read_episodes(write(tmp_path / "asked.jsonl", asked), tok, fmt, 500, 100).prompts
+    episodes = read_episodes(write(tmp_path / "asked.jsonl", asked), tok, fmt, 500, 100)
+    prompts = episodes.prompts
     assert prompts == trained.prompts
     responses = []
     for row, prompt in zip(rows, prompts):
@@ -261,7 +263,7 @@ def both_ways(tmp_path, tok, fmt, rows, asked):
         responses.append(whole.ids[whole.start:])
     asks, seen = TrainedReward(scalar(), tok, fmt), []
     asks.scores = lambda texts: (seen.extend(texts), np.zeros(len(texts), np.float32))[1]
-    respond(Pretrained(None, tok, Path(), fmt), Episodes(prompts, responses, None, 100), np.arange(len(prompts)), asks)
+    respond(Pretrained(None, tok, Path(), fmt), replace(episodes, responses=responses), np.arange(len(prompts)), asks)
     return trained.chosen, seen
 
 
@@ -277,6 +279,48 @@ def test_what_is_trained_is_what_ppo_has_read(kind, fmt, tmp_path, monkeypatch):
     monkeypatch.setattr(reward_model, "reading", planted(reading, "fmt.wrap(response)", "response"))
     trained, used = both_ways(tmp_path, tokenizer(kind), fmt, rows, [{"prompt": p} for p, _, _ in SAID])
     assert all(a != b for a, b in zip(trained, used, strict=True))
+
+
+CHATML = ("{% for m in messages %}{{ '<bos>' + m['role'] + '\n' + m['content'] + '<eos>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<bos>assistant\n' }}{% endif %}")
+
+
+def chat_tokenizer(folder, template=CHATML):
+    "A byte tokenizer as a chat model has it."
+    ByteTokenizer().save(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return HFTokenizer(folder)
+
+
+def spelt(tok, ids): return "".join(map(tok.piece, ids))
+
+
+def test_a_chat_template_is_read_whole(tmp_path):
+    "In training and by PPO: each turn with its control tokens, the response ended as the template ends it. Red if text alone is read."
+    tok, fmt = chat_tokenizer(tmp_path / "tok"), PromptFormat(prompt_format=None, input_field="prompt", output_field="completion")
+    talk = [says("system", "Be brief."), says("user", "q"), says("assistant", "early"), says("user", "p <eos>")]
+    rows = [{"prompt": talk, "chosen": [says("assistant", "yes ")], "rejected": [says("assistant", "no")]},
+            {"prompt": "q", "chosen": "", "rejected": "no"}]
+    trained, used = both_ways(tmp_path, tok, fmt, rows, [{"prompt": talk}, {"prompt": "q"}])
+    assert trained == used and spelt(tok, used[1]) == "<bos>user\nq<eos>\n<bos>assistant\n<eos>\n"
+    assert spelt(tok, used[0]) == ("<bos>system\nBe brief.<eos>\n<bos>user\nq<eos>\n<bos>assistant\nearly<eos>\n<bos>user\np <eos><eos>\n"
+                                   "<bos>assistant\nyes <eos>\n")
+    assert [*used[0]].count(tok.eos_id) == 5                              # what a user writes is no control token
+    texts = [tok.decode(ids) for ids in read_preferences(tmp_path / "pairs.jsonl", tok, fmt, 500).prompts]
+    assert reading(tok, fmt, texts, ["yes ", ""])[1] == used[1] != reading(tok, fmt, ["another text"], [""])[0]
+    assert reading(tok, fmt, ["another text"], [""]) == reading(tok, fmt, [""], [""], [[says("user", "another text")]])
+
+
+def test_a_reward_model_reads_prompts_in_its_own_form(tmp_path):
+    "Trained on another form than the policy is asked in. Red if it reads the policy's text."
+    tok, chat = ByteTokenizer(), chat_tokenizer(tmp_path / "tok")
+    asked = read_episodes(write(tmp_path / "r.jsonl", [{"prompt": "Who?"}]), tok, AROUND, 500, 10)
+    text, messages = [tok.decode(asked.prompts[0])], asked.columns([0])["prompt_messages"]
+    assert spelt(chat, reading(chat, PromptFormat(prompt_format=None), text, ["I."], messages)[0]) == (
+        "<bos>system\nBe  kind. <eos>\n<bos>user\nWho?<eos>\n<bos>assistant\nI.<eos>\n")
+    plain = ASKED.model_copy(update={"prompt_format": "<{instruction}>"})
+    assert spelt(tok, reading(tok, plain, text, ["I."], messages)[0]) == "<bos>Be  kind. \n\n<Who?>I.<eos>"
+    assert spelt(tok, reading(tok, PromptFormat(prompt_format="{prompt}"), ["as it is"], ["I."], messages)[0]) == "<bos>as it isI.<eos>"
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])

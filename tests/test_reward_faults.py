@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlx_pretrain import reward as reward_module
@@ -372,12 +373,16 @@ def test_going_on_with_another_reward(learned, caplog):
     assert learned.call("rl", learned.ppo("al", reward_model="r.py:f"), *go_on, 3)[0] == 0 and "another one" in caplog.text
 
 
-def test_a_policy_that_is_asked_in_another_form_is_told(learned, caplog):
-    "The reward model has read bare prompts and would now read \"### Instruction:\" around each. Red as long as that passes in silence."
-    assert learned.call("rl", learned.ppo("same", reward_model="rm"))[0] == 0
-    caplog.clear()
+def test_a_policy_that_is_asked_in_another_form(learned, caplog):
+    "The reward model has read bare prompts and reads them now, not \"### Instruction:\" around each; where it cannot, that is said."
     asked = learned.ppo("other", reward_model="rm", data={"prompt_format": "### Instruction:\n{instruction}\n\n### Response:"})
-    assert learned.call("rl", asked)[0] == 0
+    trainer = PPOTrainer(PPOConfig.model_validate_json(json.dumps(asked)))
+    said = trainer.collect(trainer.data, np.arange(2), {"temperature": 1.0}, 0)
+    bare = load_reward("rm").compute_reward(["a", "bc"], said.said)
+    assert said.asked[1] == "### Instruction:\nbc\n\n### Response:" and said.scores.tolist() == bare.tolist()
+    assert load_reward("rm").compute_reward(said.asked, said.said).tolist() != bare.tolist() and "may mean little" not in caplog.text
+    rows = [{"prompt": "a", "context": "b"}]
+    assert learned.call("rl", learned.ppo("more", reward_model="rm", rows=rows, data={"prompt_format": "{context} {instruction}"}))[0] == 0
     assert any("reward" in record.message and "prompt_format" in record.message for record in caplog.records)
 
 
@@ -469,7 +474,10 @@ def test_a_part_of_a_sum_that_fails_is_named(home):
 def test_a_rule_that_wants_to_be_told_something(home):
     "A class with arguments cannot be named alone. The sentence names it."
     code, said = home.call("rl", home.ppo(reward_model="mlx_pretrain.rules:Length"))
-    assert code == 2 and "mlx_pretrain.rules:Length" in said and "words" in said and home.runs() == []
+    assert code == 2 and "mlx_pretrain.rules:Length needs arguments" in said and "words" in said and home.runs() == []
+    assert "make an object in a file of yours, such as name = Length(…)" in said
+    Path("mine.py").write_text("from mlx_pretrain.rules import Length\nname = Length(3)\n")
+    assert home.call("rl", home.ppo("mine", reward_model="mine.py:name"))[0] == 0
     assert home.call("rl", home.ppo(reward_model="mlx_pretrain.rules:Sentiment"))[0] == 0
 
 
