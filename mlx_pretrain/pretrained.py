@@ -24,7 +24,8 @@ from .core import fsync
 from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_split, merge
 from .model import Llama, LlamaArgs, ScalarLlama
 from .prompt import PromptFormat
-from .run import Saved, _swap_in, _writing, checkpoints, is_run, load_checkpoint, read_metadata
+from .run import (
+    _HASHES, Saved, _hash_problem, _swap_in, _write_hashes, _writing, checkpoints, is_run, load_checkpoint, read_metadata)
 from .tokenizer import Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer
 
 # %% ../nbs/17_pretrained.ipynb #f95ed538
@@ -126,7 +127,7 @@ def _usual_layout(model: nn.Module) -> dict[str, mx.array]: # name → float32 w
 # %% ../nbs/17_pretrained.ipynb #3b52087e
 _FORMAT = "mlx_pretrain_format" # a key of config.json that other programs pass over
 _OURS = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
+         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", _HASHES}
 
 
 def _check_target(directory: Path):
@@ -169,6 +170,7 @@ def export(
             if template or fmt and fmt.prompt_format is not None:         # the template that came along asks in another form
                 _write_files(new, _without_chat(tokenizer._files))
             if template: (new / "chat_template.jinja").write_text(template, encoding="utf-8")
+            _write_hashes(new, [path.name for path in new.iterdir()])
             for path in [*new.iterdir(), new]: fsync(path)
             _swap_in(new, directory)
         finally: shutil.rmtree(new, ignore_errors=True)
@@ -273,7 +275,9 @@ def _check_kind(found: str | None, kind: type, path: Path):
 
 def _load_hf(directory: Path, kind: type = Llama) -> Pretrained:
     "A directory in Hugging Face's layout."
-    config, files = _read_object(directory / "config.json"), _weight_files(directory)
+    config = _read_object(directory / "config.json")
+    if problem := _hash_problem(directory): raise PretrainedError(problem)
+    files = _weight_files(directory)
     _check_kind((config.get("architectures") or [None])[0], kind, directory)
     _refuse_quantised(directory, config, [])
     try: args = args_from_hf(config)
