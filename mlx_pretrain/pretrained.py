@@ -25,7 +25,7 @@ from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_spl
 from .model import Llama, LlamaArgs, ScalarLlama
 from .prompt import PromptFormat
 from .run import (
-    _HASHES, Saved, _hash_problem, _swap_in, _write_hashes, _writing, checkpoints, is_run, load_checkpoint, read_metadata)
+    _HASHES, Saved, _hash_problem, _not_utf8, _swap_in, _write_hashes, _writing, checkpoints, is_run, load_checkpoint, read_metadata)
 from .tokenizer import Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer
 
 # %% ../nbs/17_pretrained.ipynb #f95ed538
@@ -131,7 +131,8 @@ _OURS = {"config.json", "generation_config.json", "model.safetensors", "tokenize
 
 
 def _check_target(directory: Path):
-    "Raise `PretrainedError` if something else than an export stands there."
+    "Raise `PretrainedError` if something else than an export stands there, or MLX cannot write to such a path."
+    if problem := _not_utf8(directory): raise PretrainedError(problem)
     if not os.path.lexists(directory): return
     if not directory.is_dir(): raise PretrainedError(f"{directory} is a file; give a directory to write the model to")
     if other := sorted({path.name for path in directory.iterdir()} - _OURS):
@@ -327,8 +328,9 @@ def _with_adapters(saved: Saved, weights: dict[str, mx.array], file: Path) -> Ll
 def find_model(
     path: str | Path, # a path, or the name of a run in runs/
 ) -> Path: # a path, which may lead nowhere
-    "Where a model is meant to be."
+    "Where a model is meant to be. Raises `PretrainedError` for a path that MLX cannot open."
     path = Path(path).expanduser()
+    if problem := _not_utf8(path): raise PretrainedError(problem)
     return path if path.exists() or not (Path("runs") / path).exists() else Path("runs") / path
 
 

@@ -553,8 +553,15 @@ def check_place(
                        "or `overwrite: true` to replace it.")
 
 
+def _not_utf8(path: Path) -> str | None: # None if it is
+    "What is wrong with a path that MLX cannot open, because its bytes are not text."
+    shown = str(path).encode(errors="backslashreplace").decode()
+    if shown != str(path): return f"The path {shown} is not UTF-8 text: rename that folder or file, or work elsewhere."
+
+
 def _check_writable(final: Path):
     "Raise `RunError` if nothing can be made where a run is to stand."
+    if problem := _not_utf8(final.absolute()): raise RunError(problem)
     above = next(parent for parent in final.absolute().parents if os.path.lexists(parent))
     if not above.is_dir(): raise RunError(f"{above} is not a directory: no run can be made in it; move it away.")
     if not os.access(above, os.W_OK | os.X_OK): raise RunError(f"{above} cannot be written to: change its permissions, or work elsewhere.")
@@ -827,6 +834,7 @@ def find_checkpoint(
 
     Raises `RunError` if there is none where one was asked for, it is not whole, or another process is writing this run.
     """
+    if problem := _not_utf8(Path(run_dir).absolute()): raise RunError(problem)
     if resume.checkpoint is None: return None
     _check_free(Path(run_dir))
     if resume.checkpoint == "latest":

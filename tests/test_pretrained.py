@@ -19,7 +19,7 @@ from mlx_pretrain.config import UserError
 from mlx_pretrain.model import Llama, LlamaArgs, RopeScaling
 from mlx_pretrain.pretrained import PretrainedError, args_from_hf, args_to_hf, export, load
 from mlx_pretrain.prompt import PromptFormat
-from mlx_pretrain.run import Run, RunError
+from mlx_pretrain.run import ResumeConfig, Run, RunError, find_checkpoint
 from mlx_pretrain.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 
 BYTE = ByteTokenizer()
@@ -474,3 +474,16 @@ def test_loaded_weights_are_in_memory(saved, model):
     shutil.rmtree(saved)
     np.testing.assert_array_equal(np.array(back(IDS)), np.array(model(IDS)))
     assert not Path(saved).exists()
+
+
+@pytest.mark.linux
+def test_a_path_that_is_not_utf8_is_refused_at_once(saved, model, tmp_path, monkeypatch):
+    "MLX opens no such file: a run would fail after its last step, at the export."
+    odd = tmp_path / os.fsdecode(b"b\xff")
+    shutil.copytree(saved, odd)
+    refused(odd, r"b\udcff is not UTF-8 text: rename that folder or file")
+    with pytest.raises(PretrainedError, match="is not UTF-8 text"): export(model, BYTE, odd / "m")
+    monkeypatch.chdir(odd)
+    for start in (lambda: Run("r", ""), lambda: find_checkpoint(ResumeConfig(), "runs/r")):
+        with pytest.raises(RunError, match="is not UTF-8 text: rename"): start()
+    assert not (odd / "runs").exists()
