@@ -438,9 +438,10 @@ _Cached = tuple[_TokenFile, dict[str, Any]] # tokens on the disk, and what meta.
 def _open_cache(folder: Path, vocab_size: int) -> _Cached | None:
     "A folder's tokens, (N,); None if it is not there, or not as it was written."
     try:
-        meta, tokens = json.loads((folder / "meta.json").read_bytes()), _TokenFile(folder, _token_type(vocab_size))
+        meta = json.loads((folder / "meta.json").read_bytes())
         numbers = all(type(meta[key]) is int for key in ("tokens", "bytes", "documents", "dropped"))
-        return (tokens, meta) if numbers and _hash_file(folder / "tokens.bin") == meta["tokens_sha256"] else None
+        if not numbers or _hash_file(folder / "tokens.bin") != meta["tokens_sha256"]: return None
+        return _TokenFile(folder, _token_type(vocab_size)), meta
     except (DataError, OSError, ValueError, KeyError, TypeError, RecursionError): return None
 
 

@@ -304,6 +304,8 @@ def open_checkpoint(
     place = directory.resolve().parent.parent / "tokenizer"
     if not place.is_dir(): raise PretrainedError(f"{directory} needs its run directory around it, for the tokenizer; copy the whole run")
     tokenizer = load_tokenizer(place)
+    if state.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise PretrainedError(f"{place} is damaged or replaced: {directory} was trained with another tokenizer; copy the whole run again")
     _check_sizes(args, tokenizer, directory)
     fmt = _read_format(state.get("format"), directory / "state.json")
     weights, file = arrays.get("model", {}), directory / "model.safetensors"

@@ -628,6 +628,7 @@ DAMAGE = {
     "emptied": lambda d: os.truncate(d / "tokens.bin", 0),
     "another token": lambda d: (d / "tokens.bin").write_bytes(b"\7" + (d / "tokens.bin").read_bytes()[1:]),
     "too long": lambda d: (d / "tokens.bin").write_bytes((d / "tokens.bin").read_bytes() * 2),
+    "a pipe": lambda d: (d / "tokens.bin").unlink() or os.mkfifo(d / "tokens.bin"),
     "no tokens": lambda d: (d / "tokens.bin").unlink(),
     "no meta": lambda d: (d / "meta.json").unlink(), "cut meta": lambda d: os.truncate(d / "meta.json", 20),
     "meta of text": lambda d: (d / "meta.json").write_text("[]"),

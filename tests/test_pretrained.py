@@ -20,7 +20,7 @@ from mlx_pretrain.model import Llama, LlamaArgs, RopeScaling
 from mlx_pretrain.pretrained import PretrainedError, args_from_hf, args_to_hf, export, load
 from mlx_pretrain.prompt import PromptFormat
 from mlx_pretrain.run import ResumeConfig, Run, RunError, find_checkpoint
-from mlx_pretrain.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+from mlx_pretrain.tokenizer import ByteTokenizer, SentencePieceTokenizer, SpecialTokens, train_sentencepiece
 
 BYTE = ByteTokenizer()
 SIZES = dict(vocab_size=BYTE.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -423,6 +423,15 @@ def test_damaged_checkpoint(tmp_path, model):
     refused(checkpoint, "model.safetensors is damaged", error=RunError)
     (checkpoint / "manifest.json").unlink()
     refused(checkpoint, "manifest.json is missing", error=RunError)
+
+
+def test_another_tokenizer_beside_a_checkpoint(tmp_path, model):
+    run, _ = start(tmp_path, model)
+    state = {"args": model.args.model_dump(), "tokenizer": BYTE.fingerprint}
+    checkpoint = run.save_checkpoint(501, {"model": dict(tree_flatten(model.parameters()))}, state)
+    assert mx.array_equal(load(checkpoint).model(IDS), model(IDS))
+    ByteTokenizer(special_tokens=SpecialTokens(eos="<end>")).save(run.path / "tokenizer")
+    refused(checkpoint, f"{run.path / 'tokenizer'} is damaged or replaced", "copy the whole run again", error=UserError)
 
 
 def test_checkpoint_without_sizes(tmp_path, model):
