@@ -10,7 +10,7 @@ CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command
 
 .DEFAULT_GOAL = help
 .NOTPARALLEL:
-.PHONY: help demo test e2e interop install docs site lab check clean units demo-result long browser check-rest
+.PHONY: help demo test e2e interop install docs site lab check chaos chaos-short nightly clean units demo-result long browser check-rest
 
 help:
 	@echo "make demo      train a small Llama on two centuries of speeches, teach it to answer, and align it with a learned reward"
@@ -22,6 +22,8 @@ help:
 	@echo "make docs      run the tutorials, and build the site in _docs/ and README.md"
 	@echo "make site      the same, and open its pages in a real browser"
 	@echo "make check     everything above but lab"
+	@echo "make chaos     kill, stop, starve and damage trainings at random moments (SEED=17: the same moments again)"
+	@echo "make nightly   everything that takes long and seldom fails"
 	@echo "make clean     remove what was built; your runs, data and .venv stay"
 
 demo: .venv/.stamp-data
@@ -42,7 +44,9 @@ docs: .venv/.stamp-dev .venv/.stamp-data
 
 check: units check-rest
 
-check-rest: demo-result long install e2e interop site
+check-rest: demo-result long install e2e interop site chaos-short
+
+nightly: check chaos
 
 e2e: .venv/.stamp-dev .venv/.stamp-data browser
 	$(BIN)/python -m pytest -q -rs tests/e2e
@@ -61,12 +65,21 @@ install: .venv/.stamp-dev
 long: .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/long
 
+# Each fault prints the command that repeats it alone. The short part takes two minutes, the whole six.
+CHAOS = $(BIN)/python -m pytest -q -rs tests/chaos $(SEED:%=--seed %)
+
+chaos: .venv/.stamp-dev
+	$(CHAOS) --rounds 2
+
+chaos-short: .venv/.stamp-dev
+	$(CHAOS) -k "kill or signal or mutated or flipped or training"
+
 units: .venv/.stamp-dev .venv/.stamp-data
 	$(BIN)/ruff check --quiet
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/notebooks.py execute
 	$(BIN)/python tools/notebooks.py sync
-	$(BIN)/python -m pytest -q -rs tests $(foreach part,install interop demo long e2e site,--ignore=tests/$(part))
+	$(BIN)/python -m pytest -q -rs tests $(foreach part,install interop demo long e2e site chaos,--ignore=tests/$(part))
 
 demo-result: demo .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/demo

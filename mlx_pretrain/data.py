@@ -8,12 +8,12 @@ __all__ = ['Row', 'read_jsonl', 'load_object', 'read_texts', 'Batch', 'Windows',
 
 # %% ../nbs/01_data.ipynb #a13072ba
 import difflib
+import errno
 import fcntl
 import hashlib
 import importlib
 import json
 import math
-import mmap
 import os
 import re
 import shutil
@@ -21,6 +21,7 @@ import stat
 import sys
 import time
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -293,9 +294,22 @@ def _check_ids(tokens: np.ndarray, vocab_size: int, folder: str | None = None) -
     raise DataError(f"the tokenizer made id {bad[0]}, but has only {vocab_size} tokens, its files do not belong together; copy them again")
 
 
-def _forget_pages(tokens: np.ndarray) -> None:
-    "Give back what was read of a mapped file, else a process seems to grow by the whole file; the system still has it at hand."
-    if isinstance(tokens.base, mmap.mmap): tokens.base.madvise(mmap.MADV_DONTNEED)
+class _TokenFile:
+    "Tokens on the disk, of which a slice is read when it is asked for. A mapped file that is cut off would end the process without a word."
+    def __init__(self, folder: Path, dtype: type):
+        self.folder, self.dtype, self._handle = folder, np.dtype(dtype), os.open(folder / "tokens.bin", os.O_RDONLY)
+        weakref.finalize(self, os.close, self._handle)
+        self._length = os.fstat(self._handle).st_size // self.dtype.itemsize
+
+    def __len__(self) -> int: return self._length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self._length)
+        size, place = max(0, stop - start) * self.dtype.itemsize, start * self.dtype.itemsize
+        try: raw = os.pread(self._handle, size, place)
+        except OSError as e: raise DataError(f"the token cache {self.folder} cannot be read ({e.strerror}); check the disk") from None
+        if len(raw) == size: return np.frombuffer(raw, self.dtype)
+        raise DataError(f"the token cache {self.folder} was cut off while it was in use; start again, and it is made anew")
 
 # %% ../nbs/01_data.ipynb #8daed883
 @dataclass(frozen=True)
@@ -306,7 +320,7 @@ class Windows:
     repeats from the one before; `pad_id`: fills the last window; `vocab_size`: each token is below it; `n_bytes`: UTF-8 bytes of the
     documents, for bits per byte; `source`: path, sha256, documents, dropped, tokens, cache and key of their file, empty for `pack`.
     """
-    tokens: np.ndarray
+    tokens: np.ndarray | _TokenFile
     context: int
     overlap: int
     pad_id: int
@@ -340,8 +354,9 @@ class Windows:
         if not ((indices >= -1) & (indices < len(self))).all(): raise IndexError(f"windows are numbered 0 to {len(self) - 1}")
         places = indices[:, None] * (self.context - self.overlap) + np.arange(self.context + 1)    # (B, T+1)
         real = (indices[:, None] >= 0) & (places < len(self.tokens))                              # (B, T+1)
-        tokens = np.where(real, self.tokens[np.where(real, places, 0)], self.pad_id).astype(np.int32) # (B, T+1)
-        _forget_pages(self.tokens)
+        tokens = np.full(places.shape, self.pad_id, np.int32)                                     # (B, T+1)
+        for row, here, start in zip(tokens, real, places[:, 0]):
+            if here.any(): row[here] = self.tokens[start:start + self.context + 1]
         _check_ids(tokens, self.vocab_size, self.source.get("cache"))
         first_time = (indices[:, None] == 0) | (np.arange(self.context) >= self.overlap)          # (B, T)
         return Batch(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), mx.array(real[:, 1:] & first_time)) # (B, T) each
@@ -420,17 +435,17 @@ def _cache_key(sha256: str, tokenizer: Tokenizer, preprocess: _Preprocess | None
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 # %% ../nbs/01_data.ipynb #97a7e2c7
-_Cached = tuple[np.ndarray, dict[str, Any]] # tokens on the disk, and what meta.json says
+_Cached = tuple[_TokenFile, dict[str, Any]] # tokens on the disk, and what meta.json says
 
 
 def _open_cache(folder: Path, vocab_size: int) -> _Cached | None:
-    "A folder's tokens, (N,), mapped into memory; None if it is not there or not whole."
+    "A folder's tokens, (N,); None if it is not there, or not as it was written."
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        tokens = np.memmap(folder / "tokens.bin", _token_type(vocab_size), "r")
-        whole = all(type(meta[key]) is int for key in ("tokens", "bytes", "documents", "dropped")) and len(tokens) == meta["tokens"]
-        return (tokens, meta) if whole else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError): return None
+        numbers = all(type(meta[key]) is int for key in ("tokens", "bytes", "documents", "dropped"))
+        if not numbers or _hash_file(folder / "tokens.bin") != meta["tokens_sha256"]: return None
+        return _TokenFile(folder, _token_type(vocab_size)), meta
+    except (DataError, OSError, ValueError, KeyError, TypeError, RecursionError): return None
 
 
 def _stamp(path: str | Path) -> tuple:
@@ -449,15 +464,18 @@ def _write_cache(
     "Tokenise a file into `tokens.bin`, and say in `meta.json` what is in there."
     from tqdm import tqdm
     counts, often = Counter(tokens=0, bytes=0, documents=0, dropped=0), 0.2 if sys.stderr.isatty() else 20
+    digest = hashlib.sha256()
     bar = tqdm(total=os.path.getsize(path), desc=f"tokenizing {Path(path).name}", unit="B", unit_scale=True, delay=2, dynamic_ncols=True,
                mininterval=often)
     with bar, open(folder / "tokens.bin", "xb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)                                  # as long as the file is open, its folder is in use
         for tokens, n_bytes in _tokenise(_documents(path, preprocess, counts, bar.update), tokenizer, f"{path}, line"):
             file.write(tokens)
+            digest.update(tokens)
             counts.update(tokens=len(tokens), bytes=n_bytes)
         if not counts["bytes"]: raise DataError(f"{path} holds no text: every row is empty; give some text")
-        (folder / "meta.json").write_text(json.dumps({**about, **counts, "dtype": str(tokens.dtype)}, indent=2) + "\n")
+        meta = {**about, **counts, "dtype": str(tokens.dtype), "tokens_sha256": digest.hexdigest()}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         file.flush()
         for part in (folder / "tokens.bin", folder / "meta.json", folder): fsync(part)
 
@@ -497,8 +515,10 @@ def _make_cache(
         new.mkdir()
         _write_cache(new, path, *how)
         if _stamp(path) != stamp: raise DataError(f"{path} changed while it was read; start again when it is complete")
-        made = _open_cache(new, how[0].vocab_size)                     # the map stays when the folder gets its name, or goes
+        made = _open_cache(new, how[0].vocab_size)                     # stays open when the folder gets its name, or goes
+        if made is None: raise OSError(errno.EIO, "it does not read as it was written")
         if key: _commit(new, root / key, how[0].vocab_size)
+        made[0].folder = root / key if key else root
         return made
     except OSError as e:
         raise DataError(f"the token cache {root} cannot be written ({e.strerror or e}); make room there, or set MLX_PRETRAIN_CACHE to "

@@ -25,6 +25,7 @@ from .config import ConfigError, Section, UserError
 from .core import fsync, key_for, write_whole
 from .model import Linear, Llama, LlamaArgs
 from .ops import linear_add, linears
+from .run import _HASHES, _hash_problem, _write_hashes
 
 # %% ../nbs/16_lora.ipynb #0428327e
 class Dropout:
@@ -219,8 +220,10 @@ def save_adapters(
         directory.mkdir(parents=True, exist_ok=True)
         mx.save_safetensors(str(new), {name: w.astype(mx.float32) for name, w in weights.items()}, metadata={"format": "mlx"})
         fsync(new)
+        (directory / _HASHES).unlink(missing_ok=True)
         write_whole(directory / "adapter_config.json", (json.dumps(about, indent=2) + "\n").encode())
         os.replace(new, directory / "adapters.safetensors")
+        _write_hashes(directory, ("adapter_config.json", "adapters.safetensors"))
     except (OSError, RuntimeError) as e:
         raise AdapterError(f"{directory} could not be written ({getattr(e, 'strerror', None) or e}); choose another place") from e
     finally: new.unlink(missing_ok=True)
@@ -266,6 +269,7 @@ def load_adapters(
         raise AdapterError(f"{directory} holds no adapters that can be read for this model ({why}); copy them again") from None
     if model.args.rope_traditional:
         raise AdapterError("adapters on disk are for models that rotate halves; open this model from its exported directory")
+    if problem := _hash_problem(directory): raise AdapterError(problem)
     fill_adapters(model, weights, directory)
     return model
 

@@ -24,7 +24,8 @@ from .core import fsync
 from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_split, merge
 from .model import Llama, LlamaArgs, ScalarLlama
 from .prompt import PromptFormat
-from .run import Saved, _swap_in, _writing, checkpoints, is_run, load_checkpoint, read_metadata
+from .run import (
+    _HASHES, Saved, _hash_problem, _not_utf8, _swap_in, _write_hashes, _writing, checkpoints, is_run, load_checkpoint, read_metadata)
 from .tokenizer import DataError, Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer
 
 # %% ../nbs/17_pretrained.ipynb #f95ed538
@@ -128,11 +129,12 @@ def _usual_layout(model: nn.Module) -> dict[str, mx.array]: # name → float32 w
 # %% ../nbs/17_pretrained.ipynb #3b52087e
 _FORMAT = "mlx_pretrain_format" # a key of config.json that other programs pass over
 _OURS = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
+         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", _HASHES}
 
 
 def _check_target(directory: Path):
-    "Raise `PretrainedError` if something else than an export stands there."
+    "Raise `PretrainedError` if something else than an export stands there, or MLX cannot write to such a path."
+    if problem := _not_utf8(directory): raise PretrainedError(problem)
     if not os.path.lexists(directory): return
     if not directory.is_dir(): raise PretrainedError(f"{directory} is a file; give a directory to write the model to")
     if other := sorted({path.name for path in directory.iterdir()} - _OURS):
@@ -171,6 +173,7 @@ def export(
             if template or fmt and fmt.prompt_format is not None:         # the template that came along asks in another form
                 _write_files(new, _without_chat(tokenizer._files))
             if template: (new / "chat_template.jinja").write_text(template, encoding="utf-8")
+            _write_hashes(new, [path.name for path in new.iterdir()])
             for path in [*new.iterdir(), new]: fsync(path)
             _swap_in(new, directory)
         finally: shutil.rmtree(new, ignore_errors=True)
@@ -282,7 +285,9 @@ def _check_kind(found: str | None, kind: type, path: Path):
 
 def _load_hf(directory: Path, kind: type = Llama) -> Pretrained:
     "A directory in Hugging Face's layout."
-    config, files = _read_object(directory / "config.json"), _weight_files(directory)
+    config = _read_object(directory / "config.json")
+    if problem := _hash_problem(directory): raise PretrainedError(problem)
+    files = _weight_files(directory)
     _check_kind((config.get("architectures") or [None])[0], kind, directory)
     _refuse_quantised(directory, config, [])
     try: args = args_from_hf(config)
@@ -308,6 +313,8 @@ def open_checkpoint(
     place = directory.resolve().parent.parent / "tokenizer"
     if not place.is_dir(): raise PretrainedError(f"{directory} needs its run directory around it, for the tokenizer; copy the whole run")
     tokenizer = load_tokenizer(place)
+    if state.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise PretrainedError(f"{place} is damaged or replaced: {directory} was trained with another tokenizer; copy the whole run again")
     _check_sizes(args, tokenizer, directory)
     fmt = _read_format(state.get("format"), directory / "state.json")
     weights, file = arrays.get("model", {}), directory / "model.safetensors"
@@ -332,8 +339,9 @@ def _with_adapters(saved: Saved, weights: dict[str, mx.array], file: Path) -> Ll
 def find_model(
     path: str | Path, # a path, or the name of a run in runs/
 ) -> Path: # a path, which may lead nowhere
-    "Where a model is meant to be."
+    "Where a model is meant to be. Raises `PretrainedError` for a path that MLX cannot open."
     path = Path(path).expanduser()
+    if problem := _not_utf8(path): raise PretrainedError(problem)
     return path if path.exists() or not (Path("runs") / path).exists() else Path("runs") / path
 
 

@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -270,6 +270,14 @@ def _manifest(hashes: dict[str, str]) -> str:
     "The one spelling of a manifest: file name → SHA-256."
     return json.dumps(hashes, indent=1) + "\n"
 
+
+_HASHES = "mlx_pretrain.sha256.json" # manifest of an export; other programs pass over it
+
+
+def _write_hashes(folder: Path, names: Iterable[str]):
+    "Write the manifest of some exported files beside them."
+    write_whole(folder / _HASHES, _manifest({name: _sha256(folder / name) for name in sorted(names)}).encode())
+
 # %% ../nbs/15_run.ipynb #58f45b98
 def _fill(folder: Path, arrays: dict[str, dict[str, mx.array]], state: dict):
     "Write a checkpoint's files into a new folder, the manifest last, and wait for the disk."
@@ -320,11 +328,11 @@ def checkpoints(
 
 # %% ../nbs/15_run.ipynb #b2dd92f2
 def _read_manifest(file: Path) -> dict[str, str] | None: # file name → SHA-256; None if it cannot be trusted
-    "A checkpoint's manifest."
+    "A manifest."
     text = file.read_bytes()
     try: hashes = json.loads(text)
     except (ValueError, RecursionError): return None
-    if not isinstance(hashes, dict) or "state.json" not in hashes or _manifest(hashes).encode() != text: return None
+    if not isinstance(hashes, dict) or not hashes or _manifest(hashes).encode() != text: return None
     return None if any("/" in name for name in hashes) else hashes
 
 
@@ -332,7 +340,7 @@ def _problem(path: Path) -> str | None: # None if nothing is
     "What is wrong with the checkpoint in a folder."
     file = path / "manifest.json"
     try:
-        if (hashes := _read_manifest(file)) is None: return f"{file} is damaged"
+        if "state.json" not in (hashes := _read_manifest(file) or {}): return f"{file} is damaged"
         for name, expected in hashes.items():
             file = path / name
             if _sha256(file) != expected: return f"{file} is damaged (it differs from its manifest)"
@@ -340,6 +348,28 @@ def _problem(path: Path) -> str | None: # None if nothing is
     except OSError as e: return f"{file} could not be read ({e.strerror})"
     unknown = {file.name for file in path.glob("[!.]*.safetensors")} - hashes.keys()
     if unknown: return f"{path / min(unknown)} is not in its manifest"
+
+
+def _is_valid_text(file: Path) -> bool:
+    "Is a file text, and JSON if its name says so? Then somebody may have edited it."
+    try: return json.loads(file.read_bytes()) is not None if file.suffix == ".json" else bool(file.read_text("utf-8"))
+    except (ValueError, RecursionError): return False
+
+
+def _hash_problem(folder: Path) -> str | None: # None if nothing is, or it has no manifest
+    "What is wrong with an export, as its manifest tells; a text that was edited is a warning."
+    manifest, edited = folder / _HASHES, []
+    remedy = f"copy it again, open a checkpoint of its run, or, if it was changed on purpose, delete {manifest}"
+    if not manifest.exists(): return None
+    try:
+        if (hashes := _read_manifest(file := manifest)) is None: return f"{manifest} is damaged; copy it again, or delete it"
+        for file, expected in ((folder / name, expected) for name, expected in hashes.items()):
+            if _sha256(file) == expected: continue
+            if not _is_valid_text(file): return f"{file} is damaged or incomplete (it differs from {_HASHES}); {remedy}"
+            edited.append(file.name)
+    except FileNotFoundError: return f"{file} is missing, but {_HASHES} names it; {remedy}"
+    except OSError as e: return f"{file} could not be read ({e.strerror}); {remedy}"
+    if edited: logger.warning(f"{folder}: {', '.join(edited)} changed since the export; if that was on purpose, delete {manifest}.")
 
 # %% ../nbs/15_run.ipynb #55d9273c
 def _read_checkpoint(path: Path) -> tuple[dict, dict]: # arrays, state
@@ -523,8 +553,15 @@ def check_place(
                        "or `overwrite: true` to replace it.")
 
 
+def _not_utf8(path: Path) -> str | None: # None if it is
+    "What is wrong with a path that MLX cannot open, because its bytes are not text."
+    shown = str(path).encode(errors="backslashreplace").decode()
+    if shown != str(path): return f"The path {shown} is not UTF-8 text: rename that folder or file, or work elsewhere."
+
+
 def _check_writable(final: Path):
     "Raise `RunError` if nothing can be made where a run is to stand."
+    if problem := _not_utf8(final.absolute()): raise RunError(problem)
     above = next(parent for parent in final.absolute().parents if os.path.lexists(parent))
     if not above.is_dir(): raise RunError(f"{above} is not a directory: no run can be made in it; move it away.")
     if not os.access(above, os.W_OK | os.X_OK): raise RunError(f"{above} cannot be written to: change its permissions, or work elsewhere.")
@@ -797,6 +834,7 @@ def find_checkpoint(
 
     Raises `RunError` if there is none where one was asked for, it is not whole, or another process is writing this run.
     """
+    if problem := _not_utf8(Path(run_dir).absolute()): raise RunError(problem)
     if resume.checkpoint is None: return None
     _check_free(Path(run_dir))
     if resume.checkpoint == "latest":

@@ -1,8 +1,10 @@
 """Properties of mlx_pretrain.data: nothing is lost, doubled or reordered, and planted bugs are caught."""
 import fcntl
+import gc
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -437,7 +439,7 @@ def both_ways(rules, spec, **more):
     "What read_texts and the cache make of the file."
     windows = cached_windows(rules / "rows.jsonl", ByteTokenizer(), 8, preprocess=spec, **more)
     texts = list(read_texts(rules / "rows.jsonl", spec))
-    assert windows.tokens.tolist() == pack(texts, ByteTokenizer(), 8).tokens.tolist()
+    assert windows.tokens[:].tolist() == pack(texts, ByteTokenizer(), 8).tokens.tolist()
     return texts, windows.source["dropped"]
 
 
@@ -536,7 +538,7 @@ def test_an_edited_function_is_another_function(rules, monkeypatch):
         for letter in "abca":
             (rules / "quick.py").write_text(f"def f(row): return {{'text': '{letter}'}}")
             windows = cached_windows("rows.jsonl", ByteTokenizer(), 8, preprocess=f"{place}:f")
-            assert set(bytes(i for i in windows.tokens.tolist() if i < 256).decode()) == {letter}
+            assert set(bytes(i for i in windows.tokens[:].tolist() if i < 256).decode()) == {letter}
             seen.append(windows.source["key"])
         assert len(set(seen)) == 3 and seen[0] == seen[3]
 
@@ -563,7 +565,7 @@ def test_the_cache_gives_the_same_batches_as_memory(kind, documents, shape):
     file = write_documents(home / "rows.jsonl", documents)
     memory = pack(documents, tok, *shape)
     for windows in (cached_windows(file, tok, *shape, cache=home / "cache"), cached_windows(file, tok, *shape, cache=home / "cache")):
-        assert type(windows.tokens) is np.memmap
+        assert len(windows.tokens) == len(memory.tokens) and windows.tokens[:].tolist() == memory.tokens.tolist()
         assert windows.tokens.dtype == memory.tokens.dtype == (np.uint32 if kind == "wide" else np.uint16)
         assert windows.n_bytes == memory.n_bytes and same_batches(windows, memory)
         check_windows(windows, documents, tok)
@@ -578,7 +580,8 @@ def test_where_windows_come_from(tmp_path, monkeypatch):
     assert json.loads(json.dumps(windows.source)) == windows.source and pack(["one"], ByteTokenizer(), 4).source == {}
     meta = json.loads((cache_dir() / key / "meta.json").read_text())
     assert meta == {"path": str(file), "sha256": windows.source["sha256"], "vocab_size": 259, "preprocess": None, "tokens": 15, "bytes": 11,
-                    "documents": 2, "dropped": 0, "dtype": "uint16"}
+                    "documents": 2, "dropped": 0, "dtype": "uint16",
+                    "tokens_sha256": hashlib.sha256((cache_dir() / key / "tokens.bin").read_bytes()).hexdigest()}
     assert (cache_dir() / key / "tokens.bin").stat().st_size == 30
     assert cache_dir(tmp_path) == tmp_path and cache_dir("~") == Path.home()
     monkeypatch.delenv("MLX_PRETRAIN_CACHE")
@@ -604,7 +607,7 @@ def test_the_key_is_what_the_tokens_depend_on(tmp_path, rules):
 def test_a_function_object_is_used_and_not_kept(rules):
     def windows(letter): return cached_windows(rules / "rows.jsonl", ByteTokenizer(), 8, preprocess=lambda row: {"text": letter})
     a, b = windows("a"), windows("b")                                                # the same code, and another meaning
-    assert 97 in a.tokens and 97 not in b.tokens and 98 in b.tokens
+    assert 97 in a.tokens[:] and 97 not in b.tokens[:] and 98 in b.tokens[:]
     assert a.source["key"] is None and a.source["cache"] is None and list(cache_dir().iterdir()) == []
     assert a.batch([0]).inputs.tolist() == [[257, 97, 258, 257, 97, 258, 257, 97]]   # its place on the disk is gone, its content is not
 
@@ -612,7 +615,7 @@ def test_a_function_object_is_used_and_not_kept(rules):
 def test_tokens_are_made_once_and_the_file_is_hashed_once(tmp_path, monkeypatch):
     file, opened, made = write_documents(tmp_path / "rows.jsonl", ["one"]), [], []
     open_rows, write = data._open_rows, data._write_cache
-    monkeypatch.setattr(data, "_open_rows", lambda path: opened.append(path) or open_rows(path))
+    monkeypatch.setattr(data, "_open_rows", lambda path: opened.extend([path] * (path == file)) or open_rows(path))
     monkeypatch.setattr(data, "_write_cache", lambda *a: made.append(a) or write(*a))
     cached_windows(file, ByteTokenizer(), 8)
     assert len(opened) == 2 and len(made) == 1                                       # once to hash, once to read
@@ -623,10 +626,13 @@ def test_tokens_are_made_once_and_the_file_is_hashed_once(tmp_path, monkeypatch)
 DAMAGE = {
     "cut off": lambda d: os.truncate(d / "tokens.bin", 4), "odd size": lambda d: os.truncate(d / "tokens.bin", 5),
     "emptied": lambda d: os.truncate(d / "tokens.bin", 0),
+    "another token": lambda d: (d / "tokens.bin").write_bytes(b"\7" + (d / "tokens.bin").read_bytes()[1:]),
     "too long": lambda d: (d / "tokens.bin").write_bytes((d / "tokens.bin").read_bytes() * 2),
+    "a pipe": lambda d: (d / "tokens.bin").unlink() or os.mkfifo(d / "tokens.bin"),
     "no tokens": lambda d: (d / "tokens.bin").unlink(),
     "no meta": lambda d: (d / "meta.json").unlink(), "cut meta": lambda d: os.truncate(d / "meta.json", 20),
     "meta of text": lambda d: (d / "meta.json").write_text("[]"),
+    "no hash": lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"tokens_sha256"', '"tokens_md5"')),
     "missing field": lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"bytes"', '"bites"')),
     "wrong field": lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"documents": 2', '"documents": "2"')),
     "binary meta": lambda d: (d / "meta.json").write_bytes(b"\xff\xfe"), "deep meta": lambda d: (d / "meta.json").write_text("[" * 100_000),
@@ -644,15 +650,57 @@ def test_a_damaged_cache_is_made_again(tmp_path, damage):
     assert data._open_cache(folder, 259) is not None and [p.name for p in cache_dir().iterdir()] == [folder.name]
 
 
+@pytest.mark.parametrize("size", [0, 7, 30])
+def test_a_cache_that_is_cut_off_while_it_is_read(tmp_path, size):
+    "A mapped file would end the process with SIGBUS."
+    file = write_documents(tmp_path / "rows.jsonl", ["one two three four"] * 2)
+    windows = cached_windows(file, ByteTokenizer(), 4)
+    folder, before = Path(windows.source["cache"]), windows.batch([0, 3]).inputs.tolist()
+    os.truncate(folder / "tokens.bin", size)
+    for i in range(len(windows)):
+        if 2 * min(4 * i + 5, len(windows.tokens)) <= size: windows.batch([-1, i]); continue
+        with pytest.raises(DataError) as error: windows.batch([-1, i])
+        check_sentence(str(error.value), f"the token cache {folder} was cut off while it was in use; start again")
+    assert cached_windows(file, ByteTokenizer(), 4).batch([0, 3]).inputs.tolist() == before
+
+
+def test_a_cache_that_is_deleted_or_made_again_while_it_is_read(tmp_path):
+    file = write_documents(tmp_path / "rows.jsonl", ["one two three four"] * 2)
+    windows = cached_windows(file, ByteTokenizer(), 4)
+    shutil.rmtree(windows.source["cache"])
+    again = cached_windows(file, ByteTokenizer(), 4)
+    assert same_batches(windows, again)
+    os.truncate(again.tokens.folder / "tokens.bin", 2)
+    cached_windows(file, ByteTokenizer(), 4)
+    assert same_batches(windows, pack(["one two three four"] * 2, ByteTokenizer(), 4))
+
+
+def test_a_file_of_tokens_is_closed(tmp_path):
+    file = write_documents(tmp_path / "rows.jsonl", ["one"])
+    handle = cached_windows(file, ByteTokenizer(), 4).tokens._handle
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file"): os.fstat(handle)
+
+
+def test_a_disk_that_reads_back_other_bytes(tmp_path, monkeypatch):
+    write = data._write_cache
+    def rot(folder, *how):
+        write(folder, *how)
+        (folder / "tokens.bin").write_bytes(b"\0" * (folder / "tokens.bin").stat().st_size)
+    monkeypatch.setattr(data, "_write_cache", rot)
+    with pytest.raises(DataError) as error: cached_windows(write_documents(tmp_path / "rows.jsonl", ["one"]), ByteTokenizer(), 4)
+    check_sentence(str(error.value), "cannot be written (it does not read as it was written)", "set MLX_PRETRAIN_CACHE")
+
+
 def test_rotten_tokens_never_reach_mlx(tmp_path, monkeypatch):
     file = write_documents(tmp_path / "rows.jsonl", ["one two three"])
-    folder = Path(cached_windows(file, ByteTokenizer(), 4).source["cache"])
+    windows = cached_windows(file, ByteTokenizer(), 4)
+    folder = Path(windows.source["cache"])
     tokens = np.fromfile(folder / "tokens.bin", np.uint16)
     for place, value in ((0, 259), (7, 65535), (len(tokens) - 1, 300)):
         bad = tokens.copy()
         bad[place] = value
         bad.tofile(folder / "tokens.bin")
-        windows = cached_windows(file, ByteTokenizer(), 4)
         with monkeypatch.context() as m, pytest.raises(DataError) as error:
             m.setattr(data.mx, "array", lambda *a: pytest.fail("reached MLX"))
             windows.batch(range(len(windows)))

@@ -1,6 +1,7 @@
 """Opening and writing models: both layouts, every way a directory can be wrong, and what is left when the disk refuses."""
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -13,16 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 
+from common import check_sentence
 from mlx_pretrain.config import UserError
 from mlx_pretrain.model import Llama, LlamaArgs, RopeScaling
 from mlx_pretrain.pretrained import PretrainedError, args_from_hf, args_to_hf, export, load
-from mlx_pretrain.run import Run, RunError
-from mlx_pretrain.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+from mlx_pretrain.prompt import PromptFormat
+from mlx_pretrain.run import ResumeConfig, Run, RunError, find_checkpoint
+from mlx_pretrain.tokenizer import ByteTokenizer, SentencePieceTokenizer, SpecialTokens, train_sentencepiece
 
 BYTE = ByteTokenizer()
 SIZES = dict(vocab_size=BYTE.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
 LLAMA3 = RopeScaling(type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+HASHES = "mlx_pretrain.sha256.json"
 IDS = mx.array([[5, 6, 200, 257, 9, 9, 12, 77], [1, 2, 3, 4, 5, 6, 7, 8]])
 
 
@@ -49,6 +53,7 @@ def edit(directory, **changes):
 
 
 def reweigh(directory, change, name="model.safetensors"):
+    (directory / HASHES).unlink(missing_ok=True)
     weights = dict(mx.load(str(directory / name)))
     mx.eval(weights)
     change(weights)
@@ -143,6 +148,7 @@ def test_half_precision_is_read_exactly(saved, model, dtype):
 # ---- shards
 
 def shard(directory, n=3):
+    (directory / HASHES).unlink()
     weights = dict(mx.load(str(directory / "model.safetensors")))
     mx.eval(weights)
     (directory / "model.safetensors").unlink()
@@ -251,6 +257,75 @@ def test_torn_weights(saved, cut):
     refused(saved, "model.safetensors is damaged or incomplete")
 
 
+# ---- what the manifest tells
+
+def flip(file, bit):
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+def opens_with_a_warning(path, caplog):
+    "None if it is refused; else what it warns of."
+    caplog.clear()
+    try: load(path)
+    except UserError as e: return check_sentence(str(e))
+    return " ".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture(scope="module")
+def with_vocabulary(tmp_path_factory):
+    "An export with a file that is neither text nor weights, and one that is no JSON."
+    home = tmp_path_factory.mktemp("vocabulary")
+    tok = train_sentencepiece(["a few words for a small vocabulary"] * 3, 290, home / "tok")
+    export(lively(vocab_size=tok.vocab_size), tok, home / "m", PromptFormat(prompt_format="Q: {instruction}\nA:"))
+    return home / "m"
+
+
+def test_no_flipped_bit_goes_unseen(with_vocabulary, tmp_path, caplog):
+    rng, kept = random.Random(0), shutil.copytree(with_vocabulary, tmp_path / "m")
+    names = sorted(path.name for path in kept.iterdir())
+    assert {"tokenizer.model", "chat_template.jinja", "model.safetensors", HASHES} < {*names}
+    assert opens_with_a_warning(kept, caplog) == ""
+    for name in names:
+        for _ in range(12):
+            flip(kept / name, rng.randrange(8 * (kept / name).stat().st_size))
+            said = opens_with_a_warning(kept, caplog)
+            named = "" if name == HASHES else name                        # a hash that differs looks like a file that does
+            assert said is None or name.endswith((".json", ".jinja")) and f"{named} changed since the export" in said, (name, said)
+            shutil.copy(with_vocabulary / name, kept / name)
+    assert opens_with_a_warning(kept, caplog) == ""
+
+
+def test_what_is_missing_or_torn_is_named(with_vocabulary, tmp_path, caplog):
+    for path in with_vocabulary.iterdir():
+        for cut in (0, 1, path.stat().st_size // 2, path.stat().st_size - 1, None):
+            kept = shutil.copytree(with_vocabulary, tmp_path / "m")
+            if cut is None: (kept / path.name).unlink()
+            else: os.truncate(kept / path.name, cut)
+            if cut is None and path.name == HASHES: assert opens_with_a_warning(kept, caplog) == ""
+            elif path.suffix == ".jinja" and cut: assert path.name in opens_with_a_warning(kept, caplog)
+            elif path.suffix == ".json" and cut == path.stat().st_size - 1 and path.name != HASHES:
+                assert path.name in (opens_with_a_warning(kept, caplog) or path.name)          # its last line break, perhaps
+            else: refused(kept, path.name, error=UserError)
+            shutil.rmtree(kept)
+
+
+def test_the_remedies_work(saved, model, caplog):
+    original = (saved / "model.safetensors").read_bytes()
+    flip(saved / "model.safetensors", 8 * len(original) - 100)
+    refused(saved, "model.safetensors is damaged or incomplete", f"delete {saved / HASHES}")
+    (saved / "model.safetensors").write_bytes(original)
+    edit(saved, max_position_embeddings=64)
+    assert load(saved).model.args.max_position_embeddings == 64 and [r.getMessage() for r in caplog.records] == [
+        f"{saved}: config.json changed since the export; if that was on purpose, delete {saved / HASHES}."]
+    caplog.clear()
+    (saved / HASHES).unlink()
+    assert load(saved).model.args.max_position_embeddings == 64 and not caplog.records
+    export(model, BYTE, saved)
+    assert load(saved).model.args.max_position_embeddings == 256 and not caplog.records and (saved / HASHES).exists()
+
+
 # ---- config.json
 
 @pytest.mark.parametrize("changes,words", [
@@ -303,6 +378,8 @@ def test_paths_that_lead_nowhere(tmp_path, monkeypatch, saved):
     refused(saved / "model.safetensors", "is a file")
     refused(tmp_path / "runs", "holds no model")
     os.remove(saved / "model.safetensors")
+    refused(saved, "model.safetensors is missing, but mlx_pretrain.sha256.json names it; copy it again")
+    os.remove(saved / HASHES)
     refused(saved, "no *.safetensors")
     (saved / "pytorch_model.bin").write_bytes(b"x")
     refused(saved, "pytorch_model.bin", "save_pretrained")
@@ -346,6 +423,15 @@ def test_damaged_checkpoint(tmp_path, model):
     refused(checkpoint, "model.safetensors is damaged", error=RunError)
     (checkpoint / "manifest.json").unlink()
     refused(checkpoint, "manifest.json is missing", error=RunError)
+
+
+def test_another_tokenizer_beside_a_checkpoint(tmp_path, model):
+    run, _ = start(tmp_path, model)
+    state = {"args": model.args.model_dump(), "tokenizer": BYTE.fingerprint}
+    checkpoint = run.save_checkpoint(501, {"model": dict(tree_flatten(model.parameters()))}, state)
+    assert mx.array_equal(load(checkpoint).model(IDS), model(IDS))
+    ByteTokenizer(special_tokens=SpecialTokens(eos="<end>")).save(run.path / "tokenizer")
+    refused(checkpoint, f"{run.path / 'tokenizer'} is damaged or replaced", "copy the whole run again", error=UserError)
 
 
 def test_checkpoint_without_sizes(tmp_path, model):
@@ -397,3 +483,16 @@ def test_loaded_weights_are_in_memory(saved, model):
     shutil.rmtree(saved)
     np.testing.assert_array_equal(np.array(back(IDS)), np.array(model(IDS)))
     assert not Path(saved).exists()
+
+
+@pytest.mark.linux
+def test_a_path_that_is_not_utf8_is_refused_at_once(saved, model, tmp_path, monkeypatch):
+    "MLX opens no such file: a run would fail after its last step, at the export."
+    odd = tmp_path / os.fsdecode(b"b\xff")
+    shutil.copytree(saved, odd)
+    refused(odd, r"b\udcff is not UTF-8 text: rename that folder or file")
+    with pytest.raises(PretrainedError, match="is not UTF-8 text"): export(model, BYTE, odd / "m")
+    monkeypatch.chdir(odd)
+    for start in (lambda: Run("r", ""), lambda: find_checkpoint(ResumeConfig(), "runs/r")):
+        with pytest.raises(RunError, match="is not UTF-8 text: rename"): start()
+    assert not (odd / "runs").exists()

@@ -1,5 +1,6 @@
 "A run that is stopped, killed or broken, and gone on with, ends exactly as the one that nobody touched."
 import json
+import os
 import random
 import shutil
 import signal
@@ -16,8 +17,9 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer
-from mlx_pretrain.run import RunError, Saved, checkpoints, latest_checkpoint, load_checkpoint, read_metrics
+from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer, pretrain
+from mlx_pretrain.run import ResumeConfig, RunError, Saved, checkpoints, latest_checkpoint, load_checkpoint, read_metrics
+from mlx_pretrain.tokenizer import DataError
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
 CUTS = (7, 12, 23)  # inside the first epoch, at its end, inside the second
@@ -100,6 +102,22 @@ def test_from_three_cuts_in_other_processes(cut, whole_runs):
         assert state["step"] == 30 and state_again == state and equal(again, arrays), optimizer
         assert lines_of(resumed) == [line for line in lines_of(whole) if line["step"] > cut], optimizer
         assert equal(mx.load(str(resumed / "model" / "model.safetensors")), mx.load(str(whole / "model" / "model.safetensors")))
+
+
+def test_a_token_cache_that_is_cut_off_under_a_training(tmp_path):
+    "It ends in a sentence with what it has saved, and goes on to the same bits."
+    def damage(trainer, metrics):
+        if metrics["step"] == 13: os.truncate(trainer.data.tokens.folder / "tokens.bin", 2)
+
+    rare = {"logging": {"steps": {"checkpoint_interval": 100, "validation_interval": 100}}}
+    whole, cut = (config(tmp_path, name, total=20, **rare) for name in ("whole", "cut"))
+    pretrain(whole, tmp_path / "runs")
+    with pytest.raises(DataError, match="was cut off while it was in use; start again"):
+        pretrain(cut, tmp_path / "runs", callbacks=[damage])
+    assert checkpoints(tmp_path / "runs" / "cut")[-1].name == "step_000013"
+    pretrain(cut.model_copy(update={"resume": ResumeConfig(checkpoint="latest")}), tmp_path / "runs")
+    (arrays, state), (again, state_again) = (load_checkpoint(checkpoints(tmp_path / "runs" / name)[-1]) for name in ("whole", "cut"))
+    assert state_again == state and equal(again, arrays)
 
 
 # Kill -9. The worker trains a small model as fast as it can and saves after every few steps, so most of its time goes into saving.

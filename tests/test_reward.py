@@ -658,7 +658,8 @@ def test_a_killed_ppo_with_adapters_ends_as_one_that_was_not(tmp_path):
     names = {group: {name.rpartition(".")[2] for name in weights} for group, weights in arrays.items() if group != "optimizer"}
     assert names == {"model": {"lora_a", "lora_b"}, "critic": {"lora_a", "lora_b", "weight"}}
     assert [name for name in arrays["critic"] if name.endswith("weight")] == ["score.weight"] and state["base"]["lora"]["rank"] == 2
-    assert {file.name for file in (calm / "adapters").iterdir()} == {"adapters.safetensors", "adapter_config.json"}
+    assert {file.name for file in (calm / "adapters").iterdir()} == {
+        "adapters.safetensors", "adapter_config.json", "mlx_pretrain.sha256.json"}
     whole, _ = load_checkpoint(checkpoints(ppo(ppo_cfg(tmp_path, "whole", lora=0, steps=1), tmp_path / "runs", reward=number))[-1])
     assert "reference" in whole                                           # negative control: without adapters it must be there
 
