@@ -17,7 +17,7 @@ import numpy as np
 from .chat import ask_pieces, row_pieces
 from .data import Row, _groups, _hash_file, _Preprocess
 from .prompt import Example, Piece, PromptFormat
-from .rows import _encoded, _grid, _none_left, _number, _size, _Tally, _values, logger
+from .rows import _encoded, _grid, _none_left, _number, _size, _Tally, _values
 from .tokenizer import DataError, Tokenizer
 
 # %% ../nbs/28_episodes.ipynb #daca7d4f
@@ -98,6 +98,7 @@ def _reward(row: Row, key: str) -> float:
 def _read(path, fmt: PromptFormat, tokenizer: Tokenizer, key: str | None, edit, tally: _Tally) -> Iterator[tuple[int, list[Piece], float]]:
     "Line, pieces and reward of each row that can be used."
     for row in _values(path, edit, tally):
+        tally.unread.look(row, fmt, tokenizer, edit is not None, () if key is None else (key,))
         try: pieces = (ask_pieces if key is None else row_pieces)(fmt, tokenizer, row.value)
         except DataError as e: tally.bad(DataError(f"{row.file}, line {row.line}: {e}"))
         else:
@@ -146,7 +147,7 @@ def read_episodes(
             if len(prompt) + len(response) > context: tally["dropped"] += 1
             else: kept.append((prompt, response, scores[line]))
     if not kept: raise DataError(_none_left(path, tally, context))
-    if tally.first: logger.warning("%s: %d bad rows left out; the first: %s", path, tally["skipped"], tally.first)
+    tally.report(path, fmt)
     prompts, responses, rewards = map(list, zip(*kept))
     source = {"path": str(path), "sha256": sha256, **tally, "kept": len(kept)}
     if reward_field is None: return Episodes(prompts, None, None, response_length, source)

@@ -20,7 +20,7 @@ from .data import Row, _groups, _hash_file, _Preprocess
 from .episodes import split_episode
 from .generate import text_after
 from .prompt import Example, PromptFormat, encode_pieces, pair_pieces
-from .rows import _grid, _none_left, _number, _Tally, _values, logger
+from .rows import _grid, _none_left, _number, _Tally, _values
 from .tokenizer import DataError, Tokenizer
 
 # %% ../nbs/31_preferences.ipynb #83f26ffb
@@ -182,6 +182,7 @@ class _Judged(NamedTuple):
 def _judged(path, fmt: PromptFormat, tokenizer: Tokenizer, columns: Columns, pairs: bool, edit, tally: _Tally) -> Iterator[_Judged]:
     "The rows of a file that can be used."
     for row in _values(path, edit, tally):
+        tally.unread.look(row, fmt, tokenizer, edit is not None, columns)
         try:
             row = unfold(row, columns.chosen, columns.rejected, fmt.input_field) if pairs else row
             if not pairs and isinstance(row.value.get(columns.response), list):
@@ -231,7 +232,7 @@ def read_preferences(
             if max(len(one.ids) for one in examples) > context: tally["dropped"] += 1
             else: kept.append((row.prompt, row.value, *examples))
     if not kept: raise DataError(_none_left(path, tally, context))
-    if tally.first: logger.warning("%s: %d bad rows left out; the first: %s", path, tally["skipped"], tally.first)
+    tally.report(path, fmt)
     prompts, values, *both = map(list, zip(*kept))
     texts, said = [[one.ids for one in some] for some in both], np.array([len(one.ids) - one.start for some in both for one in some])
     source = {"path": str(path), "sha256": sha256, **tally, "kept": len(kept)}
