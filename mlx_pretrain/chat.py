@@ -233,7 +233,7 @@ def _conversation(fmt: PromptFormat, row: dict[str, Any]) -> Any:
     "What a row has as its conversation; `None` if it has none. Raises `DataError` if it has tools."
     value, answer = row.get(fmt.input_field), row.get(fmt.output_field)
     if isinstance(value, list) and isinstance(answer, list) and answer is not value: value = [*value, *answer]
-    if isinstance(value, list) and row.get("tools"):
+    if isinstance(value, list) and row.get("tools") not in (None, "", [], "[]"):
         raise DataError('the row has "tools", which this library does not tell the model of; leave them out, as "data.preprocess" can')
     if fmt.input_field == fmt.output_field and not isinstance(value, list): _turns(value)    # says what is wrong
     return value if isinstance(value, list) else None

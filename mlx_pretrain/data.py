@@ -93,7 +93,9 @@ def _field(row: dict[str, Any], name: str) -> str:
     "The text in a field. Raises `DataError` if there is none, or it is something else."
     if name not in row:
         has = ", ".join(map(_quote, list(row)[:8])) or "no field at all"
-        raise DataError(f'there is no field "{name}", the row has {has}; each row needs a "{name}"')
+        close = difflib.get_close_matches(name, row, 1)
+        remedy = f"did you mean {_quote(close[0])}?" if close else f'each row needs a "{name}"'
+        raise DataError(f'there is no field "{name}", the row has {has}; {remedy}')
     if not isinstance(row[name], str): raise DataError(f'"{name}" must be a text in quotes, found {_kind(row[name])}; mend the row')
     return row[name]
 
@@ -147,7 +149,7 @@ def _array(entries: str) -> str: # the command that writes each
 
 def _free_name(path: str | Path, suffix: str = ".jsonl") -> str:
     "The name of a file that is not there yet, after that of another."
-    names = (Path(path).with_name(f"{Path(path).stem}{'-rows' * n}{suffix}") for n in count())
+    names = (Path(path).with_name(f"{Path(path).stem}{f'-{n}' * (n > 0)}{suffix}") for n in count())
     return str(next(name for name in names if not name.exists()))
 
 
@@ -190,7 +192,10 @@ def _other_form(path: str | Path, raw: bytes) -> str | None:
     with _open_rows(path) as file: head = file.read(1 << 20)
     if packed := _packed(path, head): return packed
     try: text = head.removeprefix(b"\xef\xbb\xbf").decode() if len(head) < 1 << 20 else head[:head.rfind(b"\n") + 1].decode()
-    except UnicodeDecodeError: return None                                # told with its line
+    except UnicodeDecodeError as e:
+        if raw.lstrip().startswith(b"{"): return None                     # told with its line
+        return (f"{path} is not UTF-8 (byte 0x{head[e.start]:02x}); make UTF-8 of it with `iconv -f CP1252 -t UTF-8 < "
+                f"{shlex.quote(str(path))} > {shlex.quote(new := _free_name(path, Path(path).suffix))}` and give {new}")
     if text.lstrip()[:1] in ("{", "["): return _other_json(path, text)
     lines = text.splitlines()
     if any(line.startswith("{") for line in lines) or _is_row(raw, object): return None      # a bad line among good ones
@@ -215,7 +220,8 @@ def _other_json(path: str | Path, text: str) -> str | None:
     if not isinstance(first, dict): return None
     entries = [key for key, value in first.items() if isinstance(value, list) and value and
                all(isinstance(entry, dict) and not {"role", "from"} & entry.keys() for entry in value)]
-    if len(entries) == 1 and not body[end:].strip() and '"' not in entries[0]:
+    texts = [key for key, value in first.items() if isinstance(value, str)]
+    if len(entries) == 1 and (not texts or entries == ["data"]) and re.fullmatch(r"\w+", entries[0]) and not body[end:].strip():
         return _is(path, f"one JSON object with a list of rows in {_quote(entries[0])}",
                    _array(f"json.load({_OPEN.format(more='')})[{entries[0]!r}]"))
     if "\n" in body[:end].strip(): return _is(path, "JSON whose objects are spread over several lines", _OBJECTS)

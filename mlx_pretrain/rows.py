@@ -104,11 +104,12 @@ def _columns(cfg: PromptConfig, row: Row, answered: bool = True) -> tuple[str | 
     if cfg.input_field or cfg.output_field: return _named_columns(cfg, row, answered)
     has_both = [pair for pair in _COLUMNS if {*pair} - {None} <= row.value.keys() and (answered or pair[0])]
     asks = [] if answered else [pair for pair in _COLUMNS if pair[0] in row.value]
+    if not answered and isinstance(row.value.get("prompt"), list): return "prompt", "response"       # whatever else the row has
     if found := has_both + asks + [pair for pair in _COLUMNS if pair[0] is None and pair[1] in row.value]: return found[0]
     has = ", ".join(map(_quote, list(row.value)[:8])) or "no field at all"
     if not answered:
         raise DataError(f'{row.file}, line {row.line}: the row has {has}; name the column of the question in "data.input_field", or call '
-                        'it "instruction" or "prompt"')
+                        'it "instruction" or "prompt", or make one with "data.preprocess" if it is a part of another')
     raise DataError(f'{row.file}, line {row.line}: the row has {has}; name the columns of question and answer in "data.input_field" and '
                     '"data.output_field", or call them "instruction" and "response"')
 
@@ -231,18 +232,18 @@ class _Unread:
             yield f", line {line}: {place} spells {name}, and it stays text (control tokens are spelt in {rows}); remove it, {why}"
 
     def _columns(self, fmt: PromptFormat) -> str:
-        "The columns, those with the most text first, and how to have them read."
-        names = [key for key, _ in self.size.most_common()]
+        "The columns, `input` and those with the most text first, and how to have them read."
+        names = sorted(self.size, key=lambda key: (key != "input", -self.size[key]))
         systems = [key for key in names if "system" in key.lower() and not fmt.system_field]
         remedies = [f'set "data.system_field: {key}" if that is a system prompt' for key in systems[:1]]
         for name in [key for key in names if key not in systems][:1]:
             asks = {"instruction"} if fmt.prompt_format is None else _names(fmt.prompt_format, "data.prompt_format")
-            free = "instruction" in asks and fmt.input_field_optional is None
+            free = "instruction" in asks and not self.found[fmt.input_field_optional]
             ways = [f'set "data.input_field_optional: {name}"'] if free else []
             if fmt.prompt_format is not None: ways.append(f'write {{{name}}} in "data.prompt_format"')
             if self.conversed or name in self.lists or not ways: ways = ['make it part of what is read with "data.preprocess"']
             remedies.append(f"{' or '.join(ways)} if {_quote(name)} belongs to the prompt")
-        return f"{_counted({key: self.columns[key] for key in names})}; {', '.join(remedies)}"
+        return f"{_counted({key: self.columns[key] for key in names})}; {', and '.join(remedies)}"
 
 # %% ../nbs/26_rows.ipynb #dcc25c2b
 class _Tally(Counter):

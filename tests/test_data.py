@@ -322,9 +322,9 @@ FILES = { # makes the file → what is said
     "gzip": (lambda f: written(f, b"\x1f\x8b\x08\0\0"), "is a gzip file"),
     "zstandard": (lambda f: written(f, b"(\xb5/\xfd\0"), "is a zstandard file"),
     "Parquet": (lambda f: written(f, b"PAR1\x15"), "is a Parquet file"),
-    "UTF-16": (lambda f: written(f, '{"text": "a"}'.encode("utf-16")), "is not UTF-8"),
-    "pretty-printed": (lambda f: written(f, json.dumps({"text": "a"}, indent=1).encode()), "line 1: not valid JSON"),
-    "one list": (lambda f: written(f, b'[{"text": "a"}]'), "line 1: expected an object"),
+    "UTF-16": (lambda f: written(f, '{"text": "a"}'.encode("utf-16")), "is a UTF-16 file"),
+    "pretty-printed": (lambda f: written(f, json.dumps({"text": "a"}, indent=1).encode()), "spread over several lines"),
+    "one list": (lambda f: written(f, b'[{"text": "a"}]'), "is one JSON array"),
     "loop": (lambda f: f.symlink_to(f) or f, "cannot be read (Too many levels"),
 }
 
