@@ -207,7 +207,7 @@ def _other_form(path: str | Path, raw: bytes) -> str | None:
 
 
 def _is_row(raw: bytes, kind: type = dict) -> bool:
-    try: return isinstance(json.loads(raw), kind)
+    try: return isinstance(json.loads(raw.decode()), kind)
     except (ValueError, RecursionError): return False
 
 
@@ -731,5 +731,8 @@ def make_tokenizer(
     cfg: DataConfig, # the section `data`
 ) -> Tokenizer: # the one in `tokenizer_path`, else a byte tokenizer
     "The tokenizer that a configuration asks for. Raises `DataError` as `load_tokenizer` does."
-    if cfg.tokenizer_path is not None: return load_tokenizer(cfg.tokenizer_path)
+    if (path := cfg.tokenizer_path) is not None:
+        if not Path(path).exists() and (hint := where_from(path)) != "check the path":
+            raise DataError(f'"data.tokenizer_path": {path} does not exist; {hint}')
+        return load_tokenizer(path)
     return ByteTokenizer(cfg.tokenizer.normal_vocab_size, cfg.tokenizer.special_tokens)

@@ -359,12 +359,12 @@ def _adapters_alone(path: Path) -> PretrainedError:
     about, new = _read_object(path / "adapter_config.json"), path.with_name(f"{path.name}-merged")
     base = about.get("base_model_name_or_path") or about.get("model") or "BASE"
     if "peft_type" not in about:
-        return PretrainedError(f"{path} holds adapters of mlx-lm alone; put them into their model with `mlx_lm.fuse --model "
+        return PretrainedError(f"{path} holds adapters of mlx-lm alone; make one model of both with `mlx_lm.fuse --model "
                                f"{shlex.quote(str(base))} --adapter-path {shlex.quote(str(path))} --save-path {shlex.quote(str(new))}` and "
                                f"give {new}")
     code = ("import sys,peft,transformers as t;a,b,o=sys.argv[1:];peft.PeftModel.from_pretrained(t.AutoModelForCausalLM.from_pretrained(b),"
             "a).merge_and_unload().save_pretrained(o);t.AutoTokenizer.from_pretrained(b).save_pretrained(o)")
-    return PretrainedError(f"{path} holds adapters of PEFT alone; put them into their model with `python -c \"{code}\" "
+    return PretrainedError(f"{path} holds adapters of PEFT alone; make one model of both with `python -c \"{code}\" "
                            f"{shlex.quote(str(path))} {shlex.quote(str(base))} {shlex.quote(str(new))}` and give {new}")
 
 

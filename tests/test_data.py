@@ -335,7 +335,8 @@ def test_a_bad_file_is_one_sentence(tmp_path, make, says):
     def read(): cached_windows(file, ByteTokenizer(), 8, cache=tmp_path / "cache")
     with pytest.raises(DataError) as error:
         with nobody() if says.endswith("denied)") else nullcontext(): read()
-    check_sentence(str(error.value), str(file), says)
+    assert str(file) in str(error.value)
+    check_sentence(str(error.value).replace(f"{tmp_path}/", ""), says)
     if says == "no text": return
     with pytest.raises(DataError, match="rows.jsonl|/dev/zero"):
         with nobody() if says.endswith("denied)") else nullcontext(): list(read_texts(file))
