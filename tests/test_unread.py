@@ -247,7 +247,8 @@ REMEDIES = [ # rows, keys, a part of the sentence, keys that follow it (or new r
     ([{"messages": TALK, "tools": [{"name": "f"}]}], {}, 'as "data.preprocess" can', {"preprocess": "mine.py:no_tools"}),
     ([{"chosen": "Human: Who? Assistant: Me.", "rejected": "…"}], {}, "in \"data.input_field\"", {"preprocess": "mine.py:split"}),
 ]
-MINE = ("import json\ndef unpack(row): return {'messages': json.loads(row['messages'])}\ndef no_tools(row): return {'messages': row['messages']}\n"
+MINE = ("import json\ndef unpack(row): return {'messages': json.loads(row['messages'])}\n"
+        "def no_tools(row): return {'messages': row['messages']}\n"
         "def split(row): return dict(zip(('prompt', 'response'), row['chosen'].split(' Assistant: ')))\n")
 
 
@@ -296,7 +297,8 @@ def test_other_files_are_known_by_their_beginning():
         ("a.gz", b"\x1f\x8b\x08", "`gunzip < a.gz > a`"), ("a.parquet", b"PAR1\x15", "pandas.read_parquet"),
         ("a.zip", b"PK\x03\x04 x", "`unzip a.zip`"),
         ("a.xlsx", b"PK\x03\x04 xl/workbook.xml", "pandas.read_excel"), ("a.jsonl", b"<!DOCTYPE html><html>", "is a web page"),
-        ("b.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull`"), ("c.csv", b"a,b\ncaf\xe9,x\n", "is not UTF-8 (byte 0xe9)")):
+        ("b.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull`"),
+        ("c.csv", b"a,b\ncaf\xe9,x\n", "is not UTF-8 (byte 0xe9)")):
         Path(name).write_bytes(content)
         with pytest.raises(DataError) as error: list(read_jsonl(name))
         check_sentence(str(error.value), part)
