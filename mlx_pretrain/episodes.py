@@ -19,7 +19,7 @@ import numpy as np
 from .chat import ask_pieces, asked_messages, row_pieces
 from .data import Row, _groups, _hash_file, _Preprocess
 from .prompt import Example, Piece, PromptFormat
-from .rows import _encoded, _grid, _none_left, _number, _size, _Tally, _values, logger
+from .rows import _encoded, _grid, _none_left, _number, _size, _Tally, _values
 from .tokenizer import DataError, Tokenizer
 
 # %% ../nbs/28_episodes.ipynb #daca7d4f
@@ -123,7 +123,8 @@ def _read(path, fmt: PromptFormat, tokenizer: Tokenizer, key: str | None, edit, 
     for row in _values(path, edit, tally):
         try:
             pieces = (ask_pieces if key is None else row_pieces)(fmt, tokenizer, row.value)
-            if check: check(row.value, asked_messages(fmt, row.value))
+            columns = check(row.value, asked_messages(fmt, row.value)) if check else []
+            tally.unread.look(row, fmt, tokenizer, edit is not None, columns if key is None else (key, *columns))
         except DataError as e: tally.bad(DataError(f"{row.file}, line {row.line}: {e}"))
         else:
             try: yield row, pieces, 0.0 if key is None else _reward(row, key)
@@ -148,7 +149,7 @@ def read_episodes(
     reward_field: str | None = None, # column of the reward, if rows bring their own responses
     on_bad_row: str = "error", # or "skip"
     preprocess: str | Callable[[dict], dict | None] | None = None, # changes a row, or drops it by returning None; or how it is called
-    check: Callable[[dict, list | None], None] | None = None, # raises `DataError` for a row and its messages that cannot be scored
+    check: Callable[[dict, list | None], list[str]] | None = None, # the columns a reward reads of a row and its messages, or a `DataError`
 ) -> Episodes: # in the order of the file
     """Read the rows of a file, and say in `source` what became of them. Rows whose own response makes them too long are dropped.
 
@@ -172,7 +173,7 @@ def read_episodes(
             if len(prompt) + len(response) > context: tally["dropped"] += 1
             else: kept.append((prompt, response, *known[line]))
     if not kept: raise DataError(_none_left(path, tally, context))
-    if tally.first: logger.warning("%s: %d bad rows left out; the first: %s", path, tally["skipped"], tally.first)
+    tally.report(path, fmt)
     prompts, responses, rewards, rows = map(list, zip(*kept))
     source = {"path": str(path), "sha256": sha256, **tally, "kept": len(kept)}
     if reward_field is None: return Episodes(prompts, None, None, response_length, source, rows, fmt)

@@ -19,7 +19,7 @@ import numpy as np
 from .chat import _conversation, ask_pieces, asked_messages, by_instruction, judged_pieces, read_messages, template_pieces
 from .data import Row, _groups, _hash_file, _Preprocess
 from .prompt import Piece, PromptFormat, encode_pieces, pair_pieces
-from .rows import _grid, _none_left, _number, _Tally, _values, logger
+from .rows import _grid, _none_left, _number, _Tally, _values
 from .tokenizer import DataError, Tokenizer
 
 # %% ../nbs/31_preferences.ipynb #83f26ffb
@@ -217,6 +217,7 @@ class _Judged(NamedTuple):
 def _judged(path, fmt: PromptFormat, tokenizer: Tokenizer, columns: Columns, pairs: bool, edit, tally: _Tally) -> Iterator[_Judged]:
     "The rows of a file that can be used."
     for row in _values(path, edit, tally):
+        tally.unread.look(row, fmt, tokenizer, edit is not None, columns)
         try:
             row = unfold(row, columns.chosen, columns.rejected, fmt.input_field) if pairs else row
             if not pairs and isinstance(row.value.get(columns.response), list): row, *said = _conversed(fmt, row)
@@ -265,7 +266,7 @@ def read_preferences(
             if max(map(len, texts)) > context: tally["dropped"] += 1
             else: kept.append((row.prompt, row.asked, row.value, *texts))
     if not kept: raise DataError(_none_left(path, tally, context))
-    if tally.first: logger.warning("%s: %d bad rows left out; the first: %s", path, tally["skipped"], tally.first)
+    tally.report(path, fmt)
     prompts, asked, values, *both = map(list, zip(*kept))
     said = np.array([max(0, len(ids) - len(prompt)) for texts in both for ids, prompt in zip(texts, prompts)])
     source = {"path": str(path), "sha256": sha256, **tally, "kept": len(kept)}

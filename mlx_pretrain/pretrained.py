@@ -9,6 +9,7 @@ __all__ = ['PretrainedError', 'args_to_hf', 'args_from_hf', 'export', 'Pretraine
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from pydantic import ValidationError
 
 from .chat import chat_template
-from .config import UserError
+from .config import UserError, where_from
 from .core import fsync
 from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_split, merge
 from .model import Llama, LlamaArgs, ScalarLlama
@@ -359,7 +360,7 @@ def load(
         if kind is ScalarLlama: raise PretrainedError(f"{path} is a checkpoint; give the run that it belongs to, when that is finished")
         return open_checkpoint(Saved(path, *load_checkpoint(path)))
     if (path / "config.json").is_file(): return _load_hf(path, kind)
-    if (path / "adapter_config.json").is_file(): raise PretrainedError(f"{path} holds adapters alone; give the run that they belong to")
+    if (path / "adapter_config.json").is_file(): raise _adapters_alone(path)
     saved = checkpoints(path)
     if is_run(path) and saved and read_metadata(path).get("outcome") != "finished":
         remedy = f"give a checkpoint, the latest is {saved[-1]}" if kind is Llama else "train it to its end"
@@ -369,8 +370,24 @@ def load(
     raise PretrainedError(f"{path} holds no model: there is no config.json, no model/ and no checkpoint in it")
 
 
+def _adapters_alone(path: Path) -> PretrainedError:
+    "What to say about a directory of adapters: which run has them in, or how to put them into their model."
+    if is_run(path.parent): return PretrainedError(f"{path} holds adapters alone; give the run that they belong to, {path.parent}")
+    about, new = _read_object(path / "adapter_config.json"), path.with_name(f"{path.name}-merged")
+    base = about.get("base_model_name_or_path") or about.get("model") or "BASE"
+    if "peft_type" not in about:
+        return PretrainedError(f"{path} holds adapters of mlx-lm alone; make one model of both with `mlx_lm.fuse --model "
+                               f"{shlex.quote(str(base))} --adapter-path {shlex.quote(str(path))} --save-path {shlex.quote(str(new))}` and "
+                               f"give {new}")
+    code = ("import sys,peft,transformers as t;a,b,o=sys.argv[1:];peft.PeftModel.from_pretrained(t.AutoModelForCausalLM.from_pretrained(b),"
+            "a).merge_and_unload().save_pretrained(o);t.AutoTokenizer.from_pretrained(b).save_pretrained(o)")
+    return PretrainedError(f"{path} holds adapters of PEFT alone; make one model of both with `python -c \"{code}\" "
+                           f"{shlex.quote(str(path))} {shlex.quote(str(base))} {shlex.quote(str(new))}` and give {new}")
+
+
 def _nothing_there(path: Path) -> PretrainedError:
     "What to say when a path is not a directory."
+    if (hint := where_from(path)) != "check the path": return PretrainedError(f"{path} does not exist; {hint}")
     if path.exists(): return PretrainedError(f"{path} is a file; give the directory that holds the model")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
         return PretrainedError(f"{path} is not a directory here; if it is the name of a model on Hugging Face, download it first with "

@@ -59,6 +59,8 @@ class PromptFormat(Section):
     "Template of the response."
     system_prompt: str | None = None
     "Said before everything else."
+    system_field: str | None = None
+    "Column whose text, where a row has one, is said instead of `system_prompt`."
     input_field: str = "instruction"
     "Column that `{instruction}` means."
     output_field: str = "response"
@@ -74,12 +76,14 @@ class PromptFormat(Section):
     ) -> str: # what stands before the response
         "The prompt of a row. Raises `DataError` if a column is missing or holds no text, or there is no template."
         if self.prompt_format is None: raise DataError("prompts are made by the chat template; see `mlx_pretrain.chat`")
-        pieces, system = split_format(self.prompt_format, "data.prompt_format"), self.system_prompt
+        pieces, system = split_format(self.prompt_format, "data.prompt_format"), self.system(row)
         names, extra = {name for _, name in pieces} - {None}, self._extra(row)
         values = {**row, **extra}
         if "instruction" in names: values["instruction"] = self.instruction(row, not names & extra.keys())
         if "system_prompt" in names:
-            if system is None: raise DataError('"data.prompt_format" has {system_prompt}; set "data.system_prompt"')
+            if system is None:
+                raise DataError('"data.prompt_format" has {system_prompt}; set "data.system_prompt", or name the column that holds it in '
+                                '"data.system_field"')
             values["system_prompt"] = system
         return (f"{system}\n\n" if system and "system_prompt" not in names else "") + fill_format(pieces, values)
 
@@ -101,6 +105,23 @@ class PromptFormat(Section):
         pieces, values = split_format(self.response_format, "data.response_format"), {**row, **self._extra(row), "response": said}
         if "instruction" in {name for _, name in pieces}: values["instruction"] = _field(row, self.input_field)
         return fill_format(pieces, values)
+
+    def system(
+        self,
+        row: dict[str, Any], # column → value
+    ) -> str | None: # what is said before everything else
+        "The system prompt of a row: its own, else that of the format. Raises `DataError` if it is no text."
+        own = None if self.system_field is None or row.get(self.system_field) is None else _field(row, self.system_field)
+        return own if own and own.strip() else self.system_prompt
+
+    @property
+    def columns(self) -> set[str]:
+        "The columns that are read of a row with a prompt and a response."
+        asks = {"instruction"} if self.prompt_format is None else _names(self.prompt_format, "data.prompt_format")
+        column = {"instruction": self.input_field, "response": self.output_field, "system_prompt": self.system_field}
+        names = {column.get(name, name) for name in asks | _names(self.response_format, "data.response_format")}
+        optional = self.input_field_optional if "instruction" in asks else None
+        return (names | {self.output_field, self.system_field, optional}) - {None, ""}
 
     def unwrap(
         self,

@@ -94,14 +94,15 @@ class TrainedReward(RewardModel):
         self,
         row: dict, # its columns
         messages: list[dict[str, str]] | None, # what it asks
-    ):
+    ) -> list[str]: # the columns that are read beside the prompt: none
         "Raise `DataError` if the model's form has no place for these messages."
-        if messages is None or not by_instruction(self.format): return
+        if messages is None or not by_instruction(self.format): return []
         try: judged_pieces(self.format, self.tokenizer, messages, "")
         except DataError as e:
             why = str(e).rpartition("; ")[0] or e
             raise DataError(f'the reward model cannot read this conversation: {why}; change its messages or "data.system_prompt", or '
                             'leave such rows out with "data.on_bad_row: skip"') from None
+        return []
 
     def check_asked(
         self,

@@ -8,9 +8,11 @@ __all__ = ['Truncation', 'logger', 'truncate', 'PromptConfig', 'check_format', '
            'LengthGroupedSampler', 'resume_sampler']
 
 # %% ../nbs/26_rows.ipynb #5b78e73d
+import difflib
 import hashlib
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,12 +27,12 @@ import mlx.core as mx
 import numpy as np
 from pydantic import field_validator
 
-from .chat import row_pieces
+from .chat import row_pieces, unread_keys
 from .config import ConfigError
 from .core import rng_for
-from mlx_pretrain.data import (
-    DataConfig, Row, _check_ids, _groups, _hash_file, _kind, _Preprocess, _quote, _read_lines, _row, _token_type,
-    batch_indices)
+from .data import (
+    DataConfig, Row, _check_ids, _control_names, _groups, _hash_file, _kind, _Preprocess, _quote, _read_lines, _row,
+    _token_type, batch_indices)
 from .prompt import INSTRUCTION, VERBATIM, Example, Piece, PromptFormat, _begin, _names, encode_pieces
 from .tokenizer import DataError, Tokenizer
 
@@ -64,7 +66,7 @@ class PromptConfig(DataConfig):
     tokenizer_path: str | None = None
     "Directory of a tokenizer; by default that of the pretrained model, or, without one, each byte is a token."
     input_file: str | None = None
-    "Training rows: JSON Lines, each with a prompt and a response, or with messages, or with a text."
+    "Training rows: JSON Lines, each with a prompt and a response, or with messages (or ShareGPT's conversations), or with a text."
     validation_file: str | None = None
     "Held-out rows, in the same form."
     prompt_format: str | None = None
@@ -73,8 +75,10 @@ class PromptConfig(DataConfig):
     'Template of the response; by default that of the pretrained model, else "{response}".'
     system_prompt: str | None = None
     "Said before everything else; by default that of the pretrained model, else nothing."
+    system_field: str | None = None
+    "Column of a row's own system prompt, which is said instead of `system_prompt` where it is not empty."
     input_field: str | None = None
-    'Column that `{instruction}` means; by default "instruction", "prompt", or "messages", with a list of messages in it.'
+    'Column that `{instruction}` means; by default "instruction", "prompt", or, with messages in it, "messages" or "conversations".'
     output_field: str | None = None
     'Column that `{response}` means; by default "response", "output", or "completion".'
     input_field_optional: str | None = None
@@ -101,8 +105,9 @@ class PromptConfig(DataConfig):
         return template
 
 
-_COLUMNS = {("messages", "messages"): INSTRUCTION, ("instruction", "response"): INSTRUCTION, ("instruction", "output"): INSTRUCTION,
-            ("prompt", "completion"): VERBATIM, ("prompt", "response"): VERBATIM, (None, "text"): ""}
+_COLUMNS = {("messages", "messages"): INSTRUCTION, ("conversations", "conversations"): INSTRUCTION,
+            ("instruction", "response"): INSTRUCTION, ("instruction", "output"): INSTRUCTION, ("prompt", "completion"): VERBATIM,
+            ("prompt", "response"): VERBATIM, (None, "text"): ""}
 
 # %% ../nbs/26_rows.ipynb #0214f223
 logger = logging.getLogger("mlx_pretrain")
@@ -110,16 +115,30 @@ logger = logging.getLogger("mlx_pretrain")
 
 def _columns(cfg: PromptConfig, row: Row, answered: bool = True) -> tuple[str | None, str]:
     "The names of the two columns; only the first must be there if a response is not needed. Raises `DataError` if they cannot be guessed."
-    if cfg.input_field or cfg.output_field: return cfg.input_field or "instruction", cfg.output_field or "response"
+    if cfg.input_field or cfg.output_field: return _named_columns(cfg, row, answered)
     has_both = [pair for pair in _COLUMNS if {*pair} - {None} <= row.value.keys() and (answered or pair[0])]
     asks = [] if answered else [pair for pair in _COLUMNS if pair[0] in row.value]
+    if not answered and isinstance(row.value.get("prompt"), list): return "prompt", "response"       # whatever else the row has
     if found := has_both + asks + [pair for pair in _COLUMNS if pair[0] is None and pair[1] in row.value]: return found[0]
     has = ", ".join(map(_quote, list(row.value)[:8])) or "no field at all"
     if not answered:
         raise DataError(f'{row.file}, line {row.line}: the row has {has}; name the column of the question in "data.input_field", or call '
-                        'it "instruction" or "prompt"')
+                        'it "instruction" or "prompt", or make one with "data.preprocess" if it is a part of another')
     raise DataError(f'{row.file}, line {row.line}: the row has {has}; name the columns of question and answer in "data.input_field" and '
                     '"data.output_field", or call them "instruction" and "response"')
+
+
+def _named_columns(cfg: PromptConfig, row: Row, answered: bool) -> tuple[str, str]:
+    "The two columns if at least one is named; the other is guessed. Raises `DataError` if a name is none of the row's columns."
+    for key in ("input_field", "output_field") if answered else ("input_field",):
+        asked = key == "output_field" or cfg.prompt_format is None or "instruction" in _names(cfg.prompt_format, "data.prompt_format")
+        if not asked or (name := getattr(cfg, key)) is None or name in row.value: continue
+        has, close = ", ".join(map(_quote, list(row.value)[:8])), difflib.get_close_matches(name, row.value, 1)
+        remedy = f"did you mean {_quote(close[0])}?" if close else "name one of these"
+        raise DataError(f'{row.file}, line {row.line}: there is no field {_quote(name)}, as "data.{key}" says, the row has '
+                        f"{has or 'no field at all'}; {remedy}")
+    asks, says = ([pair[n] for pair in _COLUMNS if pair[0] and pair[n] in row.value] for n in (0, 1))
+    return cfg.input_field or [*asks, "instruction"][0], cfg.output_field or [*says, "response"][0]
 
 
 _FORMAT = ("prompt_format", "response_format", "system_prompt", "date")
@@ -153,8 +172,6 @@ def resolve_format(
     the response.
     """
     question, answer = _columns(cfg, row, answered)
-    if question == "instruction" and row.value.get("input") and cfg.input_field_optional is None:
-        logger.warning('%s: the column "input" is not read; if it belongs to the instruction: "data.input_field_optional: input"', row.file)
     given = {key: value for key in _FORMAT if (value := getattr(cfg, key)) is not None}
     inherited = None if question is None else inherited
     old = {key: value for key in _FORMAT if (value := getattr(inherited, key, None)) is not None}
@@ -162,22 +179,98 @@ def resolve_format(
     by_template = inherited is not None and inherited.prompt_format is None
     if by_template and "prompt_format" not in given: logger.info("Asked in the form of the pretrained model's own chat template.")
     formats = {"prompt_format": None if by_template else _COLUMNS.get((question, answer), INSTRUCTION), **old, **given}
-    fmt = PromptFormat(**formats, input_field=question or "", output_field=answer, input_field_optional=cfg.input_field_optional)
-    check_format(fmt, given, row.file)
+    more = {key: value for key in ("input_field_optional", "system_field") if (value := getattr(cfg, key)) is not None}
+    fmt = PromptFormat(**formats, input_field=question or "", output_field=answer, **more)
+    check_format(fmt, given if question else {**given, **more}, row.file)
+    for key, text in given.items():
+        if found := re.search(r"\\[nt]", text):
+            what = "line break" if found[0] == r"\n" else "tab"
+            logger.warning('"data.%s" holds a backslash and the letter %s, which is no %s; write the text in double quotes, and on the '
+                           "command line in double quotes within single ones", key, found[0][1], what)
     return fmt
+
+# %% ../nbs/26_rows.ipynb #b0a6c58e
+def _length(value: Any) -> int:
+    "How many characters of text a value holds."
+    if isinstance(value, str): return len(value.strip())
+    return sum(map(_length, value.values() if isinstance(value, dict) else value)) if isinstance(value, dict | list) else 0
+
+
+def _counted(rows: dict[str, int]) -> str:
+    "Names, and in how many rows they are."
+    return ", ".join(f"{_quote(key)} ({n:,} row{'s' * (n > 1)})" for key, n in [*rows.items()][:8]) + " and more" * (len(rows) > 8)
+
+
+class _Unread:
+    """What a file says and nobody reads.
+
+    `columns`: name → rows in which it holds text; `size`: name → characters of it; `lists`: those that hold more than a text; `keys`: of
+    messages → rows; `found`: columns named in the configuration → rows; `spelt`: line, place and name of control tokens.
+    """
+    def __init__(self):
+        self.columns, self.size, self.keys, self.found = Counter(), Counter(), Counter(), Counter()
+        self.lists, self.spelt, self.conversed = set(), [], False
+
+    def look(self, row: Row, fmt: PromptFormat, tokenizer: Tokenizer, edited: bool, also: Iterable[str] = ()):
+        "Note a row, which the user's function has `edited` or not; columns that are read besides those of the format are in `also`."
+        value, mine = row.value, (fmt.input_field, fmt.output_field, *also)
+        talks = [key for key in dict.fromkeys(mine) if isinstance(value.get(key), list)]
+        read = {*mine, fmt.system_field} if talks or not fmt.input_field else fmt.columns | {*also}
+        self.conversed = self.conversed or bool(talks)
+        for key in () if edited or not fmt.input_field else value.keys() - read:
+            if not (size := _length(value[key])): continue
+            self.columns[key] += 1
+            self.size[key] += size
+            if not isinstance(value[key], str): self.lists.add(key)
+        messages = [message for key in talks for message in value[key] if isinstance(message, dict)]
+        self.keys.update(unread_keys(fmt, tokenizer, messages))
+        self.found.update({fmt.input_field_optional, fmt.system_field} & value.keys())
+        texts = [(f'"{key}"', value.get(key)) for key in value if key in read]
+        texts += [(f"a message of the {m.get('role', m.get('from'))}", m.get("content", m.get("value"))) for m in messages]
+        found = ((place, _control_names(tokenizer).search(text)) for place, text in texts if isinstance(text, str))
+        if first := next(((place, name[0]) for place, name in found if name), None): self.spelt.append((row.line, *first))
+
+    def sentences(self, fmt: PromptFormat) -> Iterator[str]: # without the file
+        "What is to be said."
+        if self.columns: yield f": columns with text that are not read: {self._columns(fmt)}"
+        if self.keys:
+            by = "the prompt format" if fmt.prompt_format is not None else "the chat template"
+            yield (f": messages have keys that {by} does not read: {_counted(self.keys)}; add them to the content with "
+                   '"data.preprocess" if the model is to see them')
+        for key in ("input_field_optional", "system_field"):
+            if (name := getattr(fmt, key)) and not self.found[name]: yield f': no row has the column {_quote(name)}; check "data.{key}"'
+        if self.spelt:
+            line, place, name = self.spelt[0]
+            why = 'or give "messages" instead' if not fmt.input_field else "since what begins and ends a text is added by itself"
+            rows = f"{len(self.spelt):,} row{'s' * (len(self.spelt) > 1)}"
+            yield f", line {line}: {place} spells {name}, and it stays text (control tokens are spelt in {rows}); remove it, {why}"
+
+    def _columns(self, fmt: PromptFormat) -> str:
+        "The columns, `input` and those with the most text first, and how to have them read."
+        names = sorted(self.size, key=lambda key: (key != "input", -self.size[key]))
+        systems = [key for key in names if "system" in key.lower() and not fmt.system_field]
+        remedies = [f'set "data.system_field: {key}" if that is a system prompt' for key in systems[:1]]
+        for name in [key for key in names if key not in systems][:1]:
+            asks = {"instruction"} if fmt.prompt_format is None else _names(fmt.prompt_format, "data.prompt_format")
+            free = "instruction" in asks and not self.found[fmt.input_field_optional]
+            ways = [f'set "data.input_field_optional: {name}"'] if free else []
+            if fmt.prompt_format is not None: ways.append(f'write {{{name}}} in "data.prompt_format"')
+            if self.conversed or name in self.lists or not ways: ways = ['make it part of what is read with "data.preprocess"']
+            remedies.append(f"{' or '.join(ways)} if {_quote(name)} belongs to the prompt")
+        return f"{_counted({key: self.columns[key] for key in names})}; {', and '.join(remedies)}"
 
 # %% ../nbs/26_rows.ipynb #dcc25c2b
 class _Tally(Counter):
     "Counts what became of rows, and remembers the first complaint."
     def __init__(self, on_bad_row: str):
         super().__init__(rows=0, truncated=0, dropped=0, filtered=0, skipped=0)
-        self.on_bad_row, self.first, self.spelt = on_bad_row, None, False
+        self.on_bad_row, self.first = on_bad_row, None
+        self.unread = _Unread()
 
-    def look(self, row: Row, tokenizer: Tokenizer):
-        "Warn, once, of a text that somebody has rendered already."
-        if self.spelt or not (spelt := [name for name in tokenizer.control if name in str(row.value.get("text"))]): return
-        logger.warning('%s, line %d: the text spells %s, and it stays text; give "messages" instead', row.file, row.line, spelt[0])
-        self.spelt = True
+    def report(self, path: str | Path, fmt: PromptFormat):
+        "Warn, once each, of what is lost."
+        if self.first: logger.warning("%s: %d bad rows left out; the first: %s", path, self["skipped"], self.first)
+        for sentence in self.unread.sentences(fmt): logger.warning("%s%s", path, sentence)
 
     def bad(self, error: DataError):
         "A row that cannot be used."
@@ -311,7 +404,7 @@ class Examples:
 def _laid_out(path, fmt: PromptFormat, tokenizer: Tokenizer, edit: _Preprocess | None, tally: _Tally) -> Iterator[tuple[int, list[Piece]]]:
     "Line and pieces of each row that can be used."
     for row in _values(path, edit, tally):
-        if not fmt.input_field: tally.look(row, tokenizer)
+        tally.unread.look(row, fmt, tokenizer, edit is not None)
         try: yield row.line, row_pieces(fmt, tokenizer, row.value)
         except DataError as e: tally.bad(DataError(f"{row.file}, line {row.line}: {e}"))
 
@@ -363,7 +456,7 @@ def read_examples(
         prompts.append(example.start)
     if not tokens: raise DataError(_none_left(path, tally, context))
     _check_ids(joined := np.concatenate(tokens), tokenizer.vocab_size)
-    if tally.first: logger.warning("%s: %d bad rows left out; the first: %s", path, tally["skipped"], tally.first)
+    tally.report(path, fmt)
     ends = np.cumsum([0, *map(len, tokens)])                              # (n + 1,)
     made = Examples(joined, np.concatenate(masks), ends, np.array(prompts), tokenizer.pad_id)
     more = {"kept": len(made), "tokens": len(joined), "trained_tokens": made.n_targets}

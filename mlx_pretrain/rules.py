@@ -116,9 +116,9 @@ class WeightedSum(RewardModel):
         "The sum for each response. Raises `RewardError` as `score` does, for the part that is wrong."
         return sum(np.float32(weight) * score(reward, prompts, responses, columns) for weight, reward in self.parts)
 
-    def check_row(self, row: dict, messages: list[dict] | None):
-        "Raise `DataError` as `check_row` does, for the part that lacks a column."
-        for _, reward in self.parts: check_row(reward, row, messages)
+    def check_row(self, row: dict, messages: list[dict] | None) -> list[str]:
+        "The columns that its parts read. Raises `DataError` as `check_row` does, for the part that lacks one."
+        return [column for _, reward in self.parts for column in check_row(reward, row, messages)]
 
     def check_asked(self, *asked):
         "Warn as the parts that are reward models do."

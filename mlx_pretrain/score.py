@@ -112,11 +112,11 @@ def check_row(
     reward: RewardModel, # from `find_reward`
     row: dict[str, Any], # its columns
     messages: list[dict[str, str]] | None, # what it asks, from `asked_messages`
-):
+) -> list[str]: # the columns that the reward reads
     "Raise `DataError` if a reward needs a column that a row lacks; a reward with a method `check_row` checks it itself."
     if hasattr(reward, "check_row"): return reward.check_row(row, messages)
-    _, missing = reward_columns(reward, {**row, "prompt_messages": messages})
-    if not missing: return
+    given, missing = reward_columns(reward, {**row, "prompt_messages": messages})
+    if not missing: return given
     has = ", ".join(map(_quote, list(row)[:8])) or "no column at all"
     raise DataError(f'there is no column "{missing[0]}", which the reward {reward_name(reward)} needs, the row has {has}; '
                     "add it, or give the parameter a default value")

@@ -19,7 +19,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 from pydantic import field_validator, model_validator
 
-from .config import ConfigError, Section, read_yaml, to_yaml
+from .config import ConfigError, Section, read_yaml, to_yaml, where_from
 from .console import say
 from .data import DataConfig, make_tokenizer
 from .lora import LoRAConfig, adapters, apply_lora, base_identity, save_adapters
@@ -87,7 +87,7 @@ def data_file(
     "Raises `ConfigError` if there is no file to train on, or a file does not exist."
     path = getattr(cfg, key)
     if path is None and key == "input_file": raise ConfigError('"data.input_file" is missing; name the JSON Lines file to train on')
-    if path is not None and not Path(path).exists(): raise ConfigError(f'"data.{key}": {path} does not exist; check the path')
+    if path is not None and not Path(path).exists(): raise ConfigError(f'"data.{key}": {path} does not exist; {where_from(path)}')
     return path
 
 # %% ../nbs/27_stage.ipynb #7e5587ff

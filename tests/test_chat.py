@@ -248,7 +248,8 @@ def test_what_a_file_says_is_not_lost_in_silence(place, caplog):
     make_base()
     write([{"instruction": "Add.", "input": "1, 2", "output": "3"}])
     trainer = SFTTrainer(config(pretrained_model="hf"))
-    assert 'the column "input" is not read' in caplog.text and b"1, 2" not in bytes(i for i in trainer.data[0].ids if i < 256)
+    assert 'not read: "input" (1 row); set "data.input_field_optional: input"' in caplog.text
+    assert b"1, 2" not in bytes(i for i in trainer.data[0].ids if i < 256)
     write([{"text": "<|im_start|>user"}, {"text": "<|im_end|>"}])
     SFTTrainer(config(pretrained_model="hf"))
     assert caplog.text.count("and it stays text") == 1
@@ -379,10 +380,10 @@ def test_a_talk_with_a_model_that_thinks(thinker):
 
 
 FIRST = [
-    ("hi", "message 1 is no object with a role and a content"), ({"from": "human", "value": "x"}, "message 1 has the role None"),
+    ("hi", "message 1 is no object with a role and a content"), ({"from": "bird", "value": "x"}, "message 1 has the role 'bird'"),
     (said("tool", "4"), "message 1 has the role 'tool'; it must be system, user or assistant"),
     (said(["user"], "x"), "message 1 has the role ['user']"), (said("user", None), "message 1 has no text as its content"),
-    (said("user", [{"type": "image_url", "image_url": "x"}]), "message 1 has no text"),
+    (said("user", [{"type": "image_url", "image_url": "x"}]), "message 1 has a part of the type 'image_url', and"),
     (said("assistant", " \n"), "message 1 is an empty answer"),
     (said("assistant", "x", weight=0.5), "message 1 has the weight 0.5; it must be 0 or 1"),
     (said("assistant", "", tool_calls=[1]), "message 1 calls a tool"), (said("user", "half \ud83d"), "half a character"),

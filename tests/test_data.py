@@ -324,9 +324,9 @@ FILES = { # makes the file → what is said
     "gzip": (lambda f: written(f, b"\x1f\x8b\x08\0\0"), "is a gzip file"),
     "zstandard": (lambda f: written(f, b"(\xb5/\xfd\0"), "is a zstandard file"),
     "Parquet": (lambda f: written(f, b"PAR1\x15"), "is a Parquet file"),
-    "UTF-16": (lambda f: written(f, '{"text": "a"}'.encode("utf-16")), "is not UTF-8"),
-    "pretty-printed": (lambda f: written(f, json.dumps({"text": "a"}, indent=1).encode()), "line 1: not valid JSON"),
-    "one list": (lambda f: written(f, b'[{"text": "a"}]'), "line 1: expected an object"),
+    "UTF-16": (lambda f: written(f, '{"text": "a"}'.encode("utf-16")), "is a UTF-16 file"),
+    "pretty-printed": (lambda f: written(f, json.dumps({"text": "a"}, indent=1).encode()), "spread over several lines"),
+    "one list": (lambda f: written(f, b'[{"text": "a"}]'), "is one JSON array"),
     "loop": (lambda f: f.symlink_to(f) or f, "cannot be read (Too many levels"),
 }
 
@@ -337,7 +337,8 @@ def test_a_bad_file_is_one_sentence(tmp_path, make, says):
     def read(): cached_windows(file, ByteTokenizer(), 8, cache=tmp_path / "cache")
     with pytest.raises(DataError) as error:
         with nobody() if says.endswith("denied)") else nullcontext(): read()
-    check_sentence(str(error.value), str(file), says)
+    assert str(file) in str(error.value)
+    check_sentence(str(error.value).replace(f"{tmp_path}/", ""), says)
     if says == "no text": return
     with pytest.raises(DataError, match="rows.jsonl|/dev/zero"):
         with nobody() if says.endswith("denied)") else nullcontext(): list(read_texts(file))

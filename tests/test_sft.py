@@ -203,7 +203,7 @@ def test_no_more_rows_than_there_are(config):
 @pytest.mark.parametrize("how, want", [("keep_end", [*b"e:", *b"two", 258]), ("keep_start", [*b"Re:two"])])
 def test_a_tokenizer_without_a_beginning(tmp_path, how, want):
     tok = ByteTokenizer()
-    tok.bos_id = None
+    tok.bos_id, tok._control = None, dict                                  # nor has it a name for one
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "R", "response": "two"}\n')
     rows = row_files.read_examples(path, tok, PromptFormat(prompt_format="{instruction}e:"), 6, how)
@@ -291,12 +291,17 @@ def test_the_pretrained_model_may_go(config, base):
     assert read_metadata(branch)["resumed_from"].startswith("runs/tuned")
 
 
+def others(caplog):
+    "What was said, but for what is always said about ROWS, whose responses spell a control token."
+    return [record.message for record in caplog.records if "spells <eos>" not in record.message]
+
+
 def test_what_is_not_as_it_was_is_told(config, caplog):
     sft(config(training={"epochs": 1}))
     assert "There is no pretrained_model" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING): sft(config(training={"epochs": 2}, resume={"checkpoint": "latest"}))
-    assert [r.message for r in caplog.records] == ["resuming with another configuration: training.epochs: 1 → 2"]
+    assert others(caplog) == ["resuming with another configuration: training.epochs: 1 → 2"]
     shorter = {"truncation": "keep_end", "preprocessing": {"max_context_size": 40}}
     for n, data in enumerate(({"mask_prompt": False}, {"prompt_format": "{instruction}:"}, shorter)):
         caplog.clear()
@@ -349,15 +354,15 @@ def test_what_disagrees_is_one_warning(config, base, caplog):
     other = {"dimensions": {"hidden_size": 2048, "intermediate_size": 32}}
     with caplog.at_level(logging.WARNING): trainer = SFTTrainer(config(pretrained_model="base", model=other))
     said = '"model.dimensions.hidden_size" is 2048, the pretrained model has 16. The pretrained model counts.'
-    assert [record.message for record in caplog.records] == [said]
+    assert others(caplog) == [said]
     assert trainer.cfg.model.dimensions.hidden_size == 16
     caplog.clear()
     ByteTokenizer(300).save("other")
     with caplog.at_level(logging.WARNING): SFTTrainer(config(pretrained_model="base", data={"tokenizer_path": "other"}))
-    assert len(caplog.records) == 1 and "is not the tokenizer of the pretrained model" in caplog.text
+    assert len(others(caplog)) == 1 and "is not the tokenizer of the pretrained model" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING): SFTTrainer(config(pretrained_model="base", data={"tokenizer_path": "runs/base/tokenizer"}))
-    assert not caplog.records
+    assert not others(caplog)
 
 
 def test_the_format_is_inherited(config, base, caplog):
