@@ -118,7 +118,8 @@ def _columns(cfg: PromptConfig, row: Row, answered: bool = True) -> tuple[str | 
     if cfg.input_field or cfg.output_field: return _named_columns(cfg, row, answered)
     has_both = [pair for pair in _COLUMNS if {*pair} - {None} <= row.value.keys() and (answered or pair[0])]
     asks = [] if answered else [pair for pair in _COLUMNS if pair[0] in row.value]
-    if not answered and isinstance(row.value.get("prompt"), list): return "prompt", "response"       # whatever else the row has
+    if not answered and isinstance(row.value.get("prompt"), list):                                   # whatever else the row has
+        return "prompt", "completion" if "completion" in row.value else "response"
     if found := has_both + asks + [pair for pair in _COLUMNS if pair[0] is None and pair[1] in row.value]: return found[0]
     has = ", ".join(map(_quote, list(row.value)[:8])) or "no field at all"
     if not answered:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import mlx_pretrain  # noqa: F401, I001 (before MLX)
 
-from mlx_pretrain import chat, cli
+from mlx_pretrain import chat
 from mlx_pretrain.chat import read_messages, render, render_chat, row_pieces, template_pieces
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import ConfigError, load_config
@@ -443,8 +443,8 @@ def tuned(place):
 
 
 def test_it_answers_in_the_form_of_its_template(tuned, capsys, monkeypatch):
-    prompts, original = [], cli.render_chat
-    monkeypatch.setattr(cli, "render_chat", lambda *args: prompts.append(original(*args)) or prompts[-1])
+    prompts, original = [], chat.render_chat
+    monkeypatch.setattr(chat, "render_chat", lambda *args: prompts.append(original(*args)) or prompts[-1])
     system, greedy = said("system", "Be brief."), ["--temperature", "0", "--max_new_tokens", "40"]
     for run in (tuned, checkpoints(tuned)[-1], tuned / "model"):
         assert main(["generate", "--run", str(run), "--instruction", "And?", *greedy]) == 0

@@ -379,7 +379,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}')
     assert list(read_texts(tmp_path / "a.jsonl")) == ["a"]
     (tmp_path / "b.jsonl").write_bytes('{"text": "a"}'.encode("utf-16"))
-    with pytest.raises(DataError, match="line 1: byte 0xff is not UTF-8"): list(read_texts(tmp_path / "b.jsonl"))
+    with pytest.raises(DataError, match="is a UTF-16 file; make UTF-8 of it with `iconv"): list(read_texts(tmp_path / "b.jsonl"))
 
 
 def test_files_that_cannot_be_read(tmp_path):

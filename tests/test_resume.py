@@ -1,12 +1,8 @@
 "A run that is stopped, killed or broken, and gone on with, ends exactly as the one that nobody touched."
 import json
 import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer, pretrain
-from mlx_pretrain.run import ResumeConfig, RunError, Saved, checkpoints, latest_checkpoint, load_checkpoint, read_metrics
+from mlx_pretrain.run import ResumeConfig, Saved, checkpoints, load_checkpoint, read_metrics
 from mlx_pretrain.tokenizer import DataError
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
@@ -118,56 +114,3 @@ def test_a_token_cache_that_is_cut_off_under_a_training(tmp_path):
     pretrain(cut.model_copy(update={"resume": ResumeConfig(checkpoint="latest")}), tmp_path / "runs")
     (arrays, state), (again, state_again) = (load_checkpoint(checkpoints(tmp_path / "runs" / name)[-1]) for name in ("whole", "cut"))
     assert state_again == state and equal(again, arrays)
-
-
-# Kill -9. The worker trains a small model as fast as it can and saves after every few steps, so most of its time goes into saving.
-
-
-def live(folder, *words, seconds=None):
-    "Let the worker train until its end, or for some seconds after it has begun. Was it killed?"
-    worker = subprocess.Popen([sys.executable, WORKERS / "line.py", folder, *words], stdout=subprocess.PIPE, text=True)
-    with worker:
-        begun = worker.stdout.readline()
-        if seconds is not None:
-            assert begun == "begun\n"
-            time.sleep(seconds)
-            worker.kill()
-        worker.communicate()
-    assert worker.returncode in (0, -signal.SIGKILL)
-    return worker.returncode != 0
-
-
-@pytest.fixture(scope="module")
-def truth(tmp_path_factory):
-    "The uninterrupted run, with all its checkpoints."
-    folder = tmp_path_factory.mktemp("truth")
-    assert not live(folder, "keep")
-    return folder / "line"
-
-
-def test_sixty_kills_lose_nothing(truth, tmp_path):
-    moments, kills, seen = random.Random(0), 0, set()
-    while kills < 60:
-        if not live(tmp_path, seconds=moments.uniform(0, 0.12)): pytest.fail(f"it reached its end after {kills} kills: make it longer")
-        kills += 1
-        saved = latest_checkpoint(tmp_path / "line")
-        if saved is None: continue
-        arrays, state = load_checkpoint(truth / "checkpoints" / saved.path.name)
-        assert equal(saved.arrays, arrays) and saved.state == state
-        seen.add(state["step"])
-    assert len(seen) > 10 and not live(tmp_path)
-    (arrays, state), (again, state_again) = (load_checkpoint(checkpoints(run)[-1]) for run in (truth, tmp_path / "line"))
-    assert state_again == state and equal(again, arrays)
-    assert lines_of(tmp_path / "line") == lines_of(truth)
-    assert not [path for path in tmp_path.rglob(".*")], "the dead left something behind"
-
-
-def test_saving_in_place_loses_checkpoints(tmp_path):
-    "The control: the same worker without the rename. Some kill must find the only checkpoint half written."
-    moments = random.Random(0)
-    for _ in range(20):
-        shutil.rmtree(tmp_path / "line", ignore_errors=True)
-        live(tmp_path, "in-place", seconds=moments.uniform(0.05, 0.25))
-        try: latest_checkpoint(tmp_path / "line")
-        except RunError: return
-    pytest.fail("twenty kills, and a saver that must fail did not")

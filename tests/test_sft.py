@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_pretrain import cli, model as model_module
+from mlx_pretrain import chat, model as model_module
 from mlx_pretrain import rows as row_files
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import ConfigError
@@ -553,8 +553,8 @@ def test_a_talk_is_made_of_what_was_said(capsys, monkeypatch, config):
     "With a format that puts something around a response, the next prompt holds it once."
     form = {"prompt_format": "<{instruction}>", "response_format": " A: {response}."}
     path = sft(config(name="framed", data=form, training={"epochs": 60}, logging={"steps": {"validation_interval": 1000}}))
-    asked, original = [], cli.render_chat
-    monkeypatch.setattr(cli, "render_chat", lambda *args: asked.append(original(*args)) or asked[-1])
+    asked, original = [], chat.render_chat
+    monkeypatch.setattr(chat, "render_chat", lambda *args: asked.append(original(*args)) or asked[-1])
     typed = iter(["Count 2", "Count 2", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert main(["chat", "--run", str(path), "--temperature", "0", "--max_new_tokens", "40", "--turns", "3"]) == 0
