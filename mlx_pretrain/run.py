@@ -275,8 +275,21 @@ _HASHES = "mlx_pretrain.sha256.json" # manifest of an export; other programs pas
 
 
 def _write_hashes(folder: Path, names: Iterable[str]):
-    "Write the manifest of some exported files beside them."
-    write_whole(folder / _HASHES, _manifest({name: _sha256(folder / name) for name in sorted(names)}).encode())
+    "Write the manifest of some exported files beside them; of weights it holds the hash of their header as well."
+    hashes = {name: _sha256(folder / name) for name in sorted(names)}
+    headers = {f"{name}{_HEADER}": _header(folder / name) for name in hashes if name.endswith(".safetensors")}
+    write_whole(folder / _HASHES, _manifest({**hashes, **headers}).encode())
+
+
+_HEADER = " (header)"
+
+
+def _header(file: Path) -> str | None: # None if the file is no complete safetensors file
+    "The SHA-256 of a safetensors header. Another program writes another one, and a flipped bit in the weights leaves it as it is."
+    with open(file, "rb") as f: raw = f.read(min(int.from_bytes(f.read(8), "little"), 100_000_000))
+    try: end = max((tensor["data_offsets"][1] for name, tensor in json.loads(raw).items() if name != "__metadata__"), default=0)
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError): return None
+    return hashlib.sha256(raw).hexdigest() if file.stat().st_size == 8 + len(raw) + end else None
 
 # %% ../nbs/15_run.ipynb #58f45b98
 def _fill(folder: Path, arrays: dict[str, dict[str, mx.array]], state: dict):
@@ -357,15 +370,18 @@ def _is_valid_text(file: Path) -> bool:
 
 
 def _hash_problem(folder: Path) -> str | None: # None if nothing is, or it has no manifest
-    "What is wrong with an export, as its manifest tells; a text that was edited is a warning."
+    "What is wrong with an export, as its manifest tells; what somebody edited, or saved with another program, is a warning."
     manifest, edited = folder / _HASHES, []
     remedy = f"copy it again, open a checkpoint of its run, or, if it was changed on purpose, delete {manifest}"
     if not manifest.exists(): return None
     try:
         if (hashes := _read_manifest(file := manifest)) is None: return f"{manifest} is damaged; copy it again, or delete it"
-        for file, expected in ((folder / name, expected) for name, expected in hashes.items()):
-            if _sha256(file) == expected: continue
-            if not _is_valid_text(file): return f"{file} is damaged or incomplete (it differs from {_HASHES}); {remedy}"
+        for name in (name for name in hashes if not name.endswith(_HEADER)):
+            file, header = folder / name, hashes.get(f"{name}{_HEADER}")  # weights have one
+            same, found = _sha256(file) == hashes[name], header and _header(file)
+            if same and found == header: continue
+            if not same and found in (None, header) and not _is_valid_text(file):
+                return f"{file} is damaged or incomplete (it differs from {_HASHES}); {remedy}"
             edited.append(file.name)
     except FileNotFoundError: return f"{file} is missing, but {_HASHES} names it; {remedy}"
     except OSError as e: return f"{file} could not be read ({e.strerror}); {remedy}"

@@ -62,7 +62,7 @@ def test_a_chat_model_keeps_its_ids_on_the_way_through(chat_model):
     folder, rank = chat_model
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     values = {"name": "tuned", "pretrained_model": str(folder), "data": {"input_file": "rows.jsonl"},
-              "training": {"epochs": 60, "hyperparameters": {"batch_size": 2, "learning_rate": 2e-2}, "lora": {"rank": rank}}}
+              "training": {"epochs": 150, "hyperparameters": {"batch_size": 2, "learning_rate": 1e-2}, "lora": {"rank": rank}}}
     model, tokenizer, path, fmt = load(sft(SFTConfig.model_validate_json(json.dumps(values))))
     first, lm_tok = AutoTokenizer.from_pretrained(folder), mlx_lm.load(str(path))[1]
     theirs, their_tok = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)

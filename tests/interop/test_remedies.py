@@ -1,7 +1,9 @@
 "Commands of other programs that sentences advise do what they say."
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ def test_adapters_of_mlx_lm_are_fused_as_the_sentence_says(tmp_path, monkeypatch
     mx.save_safetensors("tuned/adapters.safetensors", {place + "a": mx.ones((16, 2)), place + "b": mx.ones((2, 16))})
     with pytest.raises(PretrainedError) as error: load("tuned")
     command, new = re.search("`(.*)` and give (.*)$", str(error.value)).groups()
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")    # an environment that is entered
     subprocess.run(command, shell=True, check=True, capture_output=True)
     q, before = (load(path).model.model.layers[0].self_attn.q_proj.weight for path in (new, "base"))
     assert mx.allclose(q - before, mx.full((16, 16), 6.0), atol=1e-4)      # 3 · (1·1 + 1·1)
