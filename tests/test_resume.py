@@ -1,6 +1,7 @@
 "A run that is stopped, killed or broken, and gone on with, ends exactly as the one that nobody touched."
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer, pretrain
-from mlx_pretrain.run import ResumeConfig, Saved, checkpoints, load_checkpoint, read_metrics
+from mlx_pretrain.run import ResumeConfig, Saved, checkpoints, load_checkpoint, read_metadata, read_metrics
 from mlx_pretrain.tokenizer import DataError
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
@@ -114,3 +115,14 @@ def test_a_token_cache_that_is_cut_off_under_a_training(tmp_path):
     pretrain(cut.model_copy(update={"resume": ResumeConfig(checkpoint="latest")}), tmp_path / "runs")
     (arrays, state), (again, state_again) = (load_checkpoint(checkpoints(tmp_path / "runs" / name)[-1]) for name in ("whole", "cut"))
     assert state_again == state and equal(again, arrays)
+
+
+def test_a_finished_run_without_its_model_exports_it_again(tmp_path, capsys):
+    run = pretrain(config(tmp_path, "whole"), tmp_path)
+    before = (run / "model/model.safetensors").read_bytes()
+    again = config(tmp_path, "whole", resume={"checkpoint": "latest"})
+    pretrain(again, tmp_path)
+    assert "It has all its 30 steps" in capsys.readouterr().out
+    shutil.rmtree(run / "model")
+    pretrain(again, tmp_path)
+    assert (run / "model/model.safetensors").read_bytes() == before and read_metadata(run)["outcome"] == "finished"
