@@ -17,7 +17,7 @@ from mlx_pretrain.tokenizer import Tokenizer
 
 class Letters(Tokenizer):
     "Each letter a token, behind pad, bos and eos."
-    pad_id, bos_id, eos_id, begins_anew, _files = 0, 1, 2, False, {}
+    pad_id, bos_id, eos_id, _files = 0, 1, 2, {}
 
     def __init__(self, letters): self.letters, self.vocab_size = letters, 3 + len(letters)
     def _encode_batch(self, texts): return [np.array([3 + self.letters.index(c) for c in text], np.int64) for text in texts]
