@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_pretrain.run import read_metrics
 from mlx_pretrain.tokenizer import ByteTokenizer, HFTokenizer, train_sentencepiece
+
+import mlx.core as mx  # isort: skip (after mlx_pretrain)
+from mlx.utils import tree_flatten  # isort: skip
 
 
 def forall(examples=150, **strategies):
@@ -59,3 +63,15 @@ def check_sentence(sentence, *parts):
     assert "Traceback" not in sentence and len(sentence) < 600, sentence
     assert sentence.rpartition("; ")[2].startswith(REMEDY), sentence
     for part in parts: assert part in sentence, (part, sentence)
+
+
+def equal(a, b):
+    "Whether two sets of arrays have the same names and the same bits."
+    pairs = [*zip(sorted(tree_flatten(a)), sorted(tree_flatten(b)), strict=True)]
+    return bool(pairs) and all(name == other and mx.array_equal(x, y).item() for (name, x), (other, y) in pairs)
+
+
+def lines_of(run_dir):
+    "Metrics without the speed; events without the resuming."
+    lines = [line for line in read_metrics(run_dir) if line.get("event") != "resume"]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]

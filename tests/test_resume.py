@@ -11,28 +11,17 @@ import pytest
 
 import mlx_pretrain  # noqa: F401, I001 (before MLX)
 
+from common import equal, lines_of
+
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer, pretrain
-from mlx_pretrain.run import ResumeConfig, Saved, checkpoints, load_checkpoint, read_metadata, read_metrics
+from mlx_pretrain.run import ResumeConfig, Saved, checkpoints, load_checkpoint, read_metadata
 from mlx_pretrain.tokenizer import DataError
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
 CUTS = (7, 12, 23)  # inside the first epoch, at its end, inside the second
 WORKERS = Path(__file__).parent / "workers"
-
-
-def equal(a, b):
-    "Whether two sets of arrays have the same names and the same bits."
-    pairs = [*zip(sorted(tree_flatten(a)), sorted(tree_flatten(b)), strict=True)]
-    return bool(pairs) and all(name == other and mx.array_equal(x, y).item() for (name, x), (other, y) in pairs)
-
-
-def lines_of(run_dir):
-    "Metrics without the speed; events without the resuming."
-    lines = [line for line in read_metrics(run_dir) if line.get("event") != "resume"]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
 
 
 def config(folder, name, optimizer="adamw", total=30, **more):

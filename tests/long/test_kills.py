@@ -11,24 +11,12 @@ import pytest
 
 import mlx_pretrain  # noqa: F401, I001 (before MLX)
 
-import mlx.core as mx
-from mlx.utils import tree_flatten
+from common import equal, lines_of
 
-from mlx_pretrain.run import RunError, checkpoints, latest_checkpoint, load_checkpoint, read_metrics
+
+from mlx_pretrain.run import RunError, checkpoints, latest_checkpoint, load_checkpoint
 
 WORKERS = Path(__file__).parents[1] / "workers"
-
-
-def equal(a, b):
-    "Whether two sets of arrays have the same names and the same bits."
-    pairs = [*zip(sorted(tree_flatten(a)), sorted(tree_flatten(b)), strict=True)]
-    return bool(pairs) and all(name == other and mx.array_equal(x, y).item() for (name, x), (other, y) in pairs)
-
-
-def lines_of(run_dir):
-    "Metrics without the speed; events without the resuming."
-    lines = [line for line in read_metrics(run_dir) if line.get("event") != "resume"]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
 
 
 # Kill -9. The worker trains a small model as fast as it can and saves after every few steps, so most of its time goes into saving.
