@@ -23,6 +23,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from pydantic import Field, model_validator
 
+from .chat import dated
 from .config import ConfigError, Section
 from .core import RewardModel, rng_for
 from .episodes import Episodes, lay_out, no_reward, read_episodes, width
@@ -35,8 +36,9 @@ from .pretrained import Pretrained, open_checkpoint
 from .rows import PromptConfig, read_first_row, resolve_format
 from .run import LoggingConfig, RunError, StepsConfig
 from .score import check_row, find_reward, reward_name, score
-from .stage import (
-    AdaptedTraining, StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage, with_adapters)
+from mlx_pretrain.stage import (
+    AdaptedTraining, StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, keep_date, run_stage,
+    with_adapters)
 from .tokenizer import Tokenizer
 from .trainer import Hyperparameters, Knobs, Stopwatch, TrainingError, compute_in
 
@@ -480,7 +482,7 @@ class PPOTrainer(StageTrainer):
         cfg = complete(cfg, policy)
         row = read_first_row(path, cfg.data, answered and cfg.data.on_bad_row == "skip")
         if answered and (key := cfg.data.reward_field) not in row.value and cfg.data.on_bad_row == "error": raise no_reward(row, key)
-        fmt = resolve_format(cfg.data, row, pretrained.format, answered)
+        fmt = dated(resolve_format(cfg.data, row, pretrained.format, answered), tokenizer)
         if not fmt.input_field: raise ConfigError(f'the rows of {path} have no prompt; name its column in "data.input_field"')
         cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
         if hasattr(self.reward, "check_asked"): self.reward.check_asked(fmt, cfg.data.preprocessing.max_context_size)
@@ -703,5 +705,5 @@ def ppo(
     def build(saved):
         for key in ("pretrained_model", "reward_model"): check_begins_elsewhere(cfg, saved, root, key)
         whole = saved and not saved.state.get("base")                     # it holds all that the pretrained model gave
-        return PPOTrainer(cfg, open_checkpoint(saved) if whole else None, **kwargs)
+        return PPOTrainer(keep_date(cfg, saved), open_checkpoint(saved) if whole else None, **kwargs)
     return run_stage(cfg, build, root)

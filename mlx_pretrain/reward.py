@@ -20,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from pydantic import Field
 
+from .chat import dated
 from .config import ConfigError
 from .console import say
 from .core import RewardModel, write_whole
@@ -32,7 +33,7 @@ from .prompt import PromptFormat, split_format
 from .reward_model import TrainedReward, last_score, make_scorer
 from .rows import LengthGroupedSampler, PromptConfig, read_first_row, resolve_format
 from .run import Run, _writing, checkpoints, load_checkpoint
-from .stage import StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, run_stage
+from .stage import StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, keep_date, run_stage
 from .trainer import Hyperparameters, TrainingConfig
 
 # %% ../nbs/05_reward.ipynb #95db310a
@@ -233,6 +234,7 @@ class RewardTrainer(StageTrainer):
         cfg = complete(cfg, self.policy)
         columns = Columns(d.chosen_field, d.rejected_field, d.margin_field, d.output_field or "response", d.reward_field)
         self.pairs, fmt = _form(path, d, columns, pretrained.format)
+        fmt = dated(fmt, tokenizer)
         columns = columns._replace(response=fmt.output_field)
         cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
         data, held_out = (self._read(cfg.data, key, tokenizer, columns) for key in ("input_file", "validation_file"))
@@ -355,5 +357,5 @@ def train_reward(
     """
     def build(saved):
         check_begins_elsewhere(cfg, saved, root)
-        return RewardTrainer(cfg, **kwargs)
+        return RewardTrainer(keep_date(cfg, saved), **kwargs)
     return run_stage(cfg, build, root)

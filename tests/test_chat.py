@@ -13,8 +13,10 @@ from mlx_pretrain.chat import read_messages, render, render_chat, row_pieces, te
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import ConfigError, load_config
 from mlx_pretrain.model import Llama, LlamaArgs
+from mlx_pretrain.ppo import PPOConfig, PPOTrainer
 from mlx_pretrain.pretrained import export, load
 from mlx_pretrain.prompt import Piece, PromptFormat, encode_pieces
+from mlx_pretrain.reward import RewardConfig, RewardTrainer
 from mlx_pretrain.run import checkpoints, read_metadata
 from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
 from mlx_pretrain.tokenizer import ByteTokenizer, DataError, SpecialTokens, load_tokenizer
@@ -355,6 +357,17 @@ def test_a_resumed_run_keeps_its_date(place, monkeypatch, caplog, lora):
     assert "data.date" not in caplog.text and "training data" not in caplog.text
     assert load("runs/run").format.date == "2026-01-01" and SFTTrainer(cfg(1)).format.date == "2026-01-02"
     with pytest.raises(ValueError, match="is no date; write it like 2026-11-30"): config(data={"date": "tomorrow"})
+
+
+def test_rewards_and_ppo_have_a_date_too(place):
+    make_base("{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    write([{"prompt": "Who?", "chosen": "Gulls.", "rejected": "Boats."}])
+    data, today = {"input_file": "rows.jsonl", "response_length": 8}, chat.datetime.now().date().isoformat()
+    cfg = json.dumps({"pretrained_model": "hf", "data": data})
+    for trainer in (PPOTrainer(PPOConfig.model_validate_json(cfg), reward=lambda prompt, response: 0.0),
+                    RewardTrainer(RewardConfig.model_validate_json(cfg))):
+        assert trainer.format.date == trainer.cfg.data.date == today
+        assert bytes(i for i in trainer.data.prompts[0] if i < 256).startswith(today.encode())
 
 
 def test_several_stop_tokens_end_answers(tmp_path):
