@@ -7,7 +7,7 @@ __all__ = ['split_episode', 'Episodes', 'no_reward', 'read_episodes', 'width', '
 
 # %% ../nbs/28_episodes.ipynb #ea03b38f
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,12 +25,12 @@ from .tokenizer import DataError, Tokenizer
 # %% ../nbs/28_episodes.ipynb #daca7d4f
 def split_episode(
     example: Example, # a row in tokens; what the model says is marked as trained
-    eos_id: int, # ends each answer
+    eos_ids: Container[int], # tokens that end an answer
 ) -> tuple[list[int], list[int]]: # prompt and response, the response with the token that ends it
     "Cut a row where its last answer begins."
     ids, said = example
     end = len(said) - said[::-1].index(True)
-    start = next((n + 1 for n in range(end - 2, -1, -1) if not said[n] or ids[n] == eos_id), 0)
+    start = next((n + 1 for n in range(end - 2, -1, -1) if not said[n] or ids[n] in eos_ids), 0)
     return ids[:start], ids[start:end]
 
 # %% ../nbs/28_episodes.ipynb #617ffaed
@@ -165,7 +165,7 @@ def read_episodes(
 
     for group in _groups(laid_out(), length=_size):
         for line, example in _encoded(path, group, tokenizer, tally):
-            prompt, response = (example.ids, []) if reward_field is None else split_episode(example, tokenizer.eos_id)
+            prompt, response = (example.ids, []) if reward_field is None else split_episode(example, tokenizer.eos_ids)
             try: _check_room(prompt, response_length if reward_field is None else 0, context)
             except DataError as e:
                 tally.bad(DataError(f"{path}, line {line}: {e}"))

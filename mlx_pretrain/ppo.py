@@ -339,7 +339,7 @@ def respond(
     asked = [tokenizer.decode(prompt) for prompt in prompts]
     if episodes.responses is not None: responses = [episodes.responses[i] for i in indices]
     else:
-        out = generate(model, prompts, episodes.response_length, eos_ids=[tokenizer.eos_id], pad_id=tokenizer.pad_id,
+        out = generate(model, prompts, episodes.response_length, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
                        temperature=temperature, seed=seed, step=step, batch_size=batch_size)
         responses = [row[mask].tolist() for row, mask in zip(np.array(out.tokens), np.array(out.response_mask))]
     said = [fmt.unwrap(text_after(tokenizer, p, r)) for p, r in zip(prompts, responses)]
@@ -378,7 +378,7 @@ def look_back(
         rows = (mx.array(x[i:i + ppo.ppo_mini_batch_size]) for x in (tokens, pad, mask))
         parts.append([np.array(x) for x in read(*rows, temperature)])
     logp, ref_logp, values, entropy = map(np.concatenate, zip(*parts))    # (B, R) each
-    ended = np.array([response[-1] == tokenizer.eos_id for response in sampled.responses])
+    ended = np.array([response[-1] in tokenizer.eos_ids for response in sampled.responses])
     scores = sampled.scores - np.where(ended, 0, ppo.missing_eos_penalty or 0)
     rewards = token_rewards(scores, logp, ref_logp, mask, knobs["kl_coef"])
     if ppo.whiten_rewards: rewards = whiten(rewards, mask, shift_mean=False)

@@ -63,7 +63,7 @@ def args_to_hf(
 
 def _one_label(tokenizer: Tokenizer) -> dict[str, Any]:
     "What makes a classifier of it. transformers reads at the last token that is no padding, so padding must not look like the end."
-    none = {"pad_token_id": None} if tokenizer.pad_id == tokenizer.eos_id else {}
+    none = {"pad_token_id": None} if tokenizer.pad_id in tokenizer.eos_ids else {}
     return {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, **none}
 
 

@@ -353,3 +353,16 @@ def test_k3_is_no_price():
         assert np.allclose(scores.sum(axis=1), trainer.sampled.scores, atol=1e-5)
         seen[kind] = trainer.step()["kl"]
     assert seen["k1"] != seen["k3"] >= 0
+
+
+def test_every_stop_token_ends_a_response():
+    "A published model may have several; the template ends answers with one of them, and the model may use another."
+    pretrained = tiny()
+    b = 3 + pretrained.tokenizer.letters.index("b")
+    pretrained.tokenizer._eos_ids = (2, b)
+    trainer = task(lambda prompt, response: float(len(response)), pretrained=pretrained, response_length=12, missing_eos_penalty=1.0)
+    responses = trainer.collect(trainer.data, np.zeros(200, int), {"temperature": 1.0}, 0).responses
+    assert {2, b} == {response[-1] for response in responses if len(response) < 12}
+    assert not any({2, b} & {*response[:-1]} for response in responses)
+    metrics = trainer.step()
+    assert metrics["eos_fraction"] == np.mean([response[-1] in (2, b) for response in trainer.sampled.responses]) > 0.5
