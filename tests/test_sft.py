@@ -123,7 +123,7 @@ def text_becomes_eos(monkeypatch):
     original = ByteTokenizer._encode_batch
 
     def encode(self, texts):
-        return [np.where(ids == 0, 258, ids) for ids in original(self, [text.replace("<eos>", "\0") for text in texts])]
+        return [np.where(ids == 0, 258, ids.astype(int)) for ids in original(self, [text.replace("<eos>", "\0") for text in texts])]
     monkeypatch.setattr(ByteTokenizer, "_encode_batch", encode)
 
 
