@@ -8,6 +8,8 @@ DEVICE = $(shell [ `uname -s` = Linux ] && { nvidia-smi >/dev/null 2>&1 && echo 
 LEFT_OUT = `make test` left out the demo, install, interop, e2e, tutorials and docs, and tests that take long (known optima, large files, the panel under attack): run `make check` for all of it.
 CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
+UNITS = tests $(foreach part,install interop demo long e2e site chaos,--ignore=tests/$(part))
+
 .DEFAULT_GOAL = help
 .NOTPARALLEL:
 .PHONY: help demo test e2e interop install docs site lab check chaos chaos-short nightly clean units demo-result long browser check-rest
@@ -64,6 +66,7 @@ install: .venv/.stamp-dev
 
 long: .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/long
+	$(BIN)/python -m pytest -q -rs -m long $(UNITS)
 
 # Each fault prints the command that repeats it alone. The short part takes two minutes, the whole six.
 CHAOS = $(BIN)/python -m pytest -q -rs tests/chaos $(SEED:%=--seed %)
@@ -79,7 +82,7 @@ units: .venv/.stamp-dev .venv/.stamp-data
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/notebooks.py execute
 	$(BIN)/python tools/notebooks.py sync
-	$(BIN)/python -m pytest -q -rs tests $(foreach part,install interop demo long e2e site chaos,--ignore=tests/$(part))
+	$(BIN)/python -m pytest -q -rs -m "not long" $(UNITS)
 
 demo-result: demo .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/demo

@@ -13,6 +13,7 @@ def pytest_configure(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell started us in the background; tests press Ctrl-C
     config.stash[CACHE] = tempfile.TemporaryDirectory(prefix="mlx-pretrain-")
     os.environ["MLX_PRETRAIN_CACHE"] = config.stash[CACHE].name  # tests keep no tokens in the home directory
+    config.addinivalue_line("markers", "long: takes many seconds; `make test` leaves it to `make long`")
     config.addinivalue_line("markers", "linux: what is tested exists on Linux only; elsewhere the test is not collected")
 
 

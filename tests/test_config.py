@@ -511,6 +511,7 @@ def section(cls):
     return st.fixed_dictionaries({}, optional={**keys, "learning_rat": scalar})
 
 
+@pytest.mark.long
 @anything
 @given(section(PretrainConfig), st.booleans())
 def test_any_values_below_the_right_keys(tmp_path, values, as_json):

@@ -90,6 +90,7 @@ def test_a_stream_keeps_its_first_error():
 SIGNALS = [["SIGINT"], ["SIGTERM"], ["SIGINT"] * 4, ["SIGTERM", "SIGTERM", "SIGTERM"]]
 
 
+@pytest.mark.long
 def test_stopped_at_any_moment(here):
     "While it imports, reads, tries steps, trains, or ends: the line, and the code that shells give to a signal."
     for names in SIGNALS:

@@ -559,7 +559,7 @@ def same_batches(one, two):
     return len(one) == len(two) and all(a.tolist() == b.tolist() for a, b in pairs)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface", "wide"])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface", pytest.param("wide", marks=pytest.mark.long)])
 @forall(60, **PACKED)
 def test_the_cache_gives_the_same_batches_as_memory(kind, documents, shape):
     home, tok = Path(mkdtemp()), ByteTokenizer(65_536) if kind == "wide" else tokenizer(kind)
@@ -724,6 +724,7 @@ def builder(*args):
     return subprocess.Popen([sys.executable, "-c", BUILDER, *map(str, args)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_writers_of_the_same_cache_do_not_disturb_each_other(tmp_path):
     file = write_documents(tmp_path / "rows.jsonl", [f"document {n} " * 50 for n in range(4000)])
     for damaged in (False, True):

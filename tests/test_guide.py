@@ -130,6 +130,7 @@ def test_the_guide(place):
     run(place, "-m", "mlx_pretrain", "sft", "--config", "sft-config.yaml", "--pretrained_model", "runs/Llama (2M)")   # overwrite: true
 
 
+@pytest.mark.long
 def test_the_guide_goes_on_with_rewards(place):
     "The second half: rows with rewards, then a reward class, both after the first half's model."
     if not (place / "runs" / "Llama-2M-SFT").exists(): test_the_guide(place)

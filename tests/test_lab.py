@@ -437,6 +437,7 @@ print("to its end")
 """
 
 
+@pytest.mark.long
 def test_executed_by_a_program(tmp_path):
     "Executed by nbclient, as nbconvert and papermill do, where nobody can press a button, the cell trains to its end."
     from nbclient import NotebookClient

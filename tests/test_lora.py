@@ -482,6 +482,7 @@ def test_adapters_freeze_the_head(kind, monkeypatch):
     assert seen == [False, True]
 
 
+@pytest.mark.long
 @PLANTED
 def test_memory_does_not_grow_with_tokens_times_vocabulary(tmp_path, monkeypatch, planted):
     monkeypatch.chdir(tmp_path)

@@ -142,6 +142,7 @@ def test_ctrl_c_while_a_function_is_compiled_loses_nothing(name, home, monkeypat
     assert same(calm, cut)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, nth", [("generate", 6), ("minibatches", 24), ("_one_update", 50)])
 def test_a_killed_run_ends_as_one_that_was_not(name, nth, home, monkeypatch):
     "Killed in the forecast's shadow, in a sample, in an update: the resumed run has the same bits, state and metrics."

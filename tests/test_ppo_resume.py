@@ -36,6 +36,7 @@ def calm(tmp_path_factory):
 
 
 # A step scores one batch and takes eight updates; two steps of forecast come before, and a validation scores after the third.
+@pytest.mark.long
 @pytest.mark.parametrize(("place", "number"), [("sample", 7), ("update", 16 + 3 * 8 + 5)])
 def test_killed_in_a_step(place, number, calm, tmp_path):
     work(tmp_path, place, str(number))

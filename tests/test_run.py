@@ -1115,6 +1115,7 @@ def survive(act, root: Path) -> int:
     raise AssertionError("never done")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("act, least", [(save_next, 20), (save_again, 15), (only_resume, 8), (overwrite, 15)])
 def test_the_power_may_go_at_any_moment(act, least, tmp_path, caplog):
     assert survive(act, tmp_path / "runs") >= least
@@ -1212,6 +1213,7 @@ def check_training(root: Path, promised: int) -> int:
     return step
 
 
+@pytest.mark.long
 def test_thirty_kills_lose_nothing_that_was_saved(tmp_path, caplog):
     rng, step = random.Random(0), 0
     for _ in range(30): step = check_training(tmp_path, max(step, kill_a_training("atomic", tmp_path, rng)))
@@ -1223,6 +1225,7 @@ def test_thirty_kills_lose_nothing_that_was_saved(tmp_path, caplog):
     assert caplog.records == []
 
 
+@pytest.mark.long
 def test_the_kills_would_notice_a_training_that_saves_in_place(tmp_path):
     rng, step = random.Random(0), 0
     with pytest.raises((AssertionError, RunError)):
