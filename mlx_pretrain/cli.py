@@ -45,7 +45,7 @@ def _value(kind, words: list[str]):
 
 # %% ../nbs/21_cli.ipynb #21b13b89
 def read_flags(
-    cls: "type[Section]", # the class of the whole configuration
+    cls: type, # the class of the whole configuration, a `Section`
     words: list[str], # of the command line, `--key value` or `--key=value`; `--no-key` is `--key false`
 ) -> dict[str, Any]: # dotted key → value
     """Keys and values from the command line; whether they are right is for `load_config` to say.
