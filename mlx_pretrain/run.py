@@ -375,8 +375,11 @@ def _hash_problem(folder: Path) -> str | None: # None if nothing is, or it has n
     remedy = f"copy it again, open a checkpoint of its run, or, if it was changed on purpose, delete {manifest}"
     if not manifest.exists(): return None
     try:
-        if (hashes := _read_manifest(file := manifest)) is None: return f"{manifest} is damaged; copy it again, or delete it"
-        for name in (name for name in hashes if not name.endswith(_HEADER)):
+        hashes = _read_manifest(file := manifest) or {}
+        names = [name for name in hashes if not name.endswith(_HEADER)]
+        if not hashes or hashes.keys() != {*names, *(f"{name}{_HEADER}" for name in names if name.endswith(".safetensors"))}:
+            return f"{manifest} is damaged; copy it again, or delete it"
+        for name in names:
             file, header = folder / name, hashes.get(f"{name}{_HEADER}")  # weights have one
             same, found = _sha256(file) == hashes[name], header and _header(file)
             if same and found == header: continue
