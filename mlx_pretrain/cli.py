@@ -12,22 +12,16 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from . import __version__, console
 
-if TYPE_CHECKING:
-    from mlx_pretrain.config import Section
-    from mlx_pretrain.generate import WritingConfig
-    from mlx_pretrain.pretrained import Pretrained
-    from mlx_pretrain.prompt import PromptFormat
-
 # %% ../nbs/21_cli.ipynb #5aa16e75
-_Config = TypeVar("_Config", bound="Section")
+_Config = TypeVar("_Config") # a `Section`
 logger = logging.getLogger("mlx_pretrain")
 
 
-def _kind(cls: "type[Section]", key: str):
+def _kind(cls: type, key: str):
     "The type of a dotted key; `None` if there is no such key."
     for part in key.split("."):
         field = getattr(cls, "model_fields", {}).get(part)
@@ -169,7 +163,7 @@ def rl(
           f'See how it went:   mlx-pretrain plot "{path}"')
 
 # %% ../nbs/21_cli.ipynb #228aceee
-def _open(cfg: "WritingConfig") -> "tuple[Pretrained, Callable[..., Iterator[str]]]":
+def _open(cfg) -> tuple[Any, Callable[..., Iterator[str]]]: # a `WritingConfig` → a `Pretrained`, and a function
     "The model, and how it writes: from a text or from tokens, with a seed."
     from mlx_pretrain.generate import stream_text
     from mlx_pretrain.pretrained import load
@@ -181,7 +175,7 @@ def _open(cfg: "WritingConfig") -> "tuple[Pretrained, Callable[..., Iterator[str
     return opened, write
 
 
-def _format(opened: "Pretrained") -> "PromptFormat":
+def _format(opened): # a `Pretrained` → its `PromptFormat`
     "How a model wants to be asked. Raises `ConfigError` if nobody taught it."
     from mlx_pretrain.config import ConfigError
     if opened.format is not None: return opened.format
