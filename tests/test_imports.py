@@ -48,4 +48,4 @@ def test_hardly_slower_than_mlx():
     "Processor time, the best of three: other programs do not count."
     ours = min(loaded_and_seconds("import mlx_pretrain.pretrain")[1] for _ in range(3))
     mlx = min(loaded_and_seconds("import mlx.core, mlx.nn, mlx.optimizers, numpy")[1] for _ in range(3))
-    assert ours - mlx < 0.5
+    assert ours - mlx < 0.65                                             # about 0.47 on a slow machine, most of it pydantic
