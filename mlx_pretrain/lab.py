@@ -313,7 +313,7 @@ class Stepper:
     @property
     def is_over(self) -> bool:
         "Are all steps taken?"
-        return self.trainer.steps_done >= self.trainer.total_steps
+        return self.trainer.is_over
 
     @property
     def is_done(self) -> bool:
@@ -481,7 +481,7 @@ class Recording:
     def close(self) -> bool: # has the training come to its end just now?
         "Save where it stands, or write the model. Raises whatever writing raises; then it can be opened, and closed, again."
         if not self.is_open: return False
-        done, over = self.trainer.steps_done, self.trainer.steps_done >= self.trainer.total_steps
+        done, over = self.trainer.steps_done, self.trainer.is_over
         try: self._exit.close()
         except KeyboardInterrupt:                                         # so `recorded` says that there are steps left; or it was ■
             if over or not any(int(path.name[5:]) == done for path in checkpoints(self.run.path)): raise

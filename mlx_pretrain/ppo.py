@@ -631,7 +631,7 @@ class PPOTrainer(StageTrainer):
             self.run_dir.log({"step": 0, **before})
         metrics = yield from super()._stepping()
         every = self.cfg.logging.steps.logging_interval
-        if self.run_dir and (self.steps_done in (1, self.total_steps) or self.steps_done % every == 0):
+        if self.run_dir and self.sampled and (self.steps_done in (1, self.total_steps) or self.steps_done % every == 0):
             best, worst = np.argmax(self.sampled.scores), np.argmin(self.sampled.scores)
             self.run_dir.note(_shown(self.sampled, [best] if best == worst else [best, worst], f"step {self.steps_done}"))
         return metrics

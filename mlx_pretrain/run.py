@@ -630,12 +630,13 @@ def had_happened(
     return not isinstance(at, (int, float)) or (at < step if "event" in row else at <= step)
 
 
-def _cut_metrics(file: Path, step: int):
-    "Leave in a metrics file only what had happened at the checkpoint of `step`."
+def _cut_metrics(file: Path, step: int, unfinished: bool = False):
+    "Leave in a metrics file only what had happened at the checkpoint of `step`, whose own line is still to come if it is unfinished."
     if not file.exists(): return
     rows, bad = _rows(file)
     if bad: logger.warning(f"{file}: left out {len(bad)} damaged lines, the first is line {bad[0]}")
-    _write_whole(file, "".join(_to_json(row) for row in rows if had_happened(row, step)))
+    rows = [row for row in rows if had_happened(row, step) and not (unfinished and "event" not in row and row.get("step") == step)]
+    _write_whole(file, "".join(map(_to_json, rows)))
 
 # %% ../nbs/15_run.ipynb #449eaa06
 def _damaged_later(run_dir: Path, saved: Saved) -> list[Path]:
@@ -669,7 +670,7 @@ def _set_back(run_dir: Path, saved: Saved, config: str, logging: LoggingConfig):
     _tidy(run_dir, "|".join(map(re.escape, _TAKEN)))
     _tidy(_checkpoint_folder(run_dir), r"step_\d+")
     for path in _damaged_later(run_dir, saved): _set_aside(path)
-    _cut_metrics(run_dir / "metrics.jsonl", saved.state["step"])
+    _cut_metrics(run_dir / "metrics.jsonl", saved.state["step"], bool(saved.state.get("unfinished")))
     (run_dir / logging.log_dir).mkdir(exist_ok=True)
     _write_whole(run_dir / "config.yaml", config)
     new, old = _birth(run_dir.name, logging), read_metadata(run_dir)

@@ -498,7 +498,7 @@ def run_stage(
     if saved:
         went_on = _go_on(trainer, saved)
         done = read_metadata(place).get("outcome") == "finished" and place.resolve() in saved.path.resolve().parents
-        if done and trainer.steps_done == trainer.total_steps and (place / "model" / "config.json").is_file():
+        if done and trainer.is_over and (place / "model" / "config.json").is_file():
             key = "epochs" if trainer.sampler.epochs else "hyperparameters.iters"
             say(f'It has all its {trainer.total_steps:,} steps. To train longer, raise "training.{key}".')
             return place

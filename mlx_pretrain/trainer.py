@@ -401,6 +401,8 @@ class Trainer(Progress):
     began: float | None = None # `judged_by` before the first step, if it was measured
     probes = 6 # steps that a forecast times
     best_is_kept = False # does a finished run keep its best weights, and not its last?
+    unfinished: dict | None = None # metrics of the last step, if a measurement or a callback failed: a checkpoint says so
+    _again: dict | None = None # those that a checkpoint told of
     _under_way = False # is somebody in the middle of a step?
 
     def __init__(
@@ -501,13 +503,22 @@ class Trainer(Progress):
         return {"step": self.steps_done, "loss": loss, **means, "learning_rate": rate, "grad_norm": norm, "tokens": self.tokens,
                 "tokens_per_second": speed}
 
+    @property
+    def is_over(self) -> bool:
+        "Are all steps taken, measured and written down?"
+        return self.steps_done >= self.total_steps and not self._again
+
     def _stepping(self) -> Generator[str, None, dict]:
-        metrics, failed = (yield from self.phases()), []
+        metrics, failed = self._again or (yield from self.phases()), []
+        self.unfinished = self._again = None
         if due := self.validate and (self.steps_done % self.validation_interval == 0 or self.steps_done == self.total_steps):
             yield "validate"
         for look in [self._validate] * bool(due) + self.callbacks:        # the step is counted: whatever one of them raises, all see it
             try: look(self, metrics)
-            except (Exception, KeyboardInterrupt) as e: failed.append(e)
+            except KeyboardInterrupt as e: failed.append(e)
+            except Exception as e:
+                failed.append(e)
+                self.unfinished = metrics
         if failed: raise failed[0]
         return metrics
 
@@ -549,9 +560,9 @@ class Trainer(Progress):
         metrics = {}
         try:
             with stop_between_steps(self):
-                while self.steps_done < self.total_steps and not self.stop_requested: metrics = self._step()
+                while not self.is_over and not self.stop_requested: metrics = self._step()
         finally: self.stop_requested = False
-        if self.steps_done < self.total_steps: logger.warning(f"Stopped after step {self.steps_done} of {self.total_steps}; it can go on.")
+        if not self.is_over: logger.warning(f"Stopped after step {self.steps_done} of {self.total_steps}; it can go on.")
         return metrics
 
     def report(
@@ -597,7 +608,7 @@ class Trainer(Progress):
     def state(self) -> dict:
         "The rest of a checkpoint: where we are, and how the knobs stand."
         progress = {f.name: getattr(self, f.name) for f in fields(Progress)}
-        return {"step": self.steps_done, "progress": progress, "knobs": self.knobs.snapshot()}
+        return {"step": self.steps_done, "progress": progress, "knobs": self.knobs.snapshot(), "unfinished": self.unfinished}
 
     def load(
         self,
@@ -620,6 +631,8 @@ class Trainer(Progress):
         for name, tree in places.items(): _put(tree, saved.arrays[name])
         for name, value in saved.state["progress"].items(): setattr(self, name, tuple(value) if isinstance(value, list) else value)
         for name, value in saved.state["knobs"].items(): setattr(self.knobs, name, value)
+        again = saved.state.get("unfinished")
+        self.unfinished = self._again = again and {name: math.nan if value is None else value for name, value in again.items()}
 
 # %% ../nbs/18_trainer.ipynb #9f58748b
 def evaluate(
@@ -701,7 +714,7 @@ class ProgressBar:
         numbers = {key: f"{metrics[key]:.3f}" for key in trainer.shown if key in metrics}
         self.shown = {**self.shown, **numbers, "tok/s": f"{self.rate:,.0f}"}
         self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update()
+        self.bar.update(metrics["step"] - self.bar.n)
 
     def __enter__(self): return self
     def __exit__(self, *_): self.bar.close()
@@ -840,7 +853,7 @@ def recorded(
     outcome, said = "failed", ""
     try:
         yield lambda: save_checkpoint(trainer, run, **state)
-        if trainer.steps_done < trainer.total_steps:
+        if not trainer.is_over:
             _keep(trainer, run, **state)
             raise KeyboardInterrupt                                       # as Ctrl-C ends a program
         afterwards()

@@ -19,7 +19,7 @@ from mlx_pretrain.model import Linear, Llama, ModelConfig, project
 from mlx_pretrain.ops import head_loss
 from mlx_pretrain.optim import Optimization, make_optimizer
 from mlx_pretrain.pretrained import load
-from mlx_pretrain.run import LoggingConfig, Run, StepsConfig, checkpoints, latest_checkpoint, load_checkpoint, read_metrics
+from mlx_pretrain.run import LoggingConfig, Run, RunError, StepsConfig, checkpoints, latest_checkpoint, load_checkpoint, read_metrics
 from mlx_pretrain.trainer import MAX_SKIPPED, Trainer, TrainingError, Update, forecast, stop_between_steps, train_run
 
 
@@ -343,6 +343,36 @@ def test_skips_are_remembered_by_a_checkpoint(tmp_path):
     saved, twin = latest_checkpoint(tmp_path / "line"), Trainer(Linear(256, 1), squares, points_at, 200)
     twin.load(saved)
     assert (twin.skipped, twin.in_a_row, twin.best, twin.losses) == (3, 3, trainer.best, trainer.losses)
+
+
+@pytest.mark.parametrize("interval", [1000, 10])
+@pytest.mark.parametrize("at", [20, 25])
+@pytest.mark.parametrize("what", ["validation", "metrics"])
+def test_a_step_that_could_not_be_recorded_is_recorded_at_resume(tmp_path, monkeypatch, what, at, interval):
+    "Its weights are saved, so it is not taken again; in the middle and at the end, with a checkpoint due at that step or not."
+    def without_speed(path): return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(path)]
+    fit(tmp_path / "whole", 25, interval=interval)
+    log, bad = Run.log, [True]
+    def refuse(step, here):
+        if step == at and what == here and bad: raise RunError("No space left.")
+    def broken(run, metrics):
+        refuse(metrics["step"], "metrics")
+        log(run, metrics)
+    def val(step):
+        refuse(step, "validation")
+        return 1.0
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", broken)
+        with pytest.raises(RunError): fit(tmp_path / "cut", 25, interval=interval, val=val)
+    saved = latest_checkpoint(tmp_path / "cut/line")
+    assert saved.state["step"] == at and saved.state["unfinished"]["step"] == at
+    run = Run.resume(saved, "line", "seed: 0\n", root=tmp_path / "cut")
+    trainer = Trainer(Linear(256, 1), squares, points_at, 25, run=run, validation_interval=10, validate=lambda: {"val_loss": 1.0})
+    trainer.load(saved)
+    train_run(trainer, run, lambda: None)
+    assert [row for row in without_speed(run.path) if "event" not in row] == without_speed(tmp_path / "whole/line")
+    ends = [load_checkpoint(checkpoints(tmp_path / which / "line")[-1]) for which in ("whole", "cut")]
+    assert ends[0][1] == ends[1][1] and mx.array_equal(*(arrays["model"]["weight"] for arrays, _ in ends))
 
 
 def test_knobs_are_events(tmp_path):
