@@ -66,7 +66,7 @@ def _names(places: list[tuple[str, ...]]) -> list[str]:
     "The last parts of different paths, as many as it takes to tell them apart."
     def name(mine):
         enough = next(n for n in range(1, len(mine) + 1) if sum(other[-n:] == mine[-n:] for other in places) == 1)
-        return "/".join(mine[-enough:])
+        return "/".join(mine[-enough:]).encode(errors="backslashreplace").decode()     # a path may hold what is no text
     return [*map(name, places)]
 
 

@@ -1,4 +1,5 @@
 "Figures say what was measured: places, values and names are read off what is drawn, not off pixels."
+import os
 import warnings
 
 import mlx_pretrain  # noqa: F401, I001 (before MLX)
@@ -101,6 +102,13 @@ def test_each_name_is_told_once_and_as_it_is(tmp_path):
         figure = plot_runs([*places, str(places[0]), places[1] / "metrics.jsonl", tmp_path / "a" / ".." / "_x"])
         save_figure(figure, tmp_path / "a.png")
     assert legend(figure) == ["a/run", "b/run", "_x", r"\$^\$", "other", "training", "validation"]
+
+
+def test_a_name_that_is_not_utf8_is_drawn(tmp_path):
+    os.rename(logged(tmp_path / "run", *({"step": step, "tokens": step, "loss": 1.0} for step in (1, 2))), odd := tmp_path / os.fsdecode(b"r\xff"))
+    figure = plot_runs([odd])
+    save_figure(figure, tmp_path / "a.png")
+    assert legend(figure) == [r"r\udcff"]
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 10])
