@@ -105,7 +105,8 @@ def test_each_name_is_told_once_and_as_it_is(tmp_path):
 
 
 def test_a_name_that_is_not_utf8_is_drawn(tmp_path):
-    os.rename(logged(tmp_path / "run", *({"step": step, "tokens": step, "loss": 1.0} for step in (1, 2))), odd := tmp_path / os.fsdecode(b"r\xff"))
+    made = logged(tmp_path / "run", *({"step": step, "tokens": step, "loss": 1.0} for step in (1, 2)))
+    os.rename(made, odd := tmp_path / os.fsdecode(b"r\xff"))
     figure = plot_runs([odd])
     save_figure(figure, tmp_path / "a.png")
     assert legend(figure) == [r"r\udcff"]
