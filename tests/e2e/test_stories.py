@@ -5,8 +5,8 @@ import pytest
 from conftest import ROOT
 
 STORIES = sorted(path.name for path in (ROOT / "nbs").glob("0*.ipynb"))
-LAB = ["20_lab.ipynb", "34_views.ipynb", "35_playground.ipynb"]
-PANELS = {"02_pretrain.ipynb": 1, "04_ppo.ipynb": 1, "05_reward.ipynb": 1, "20_lab.ipynb": 1}            # trainings in a panel
+LAB = ["63_lab.ipynb", "61_views.ipynb", "64_playground.ipynb"]
+PANELS = {"02_pretrain.ipynb": 1, "04_ppo.ipynb": 1, "05_reward.ipynb": 1, "63_lab.ipynb": 1}            # trainings in a panel
 
 
 def test_there_are_stories(): assert len(STORIES) == 6
