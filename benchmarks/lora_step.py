@@ -134,16 +134,16 @@ def compare(rounds, steps):
     "Take turns, and print each one, then the medians and ratios."
     from mlx_pretrain.lora import load_adapters
     from mlx_pretrain.pretrained import load
-    from mlx_pretrain.trainer import evaluate
+    from mlx_pretrain.trainer import evaluate_loss
 
     lines, base, made = TRAIN.read_text(encoding="utf-8").splitlines(), load(MODEL), {"ours": [], "mlx-lm": []}
     trainer = our_trainer(base, TRAIN)                                    # for its loss and its held-out rows
 
     def measure(folder):
-        total, count = evaluate(load_adapters(base.model, folder), trainer.loss, trainer.held_out_batches())
+        total, count = evaluate_loss(load_adapters(base.model, folder), trainer.loss, trainer.held_out_batches())
         return total / count
 
-    before = trainer.measure()["val_loss"]                                # with adapters that say nothing yet
+    before = trainer.evaluate()["val_loss"]                                # with adapters that say nothing yet
     for who in made: take_turn(who, lines[:BATCH * (WARM_UP + 1)], 0, measure)
     for n in range(rounds):
         drawn = [lines[i] for i in np.random.default_rng(n).choice(len(lines), steps * BATCH, replace=False)]

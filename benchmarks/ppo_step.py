@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_pretrain.core import rng_for
-from mlx_pretrain.episodes import lay_out
+from mlx_pretrain.prompts import pad_prompt_response
 from mlx_pretrain.model import Llama, LlamaArgs, ScalarLlama
 from mlx_pretrain.optim import Optimization, make_optimizer
 from mlx_pretrain.ppo import ActorCritic, Minibatch, Rollout, minibatches, ppo_loss
@@ -27,7 +27,7 @@ def rollout(step):
     rng = rng_for(step, 0, "lengths")
     prompts, responses = ([rng.integers(3, 2048, n).tolist() for n in np.minimum(rng.lognormal(mean, 0.8, ROWS).astype(int) + 2, 200)]
                           for mean in (2.8, 3.2))
-    tokens, pad, mask = lay_out(prompts, responses, 0)
+    tokens, pad, mask = pad_prompt_response(prompts, responses, 0)
     numbers = (np.where(mask, rng.normal(-3, 1, mask.shape), 0).astype(np.float32) for _ in range(6))
     return Rollout(*map(mx.array, (tokens, pad, mask, *numbers)))
 
@@ -40,7 +40,7 @@ def as_they_are(rollout, order):
 def main():
     rollouts, ways = [rollout(step) for step in range(STEPS)], {"cut": lambda r, o: minibatches(r, o, SIZE, KNOBS), "whole": as_they_are}
     policies = {name: Llama(LlamaArgs(**SIZES)) for name in ways}
-    both = {name: ActorCritic(p, ScalarLlama.of(p)) for name, p in policies.items()}
+    both = {name: ActorCritic(p, ScalarLlama.from_llama(p)) for name, p in policies.items()}
     updates = {name: Update(model, make_optimizer(Optimization(), 1e-5, 0.0), ppo_loss(0.1, 0.2), 1.0, apart=True)
                for name, model in both.items()}
     seconds = {name: [] for name in ways}

@@ -13,7 +13,7 @@ from mlx_pretrain.core import rng_for
 from mlx_pretrain.data import Batch
 from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.pretrain import next_token_loss
-from mlx_pretrain.rows import Examples, epoch_batches
+from mlx_pretrain.rows import SFTDataset, epoch_batches
 from mlx_pretrain.sft import response_loss
 from mlx_pretrain.trainer import Trainer
 
@@ -28,7 +28,7 @@ def rows_of_many_lengths():
     prompts, responses = (np.minimum(rng.lognormal(3.5, 0.8, ROWS).astype(int) + 2, 400) for _ in range(2))
     ends = np.cumsum([0, *(prompts + responses)])
     trained = np.arange(ends[-1]) >= np.repeat(ends[:-1] + prompts, np.diff(ends))
-    return Examples(rng.integers(0, SIZES["vocab_size"], ends[-1]), trained, ends, prompts, pad_id=0)
+    return SFTDataset(rng.integers(0, SIZES["vocab_size"], ends[-1]), trained, ends, prompts, pad_id=0)
 
 
 def whole(batch):

@@ -266,7 +266,7 @@ def _format_pieces(fmt: PromptFormat, tokenizer: Tokenizer, messages: list[dict[
         raise DataError("user and assistant must take turns in this prompt format, beginning with the user; join or leave out messages")
     pieces = []
     for n, (asked, said) in enumerate(zip_longest(turns[::2], turns[1::2])):
-        pieces.append(Piece(_later(fmt, n).ask(asked["content"])))
+        pieces.append(Piece(_later(fmt, n).format_question(asked["content"])))
         if said is None: break
         answer = fmt.response({"instruction": asked["content"], "response": said["content"]})
         pieces += [Piece(answer, said["trained"], cut=True), Piece(tokenizer.eos_id, said["trained"])]
@@ -386,15 +386,15 @@ def render_chat(
     turns: list[tuple[str, str]], # instructions, and what the model wrote, as it wrote it
     instruction: str, # the next one
 ) -> list[int]: # token ids, ready to be written on
-    "The prompt of a conversation. Raises `DataError` as `PromptFormat.ask` does."
+    "The prompt of a conversation. Raises `DataError` as `PromptFormat.format_question` does."
     if fmt.prompt_format is None:
         messages = [_said(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)]
         pieces = template_pieces(tokenizer, _introduced(fmt, [*messages, _said("user", instruction)]), fmt.date)
     else:
         pieces = [*map(Piece, _begin(tokenizer))]
         for n, (asked, said) in enumerate(turns):
-            pieces += [Piece(_later(fmt, n).ask(asked)), Piece(said, cut=True), Piece(tokenizer.eos_id)]
-        pieces.append(Piece(_later(fmt, len(turns)).ask(instruction)))
+            pieces += [Piece(_later(fmt, n).format_question(asked)), Piece(said, cut=True), Piece(tokenizer.eos_id)]
+        pieces.append(Piece(_later(fmt, len(turns)).format_question(instruction)))
     return encode_pieces(tokenizer, [pieces])[0].ids
 
 # %% ../nbs/24_chat.ipynb #15b10499

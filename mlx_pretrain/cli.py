@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from . import __version__, console
 
 # %% ../nbs/70_cli.ipynb #5aa16e75
-_Config = TypeVar("_Config") # a `Section`
+_Config = TypeVar("_Config") # a `ConfigSection`
 logger = logging.getLogger("mlx_pretrain")
 
 
@@ -39,7 +39,7 @@ def _value(kind, words: list[str]):
 
 # %% ../nbs/70_cli.ipynb #21b13b89
 def read_flags(
-    cls: type, # the class of the whole configuration, a `Section`
+    cls: type, # the class of the whole configuration, a `ConfigSection`
     words: list[str], # of the command line, `--key value` or `--key=value`; `--no-key` is `--key false`
 ) -> dict[str, Any]: # dotted key → value
     """Keys and values from the command line; whether they are right is for `load_config` to say.
@@ -130,12 +130,12 @@ def sft(
     path = fine_tune(read_command(SFTConfig, args, "mlx-pretrain sft"))
     asks = f'Ask it:            mlx-pretrain generate --run "{path}" --instruction "…"\nTalk to it:        mlx-pretrain chat --run "{path}"'
     writes = f'Let it write:      mlx-pretrain generate --run "{path}" --prompt "…"'
-    with_adapters = ""
+    add_lora = ""
     if (about := path / "adapters" / "adapter_config.json").is_file():
         base = json.loads(about.read_bytes())["model"]
         if Path(base, "config.json").is_file():                           # a checkpoint is none that mlx-lm could open
-            with_adapters = f'\nIn mlx-lm:         mlx_lm.generate --model "{base}" --adapter-path "{about.parent}" --prompt "…"'
-    print(f'\nThe model is in "{path / "model"}".\n{asks if read_metadata(path).get("format") else writes}{with_adapters}\n'
+            add_lora = f'\nIn mlx-lm:         mlx_lm.generate --model "{base}" --adapter-path "{about.parent}" --prompt "…"'
+    print(f'\nThe model is in "{path / "model"}".\n{asks if read_metadata(path).get("format") else writes}{add_lora}\n'
           f'See how it went:   mlx-pretrain plot "{path}"')
 
 # %% ../nbs/70_cli.ipynb #67703c5c

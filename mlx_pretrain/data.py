@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'Row', 'read_jsonl', 'load_object', 'read_texts', 'Batch', 'Windows', 'pack', 'cache_dir', 'cached_windows',
-           'steps_in', 'batch_indices', 'PreprocessingConfig', 'DataConfig', 'make_tokenizer']
+           'num_steps', 'batch_indices', 'PreprocessingConfig', 'DataConfig', 'make_tokenizer']
 
 # %% ../nbs/01_data.ipynb #a13072ba
 import csv
@@ -40,7 +40,7 @@ import mlx.core as mx
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from .config import Section, where_from
+from .config import ConfigSection, where_from
 from .core import fsync, rng_for
 from .tokenizer import ByteTokenizer, DataError, Tokenizer, TokenizerConfig, _groups, _utf8, load_tokenizer
 
@@ -679,7 +679,7 @@ def cached_windows(
     return Windows(tokens, context, overlap, tokenizer.pad_id, tokenizer.vocab_size, meta["bytes"], source)
 
 # %% ../nbs/01_data.ipynb #d65c6555
-def steps_in(
+def num_steps(
     n: int, # number of windows
     batch_size: int, # B
     epochs: int, # how often each window comes
@@ -719,7 +719,7 @@ def batch_indices(
     return indices
 
 # %% ../nbs/01_data.ipynb #bd1283e6
-class PreprocessingConfig(Section):
+class PreprocessingConfig(ConfigSection):
     "How documents are cut."
     max_context_size: int = Field(1024, ge=2)
     "Tokens in a window of text, or in the longest row."
@@ -732,7 +732,7 @@ class PreprocessingConfig(Section):
         raise ValueError(f"chunk_overlap ({self.chunk_overlap}) must be less than max_context_size ({self.max_context_size})")
 
 # %% ../nbs/01_data.ipynb #6c2d7924
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     "What to train on."
     input_file: str | None = None
     'Training texts: JSON Lines, each row with a field "text".'

@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from pydantic import Field
 
-from .config import Section, UserError
+from .config import ConfigSection, UserError
 from .core import key_for
 from .ops import linears
 from .prompt import prompt_ids
@@ -259,7 +259,7 @@ def generate_text(
     return ["".join(text_pieces(tokenizer, ids, [t for t in tokens if t not in stops])) for ids, tokens in zip(rows, written)]
 
 # %% ../nbs/33_generate.ipynb #ca4a5a62
-class WritingConfig(Section):
+class WritingConfig(ConfigSection):
     "What all commands that let a model write can be told."
     run: str
     "A run (its name or its directory), a checkpoint, or a Hugging Face directory."

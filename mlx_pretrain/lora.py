@@ -21,8 +21,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from pydantic import Field, field_validator, model_validator
 
-from .config import ConfigError, Section, UserError
-from .core import fsync, key_for, write_whole
+from .config import ConfigError, ConfigSection, UserError
+from .core import fsync, key_for, atomic_write
 from .model import Linear, Llama, LlamaArgs
 from .ops import linear_add, linears
 from .run import _HASHES, _hash_problem, _write_hashes
@@ -63,10 +63,10 @@ class LoRALinear(Linear):
         self.lora_a, self.lora_b = mx.random.uniform(-bound, bound, (n_in, rank), key=key), mx.zeros((rank, n_out))
         self.scale, self.drop = scale, Dropout(dropout)
 
-    def plus(self, x, y):
+    def add_bias_and_adapters(self, x, y):
         "`y`, the bias, and what the adapters make of the input `x`."
         [low] = linears(self.drop(x), self.lora_a.T)                      # (…, r)
-        return linear_add(self.scale * low, self.lora_b.T, super().plus(x, y))
+        return linear_add(self.scale * low, self.lora_b.T, super().add_bias_and_adapters(x, y))
 
     @property
     def merged(self) -> mx.array:
@@ -74,7 +74,7 @@ class LoRALinear(Linear):
         return self.weight + (self.scale * (self.lora_a @ self.lora_b)).T.astype(self.weight.dtype)
 
 # %% ../nbs/30_lora.ipynb #6e2b2dd0
-class LoRAConfig(Section):
+class LoRAConfig(ConfigSection):
     "Adapters instead of the weights themselves."
     rank: int = Field(0, ge=0, le=4096)
     "Width of the adapters; 0: there are none, and the weights are trained."
@@ -221,7 +221,7 @@ def save_adapters(
         mx.save_safetensors(str(new), {name: w.astype(mx.float32) for name, w in weights.items()}, metadata={"format": "mlx"})
         fsync(new)
         (directory / _HASHES).unlink(missing_ok=True)
-        write_whole(directory / "adapter_config.json", (json.dumps(about, indent=2) + "\n").encode())
+        atomic_write(directory / "adapter_config.json", (json.dumps(about, indent=2) + "\n").encode())
         os.replace(new, directory / "adapters.safetensors")
         _write_hashes(directory, ("adapter_config.json", "adapters.safetensors"))
     except (OSError, RuntimeError) as e:

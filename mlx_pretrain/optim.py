@@ -15,10 +15,10 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from pydantic import Field, model_validator
 
-from .config import ConfigError, Section
+from .config import ConfigError, ConfigSection
 
 # %% ../nbs/40_optim.ipynb #e0290767
-class SchedulerConfig(Section):
+class SchedulerConfig(ConfigSection):
     "How the learning rate changes over a run."
     type: Literal["linear", "cosine", "cosine_with_warmup", "wsd"] = "cosine_with_warmup"
     "Shape of the curve; all but `cosine` start with a warm-up; `wsd` stays at the top until its decay."
@@ -211,7 +211,7 @@ class Muon(optim.Optimizer):
         return parameter - self.learning_rate.astype(parameter.dtype) * (update + self.weight_decay * parameter)
 
 # %% ../nbs/40_optim.ipynb #419d7ce4
-class Optimization(Section):
+class Optimization(ConfigSection):
     "The optimizer."
     optimizer: Literal["adam", "adamw", "muon", "sgd"] = "adamw"
     "Which one; `muon` is Muon for the matrices inside the model and AdamW for the rest."

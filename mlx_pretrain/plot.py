@@ -19,11 +19,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from .config import UserError
-from .episodes import Episodes
+from .prompts import PromptDataset
 from .optim import make_schedule
-from .preferences import Preferences
-from .reward import Examined, calibration
-from .rows import Examples
+from .preferences import PreferenceDataset
+from .reward import RewardEvaluation, calibration
+from .rows import SFTDataset
 from .run import read_metrics
 from .trainer import TrainingConfig
 
@@ -188,15 +188,15 @@ def _plot_rewards(runs: list[_Drawn]) -> Figure:
     return figure
 
 # %% ../nbs/60_plot.ipynb #8dd5aba9
-def _read_examined(run: Path) -> Examined | None:
+def _read_examined(run: Path) -> RewardEvaluation | None:
     "What a reward model said about its held-out rows; `None` if it has not finished, or had none."
     try:
         told = json.loads((run / "held_out.json").read_bytes())
-        return Examined(*(np.array(told[key], float) for key in ("scores", "lengths", "values")), told["scale"])
+        return RewardEvaluation(*(np.array(told[key], float) for key in ("scores", "lengths", "values")), told["scale"])
     except (OSError, ValueError, TypeError, KeyError): return None
 
 
-def _examine(right, length, examined: Examined, color: str):
+def _examine(right, length, examined: RewardEvaluation, color: str):
     "The two panels about held-out rows."
     scores = examined.scores
     if scores.ndim == 2:
@@ -352,12 +352,12 @@ class _Lengths(NamedTuple):
 def _lengths(data) -> _Lengths:
     "What there is to know about the lengths of rows. Raises `UserError` if they have none."
     def count(texts): return np.array([*map(len, texts)])
-    if isinstance(data, Examples):
+    if isinstance(data, SFTDataset):
         trained = np.add.reduceat(data.loss_mask, data.ends[:-1], dtype=int)
         return _Lengths("rows", data.lengths, data.lengths, trained, "trained")
-    if isinstance(data, Preferences):
+    if isinstance(data, PreferenceDataset):
         return _Lengths("rows" if data.rejected is None else "texts (two a row)", count(data.texts), data.lengths, data.said)
-    if not isinstance(data, Episodes):
+    if not isinstance(data, PromptDataset):
         raise UserError(f"{type(data).__name__} has no rows of different lengths: give the data of an SFT, reward model or PPO trainer.")
     prompts, said = count(data.prompts), data.responses and count(data.responses)
     if said is None: return _Lengths("prompts", prompts, prompts, free=data.response_length)
@@ -365,7 +365,7 @@ def _lengths(data) -> _Lengths:
 
 # %% ../nbs/60_plot.ipynb #4f7abe77
 def plot_lengths(
-    data: Examples | Preferences | Episodes, # rows in tokens: `trainer.data` or `trainer.held_out` of SFT, reward models or PPO
+    data: SFTDataset | PreferenceDataset | PromptDataset, # rows in tokens: `trainer.data` or `trainer.held_out` of SFT, reward models or PPO
     context: int | None = None, # tokens, such as `data.preprocessing.max_context_size`
 ) -> Figure: # one axes
     """How many rows are how long, and how much of them is the response; and the share that is longer than a context.

@@ -71,9 +71,9 @@ class PretrainTrainer(StageTrainer):
         rows = np.pad(np.arange(n), (0, -n % size), constant_values=-1).reshape(-1, size)     # (batches, B)
         return map(self.held_out.batch, rows)
 
-    def measure(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         "Loss, perplexity and bits per byte of the whole held-out text."
-        return loss_metrics(super().measure()["val_loss"], "val_", self.held_out.n_targets / self.held_out.n_bytes)
+        return loss_metrics(super().evaluate()["val_loss"], "val_", self.held_out.n_targets / self.held_out.n_bytes)
 
     def samples(self, n: int = 3) -> list[tuple[str, str, float | None]]:
         "How the model would go on now, from beginnings that lie spread over the held-out text."

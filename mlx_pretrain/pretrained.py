@@ -26,7 +26,7 @@ from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_spl
 from .model import Llama, LlamaArgs, ScalarLlama
 from .prompt import PromptFormat
 from .run import (
-    _HASHES, Saved, _hash_problem, _not_utf8, _swap_in, _write_hashes, _writing, checkpoints, is_run, load_checkpoint, read_metadata)
+    _HASHES, Checkpoint, _hash_problem, _not_utf8, replace_dir, _write_hashes, _writing, checkpoints, is_run, load_checkpoint, read_metadata)
 from .tokenizer import DataError, Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer
 
 # %% ../nbs/32_pretrained.ipynb #f95ed538
@@ -176,7 +176,7 @@ def export(
             if template: (new / "chat_template.jinja").write_text(template, encoding="utf-8")
             _write_hashes(new, [path.name for path in new.iterdir()])
             for path in [*new.iterdir(), new]: fsync(path)
-            _swap_in(new, directory)
+            replace_dir(new, directory)
         finally: shutil.rmtree(new, ignore_errors=True)
 
 
@@ -303,7 +303,7 @@ def _load_hf(directory: Path, kind: type = Llama) -> Pretrained:
 
 
 def open_checkpoint(
-    saved: Saved, # a checkpoint in memory
+    saved: Checkpoint, # a checkpoint in memory
 ) -> Pretrained: # its model, the tokenizer of its run, and its prompt format
     "The model of a checkpoint. Raises `PretrainedError` or `DataError` if it is not whole, or its run directory is not around it."
     directory, arrays, state = saved
@@ -323,7 +323,7 @@ def open_checkpoint(
     return Pretrained(model, tokenizer, directory, fmt)
 
 
-def _with_adapters(saved: Saved, weights: dict[str, mx.array], file: Path) -> Llama:
+def _with_adapters(saved: Checkpoint, weights: dict[str, mx.array], file: Path) -> Llama:
     "The model of a checkpoint that holds adapters only: theirs, merged into the one they were trained beside."
     path, identity = (saved.state["base"].get(key, "") for key in ("path", "identity"))
     tails = [Path(*Path(path).parts[n:]) for n in range(1, len(Path(path).parts) - 1)]   # such as base/model
@@ -358,7 +358,7 @@ def load(
     if not path.is_dir(): raise _nothing_there(path)
     if (path / "manifest.json").is_file() or re.fullmatch(r"step_\d+", path.resolve().name):
         if kind is ScalarLlama: raise PretrainedError(f"{path} is a checkpoint; give the run that it belongs to, when that is finished")
-        return open_checkpoint(Saved(path, *load_checkpoint(path)))
+        return open_checkpoint(Checkpoint(path, *load_checkpoint(path)))
     if (path / "config.json").is_file(): return _load_hf(path, kind)
     if (path / "adapter_config.json").is_file(): raise _adapters_alone(path)
     saved = checkpoints(path)

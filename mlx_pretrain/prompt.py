@@ -12,7 +12,7 @@ import re
 from string import Formatter
 from typing import Any, NamedTuple
 
-from .config import ConfigError, Section
+from .config import ConfigError, ConfigSection
 from .data import _field, _quote
 from .tokenizer import DataError, Tokenizer
 
@@ -51,7 +51,7 @@ def _names(template: str, key: str) -> set[str]: return {name for _, name in spl
 INSTRUCTION, VERBATIM = "### Instruction:\n{instruction}\n\n### Response:", "{instruction}"
 
 
-class PromptFormat(Section):
+class PromptFormat(ConfigSection):
     "How a row becomes a prompt and a response."
     prompt_format: str | None = INSTRUCTION
     "Template of the prompt; null: the tokenizer's chat template makes it."
@@ -123,7 +123,7 @@ class PromptFormat(Section):
         optional = self.input_field_optional if "instruction" in asks else None
         return (names | {self.output_field, self.system_field, optional}) - {None, ""}
 
-    def unwrap(
+    def parse_response(
         self,
         text: str, # what a model said
     ) -> str: # what stands where `{response}` does
@@ -133,7 +133,7 @@ class PromptFormat(Section):
         after = rest[0][0] if rest and rest[0][1] is None else ""
         return text.removeprefix(before).removesuffix(after)
 
-    def wrap(
+    def format_response(
         self,
         text: str, # what stands where `{response}` does
     ) -> str: # what a model says
@@ -142,7 +142,7 @@ class PromptFormat(Section):
         if first not in ("response", self.output_field): return text
         return before + text + (rest[0][0] if rest and rest[0][1] is None else "")
 
-    def ask(
+    def format_question(
         self,
         instruction: str, # what somebody wants to know
     ) -> str: # the prompt, as in training

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from .chat import by_instruction, judged_pieces
 from .core import RewardModel
 from .model import ScalarLlama
-from .preferences import lay_beside, reading
+from .preferences import pad_right, encode_prompt_response
 from .pretrained import PretrainedError, _read_object, export, find_model, load
 from .prompt import PromptFormat, _begin
 from .tokenizer import DataError, Tokenizer
@@ -46,7 +46,7 @@ def make_scorer(
         order, found, held = np.argsort([*map(len, texts)], kind="stable"), np.zeros(len(texts), np.float32), model.parameters()
         try:
             for places in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-                found[places] = np.array(read(*map(mx.array, lay_beside([texts[i] for i in places], pad_id))))
+                found[places] = np.array(read(*map(mx.array, pad_right([texts[i] for i in places], pad_id))))
         except BaseException:                                             # Ctrl-C while it is compiled leaves stand-ins for the weights
             model.update(held)
             raise
@@ -81,7 +81,7 @@ class TrainedReward(RewardModel):
 
         With a chat template, that is what the template writes at the end of an answer; else it is the token that ends a text, as in TRL.
         """
-        texts = [self._newest(ids) for ids in reading(self.tokenizer, self.format, prompts, responses, prompt_messages)]
+        texts = [self._newest(ids) for ids in encode_prompt_response(self.tokenizer, self.format, prompts, responses, prompt_messages)]
         return (self.scores(texts) - np.float32(self.mean)) / np.float32(self.std)
 
     def _newest(self, ids: list[int]) -> list[int]:

@@ -22,17 +22,17 @@ from .model import Llama
 from .pretrained import Pretrained, open_checkpoint
 from .prompt import PromptFormat
 from mlx_pretrain.rows import (
-    Examples, LengthGroupedSampler, PromptConfig, RowBatch, Truncation, read_examples, read_first_row,
+    SFTDataset, LengthGroupedSampler, PromptConfig, SFTBatch, Truncation, read_examples, read_first_row,
     resolve_format)
 from mlx_pretrain.stage import (
-    AdaptedTraining, StageTrainer, TunedConfig, begin_with, check_begins_elsewhere, complete, data_file, keep_date, run_stage,
-    with_adapters)
+    LoRATrainingConfig, StageTrainer, FinetuneConfig, open_base_model, check_not_overwriting_base, resolve_config, data_file, keep_date, run_stage,
+    add_lora)
 from .trainer import Hyperparameters
 
 # %% ../nbs/03_sft.ipynb #a8a4944b
 def response_loss(
     model: Llama, # predicts
-    batch: RowBatch, # rows, and the places in them that count
+    batch: SFTBatch, # rows, and the places in them that count
 ) -> tuple[mx.array, mx.array]: # (summed loss in nats, number of tokens)
     "Cross-entropy of the trained tokens. The head is applied at their places only."
     hidden = model.hidden(batch.inputs)                                   # (B, T, D)
@@ -56,13 +56,13 @@ class SFTHyperparameters(Hyperparameters):
     "The largest learning rate."
 
 
-class SFTTraining(AdaptedTraining):
+class SFTTraining(LoRATrainingConfig):
     "The `training:` section of a configuration."
     hyperparameters: SFTHyperparameters = SFTHyperparameters()
     "The numbers people turn first."
 
 
-class SFTConfig(TunedConfig):
+class SFTConfig(FinetuneConfig):
     "A whole fine-tuning run: what `sft.py --config` reads."
     data: SFTData = SFTData()
     "What to read, and how to ask."
@@ -87,28 +87,28 @@ class SFTTrainer(StageTrainer):
         **kwargs, # `callbacks`, `run`, or your own `optimizer` and `schedule`, as `Trainer` takes them
     ):
         path = data_file(cfg.data, "input_file")
-        if (pretrained := begin_with(cfg, pretrained)) is None:
+        if (pretrained := open_base_model(cfg, pretrained)) is None:
             logger.warning("There is no pretrained_model: what is trained is a new model, which has read nothing.")
             tokenizer = make_tokenizer(cfg.data)
             model = Llama(cfg.model.args(tokenizer.vocab_size, cfg.data.preprocessing.max_context_size), cfg.system.seed)
         else: model, tokenizer = pretrained.model, pretrained.tokenizer
-        cfg = complete(cfg, model)
-        if cfg.training.lora.rank: model, self.base = with_adapters(cfg, pretrained)
+        cfg = resolve_config(cfg, model)
+        if cfg.training.lora.rank: model, self.base = add_lora(cfg, pretrained)
         fmt = dated(resolve_format(cfg.data, read_first_row(path, cfg.data), pretrained and pretrained.format), tokenizer)
         if fmt.input_field: cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
         elif pretrained: self.format = pretrained.format                      # plain texts teach no other
         data, held_out = (_read(cfg.data, key, tokenizer, fmt) for key in ("input_file", "validation_file"))
         super().__init__(cfg, model, tokenizer, response_loss, data, held_out, **kwargs)
 
-    def held_out_batches(self) -> Iterable[RowBatch]:
+    def held_out_batches(self) -> Iterable[SFTBatch]:
         "All held-out rows, short ones first."
         size, order = self.cfg.training.hyperparameters.batch_size, np.argsort(self.held_out.lengths, kind="stable")
         return (self.held_out.batch(order[i:i + size]) for i in range(0, len(order), size))
 
-    def measure(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         "Loss and perplexity of all held-out responses; some answers go to the log."
-        if self.run_dir: self.run_dir.note("\n".join(f"{ask}\n→ {said}" for ask, said in self.answers()))
-        return super().measure()
+        if self.run_dir: self.run_dir.log_text("\n".join(f"{ask}\n→ {said}" for ask, said in self.answers()))
+        return super().evaluate()
 
     @cached_property
     def questions(self) -> list[list[int]]:
@@ -133,7 +133,7 @@ class SFTTrainer(StageTrainer):
         return [(asked, said, None) for asked, said in self.answers(n)]
 
 
-def _read(cfg: SFTData, key: str, tokenizer, fmt: PromptFormat) -> Examples | None:
+def _read(cfg: SFTData, key: str, tokenizer, fmt: PromptFormat) -> SFTDataset | None:
     "The rows of one of the two files; `None` if there is none."
     if (path := data_file(cfg, key)) is None: return None
     context = cfg.preprocessing.max_context_size
@@ -150,7 +150,7 @@ def sft(
     Raises `UserError` for whatever is wrong in configuration, data or place; nothing is written before these are checked.
     """
     def build(saved):
-        check_begins_elsewhere(cfg, saved, root)
+        check_not_overwriting_base(cfg, saved, root)
         whole = saved and not saved.state.get("base")                     # it holds all that the pretrained model gave
         return SFTTrainer(keep_date(cfg, saved), open_checkpoint(saved) if whole else None, **kwargs)
     return run_stage(cfg, build, root)

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from .config import Section, UserError
-from .core import rng_for, write_whole
+from .config import ConfigSection, UserError
+from .core import rng_for, atomic_write
 from .hf_tokenizer import UnsupportedTokenizer, read_backend, sealed, special_tokens, token_text
 
 # %% ../nbs/22_tokenizer.ipynb #dc13ad50
@@ -41,7 +41,7 @@ def _utf8(text: str) -> bytes:
         raise DataError(f"a text holds half a character (a lone surrogate, {text[e.start]!r}) at position {e.start}; remove it") from None
 
 # %% ../nbs/22_tokenizer.ipynb #79646bed
-class SpecialTokens(Section):
+class SpecialTokens(ConfigSection):
     "Names of the three control tokens. A name never stands for itself in a text: text that spells it stays text."
     pad: str = "<pad>"
     "Fills the end of a window; never a target."
@@ -354,7 +354,7 @@ def _write_files(directory: str | Path, files: dict[str, bytes]) -> None:
         for name in _TOKENIZER_FILES:
             path = Path(directory) / name
             if name not in files: path.unlink(missing_ok=True)
-            elif not path.is_file() or path.read_bytes() != files[name]: write_whole(path, files[name])
+            elif not path.is_file() or path.read_bytes() != files[name]: atomic_write(path, files[name])
     except OSError as e: raise DataError(f"cannot write the tokenizer to {directory} ({e.strerror}); choose another place") from None
 
 # %% ../nbs/22_tokenizer.ipynb #1f4f9a0d
@@ -661,7 +661,7 @@ def load_tokenizer(
     raise DataError(f"{path}: tokenizer.json and tokenizer_config.json do not belong together; copy both again")
 
 # %% ../nbs/22_tokenizer.ipynb #e041b268
-class TokenizerConfig(Section):
+class TokenizerConfig(ConfigSection):
     "Which tokenizer to make, when `tokenizer_path` does not name one."
     normal_vocab_size: int = Field(256, ge=256, le=65_536)
     "Ids of the byte tokenizer before its special tokens; those above the 256 bytes stay unused."

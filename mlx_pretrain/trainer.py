@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'LossFn', 'MAX_SKIPPED', 'Hyperparameters', 'TrainingConfig', 'SystemConfig', 'set_device', 'Knobs',
-           'clip_gradient', 'Update', 'choose_parameters', 'compute_in', 'compiles_first', 'Stopwatch',
-           'stop_between_steps', 'TrainingError', 'Progress', 'Trainer', 'evaluate', 'log_metrics', 'save_checkpoint',
-           'save_checkpoints', 'ProgressBar', 'span', 'Forecast', 'check_memory', 'forecast', 'recorded', 'train_run',
-           'replay_knobs']
+           'clip_gradient', 'Update', 'choose_parameters', 'with_precision', 'compiles_first', 'Stopwatch',
+           'stop_between_steps', 'TrainingError', 'Progress', 'Trainer', 'evaluate_loss', 'log_metrics',
+           'save_checkpoint', 'save_checkpoints', 'ProgressBar', 'span', 'Forecast', 'check_memory', 'forecast',
+           'recording', 'train_run', 'replay_knobs']
 
 # %% ../nbs/42_trainer.ipynb #2e7b0ba0
 import logging
@@ -34,15 +34,15 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 from pydantic import Field, field_validator, model_validator
 
-from .config import ConfigError, Section, UserError
+from .config import ConfigError, ConfigSection, UserError
 from .console import caught, output_problem, safe, say
 from .core import key_for
 from .lora import adapters, dropping, lora_layers
 from .optim import Optimization, SchedulerConfig, check_optimizer, make_optimizer, make_schedule
-from .run import Journal, Run, RunError, Saved, checkpoints, read_metadata, read_metrics, short
+from .run import RunLog, Run, RunError, Checkpoint, checkpoints, read_metadata, read_metrics, short
 
 # %% ../nbs/42_trainer.ipynb #6b7c3e3c
-class Hyperparameters(Section):
+class Hyperparameters(ConfigSection):
     "The numbers people turn first."
     batch_size: int = Field(16, ge=1, le=1_000_000)
     "Windows or rows that go through the model at once."
@@ -58,7 +58,7 @@ class Hyperparameters(Section):
     "Steps to train; by default as many as `epochs` need."
 
 
-class TrainingConfig(Section):
+class TrainingConfig(ConfigSection):
     "The `training:` section of a configuration."
     epochs: int = Field(1, ge=1)
     """How often each window or row is seen; `iters` overrides it. A run that resumes with another batch size
@@ -88,7 +88,7 @@ class TrainingConfig(Section):
 logger = logging.getLogger("mlx_pretrain")
 
 
-class SystemConfig(Section):
+class SystemConfig(ConfigSection):
     "The `system:` section of a configuration."
     seed: int = Field(42, ge=0, lt=2**63)
     "Everything random follows from it."
@@ -118,11 +118,11 @@ class Knobs:
     "Numbers that may be turned between steps, by attribute."
     def __init__(
         self,
-        least: dict[str, float] | None = None, # name → what its value may not fall below
+        minimum: dict[str, float] | None = None, # name → what its value may not fall below
         **values: float, # name → first value
     ):
         object.__setattr__(self, "_values", {k: float(v) for k, v in values.items()})
-        object.__setattr__(self, "_least", least or {})
+        object.__setattr__(self, "_least", minimum or {})
 
     def __getattr__(self, name):
         values = self.__dict__.get("_values", {})
@@ -244,7 +244,7 @@ def choose_parameters(
         module.freeze(recurse=False, keys=[name.rpartition(".")[2] for name in frozen if name.rpartition(".")[0] == path])
 
 # %% ../nbs/42_trainer.ipynb #8c2df610
-def compute_in(
+def with_precision(
     precision: str, # "auto", "float32" or "bfloat16"
     loss: LossFn, # (model, batch) → (sum, count)
 ) -> LossFn: # the same loss, computed with weights of that precision; gradients are float32
@@ -331,7 +331,7 @@ class Progress:
     """What happened so far.
 
     `steps_done`; `tokens` that counted in the loss; `skipped` steps, and how many of them `in_a_row` just now; `best` validation, as
-    (step, `judged_by`); `losses`: first, lowest and last; `last_knobs`: how the knobs stood in the last step.
+    (step, `metric_for_best`); `losses`: first, lowest and last; `last_knobs`: how the knobs stood in the last step.
     """
     steps_done: int = 0
     tokens: int = 0
@@ -341,14 +341,14 @@ class Progress:
     losses: tuple[float, float, float] | None = None
     last_knobs: dict[str, float] = field(default_factory=dict)
 
-    judged_by = "val_loss" # the metric of a validation by which the best checkpoint is chosen
-    higher_is_better = False
+    metric_for_best = "val_loss" # the metric of a validation by which the best checkpoint is chosen
+    greater_is_better = False
 
     def last_good(self) -> int:
         "The last step after which all was well."
         return self.steps_done - self.in_a_row
 
-    def judge(
+    def record_step(
         self,
         good: bool, # was the step finite?
         loss: float, # of this step
@@ -364,19 +364,19 @@ class Progress:
         cause = _likely_cause(loss, norm, self.losses, self.last_knobs.get("learning_rate_factor", 1.0))
         raise TrainingError(f"{MAX_SKIPPED} steps in a row, up to step {self.steps_done}, were not finite; {cause}")
 
-    def worse(
+    def worse_than_best(
         self,
-        value: float, # of `judged_by`
+        value: float, # of `metric_for_best`
     ) -> float: # how much worse than the best so far; negative: better
         "Compare with the best validation."
-        return (value - self.best[1]) * (-1 if self.higher_is_better else 1)
+        return (value - self.best[1]) * (-1 if self.greater_is_better else 1)
 
-    def validated(
+    def record_best(
         self,
-        value: float, # of `judged_by`, on held-out data
+        value: float, # of `metric_for_best`, on held-out data
     ):
         "Remember the best validation; one that is not finite is none."
-        if math.isfinite(value) and (self.best is None or self.worse(value) < 0): self.best = (self.steps_done, value)
+        if math.isfinite(value) and (self.best is None or self.worse_than_best(value) < 0): self.best = (self.steps_done, value)
 
 # %% ../nbs/42_trainer.ipynb #910fb3a8
 def _check_fit(here: dict[str, mx.array], saved: dict[str, mx.array], file: Path, remedy: str):
@@ -397,10 +397,10 @@ class Trainer(Progress):
     and perhaps more.
     Raises `ConfigError` if the schedule does not fit the steps, or the optimizer brings a schedule of its own.
     """
-    shown = ("loss", "val_loss") # metrics beside the progress bar
-    began: float | None = None # `judged_by` before the first step, if it was measured
-    probes = 6 # steps that a forecast times
-    best_is_kept = False # does a finished run keep its best weights, and not its last?
+    progress_metrics = ("loss", "val_loss") # metrics beside the progress bar
+    initial_metric: float | None = None # `metric_for_best` before the first step, if it was measured
+    n_timing_steps = 6 # steps that a forecast times
+    load_best_at_end = False # does a finished run keep its best weights, and not its last?
     unfinished: dict | None = None # metrics of the last step, if a measurement or a callback failed: a checkpoint says so
     _again: dict | None = None # those that a checkpoint told of
     _under_way = False # is somebody in the middle of a step?
@@ -416,7 +416,7 @@ class Trainer(Progress):
         validate: Callable[[], dict] | None = None, # measures on held-out data; returns metrics
         validation_interval: int = 100, # steps between two measurements; there is always one at the end
         callbacks: Iterable[Callable] = (), # each called as `callback(trainer, metrics)` after a step: they look, they do not compute
-        run: Journal | None = None, # where events go
+        run: RunLog | None = None, # where events go
         optimizer: optim.Optimizer | None = None, # your own, instead of the configured one
         schedule: Callable[[int], float] | None = None, # your own: step (from 0) → learning rate
         seed: int = 0, # dropout follows from it and the step
@@ -434,10 +434,10 @@ class Trainer(Progress):
         self.update = Update(self.trained, self.optimizer, loss, h.gradient_clip, apart=trained is not None)
         self.knobs, self.stop_requested = Knobs(learning_rate_factor=1.0), False
         self.last_knobs, self.seconds = self.knobs.snapshot(), 0.0        # seconds: in all steps
-        self.turns: list[tuple[int, str, float]] = []                     # of knobs, to come: step from 0, name, value
-        self.untold: list[tuple[int, str, float]] = []                    # of knobs, while there was no run directory
+        self.scheduled_knob_changes: list[tuple[int, str, float]] = []                     # of knobs, to come: step from 0, name, value
+        self.pending_events: list[tuple[int, str, float]] = []                    # of knobs, while there was no run directory
 
-    def tell_knobs(
+    def log_knob_changes(
         self,
         step: int, # from 0; it has just been taken
         used: dict[str, float], # how the knobs stood in it
@@ -446,25 +446,25 @@ class Trainer(Progress):
         turned = {name: value for name, value in used.items() if value != self.last_knobs[name]}
         self.last_knobs = used
         for name, value in turned.items():
-            if self.run_dir: self.run_dir.event("knob", step, name=name, value=value)
-            else: self.untold.append((step, name, value))
+            if self.run_dir: self.run_dir.log_event("knob", step, name=name, value=value)
+            else: self.pending_events.append((step, name, value))
 
     @property
-    def cut_short(self) -> bool:
+    def has_partial_step(self) -> bool:
         "Has a part of a step already changed the weights? The next step takes it up."
         return False
 
-    def parts(self) -> list[dict | list]:
+    def mutable_trees(self) -> list[dict | list]:
         "All that holds arrays which a step changes, or looks at while it is compiled."
         return [self.trained, self.optimizer.state]
 
     @contextmanager
-    def whole(
+    def rollback_on_error(
         self,
         counted: Callable[[], bool] = lambda: False, # is it written down that the change has been made?
     ):
         "Inside, arrays change and it is counted, or nothing changes at all: Ctrl-C may come anywhere, also while something is compiled."
-        held = [(part, dict(tree_flatten(part.parameters() if isinstance(part, nn.Module) else part))) for part in self.parts()]
+        held = [(part, dict(tree_flatten(part.parameters() if isinstance(part, nn.Module) else part))) for part in self.mutable_trees()]
         try: yield
         except BaseException:
             if not counted():
@@ -490,15 +490,15 @@ class Trainer(Progress):
         watch, knobs = Stopwatch(), self.knobs.snapshot()
         rate = float(self.schedule(self.steps_done)) * knobs["learning_rate_factor"]
         step = self.steps_done
-        with self.whole(lambda: self.steps_done > step):
+        with self.rollback_on_error(lambda: self.steps_done > step):
             values = self.update(self.batches(step), rate, key_for(self.seed, step, "dropout"))
             mx.eval(self.trained.state, self.optimizer.state, values)
             loss, _, norm, good, means, tokens = self._numbers(values)
             self.tokens, self.steps_done = self.tokens + tokens, step + 1
-        self.tell_knobs(step, knobs)
+        self.log_knob_changes(step, knobs)
         speed = tokens / watch.seconds()
         if not good: self.report(loss, norm)
-        self.judge(good, loss, norm)
+        self.record_step(good, loss, norm)
         yield "update"
         return {"step": self.steps_done, "loss": loss, **means, "learning_rate": rate, "grad_norm": norm, "tokens": self.tokens,
                 "tokens_per_second": speed}
@@ -524,13 +524,13 @@ class Trainer(Progress):
 
     def _validate(self, _, metrics: dict):
         metrics |= self.validate()
-        self.validated(metrics[self.judged_by])
+        self.record_best(metrics[self.metric_for_best])
 
     def stepping(self) -> Generator[str, None, dict]:
         "A step in pieces, with measurements and callbacks; returns its metrics. Raises `TrainingError` if another one is under way."
         if self._under_way: raise TrainingError("a step is under way, in a live panel or a generator; pause or close that first")
-        for step, name, value in self.turns:
-            if step == self.steps_done and not self.cut_short: setattr(self.knobs, name, value)
+        for step, name, value in self.scheduled_knob_changes:
+            if step == self.steps_done and not self.has_partial_step: setattr(self.knobs, name, value)
         self._under_way, pieces = True, self._stepping()
         try:
             while True:
@@ -574,8 +574,8 @@ class Trainer(Progress):
         "Tell about a step, or a part of it, that was skipped."
         said = f"step {self.steps_done} {what}: loss {loss:g}, gradient norm {norm:g}"
         if self.run_dir:
-            self.run_dir.event("not_finite", self.steps_done - 1, loss=loss, grad_norm=norm)
-            self.run_dir.note(said)
+            self.run_dir.log_event("not_finite", self.steps_done - 1, loss=loss, grad_norm=norm)
+            self.run_dir.log_text(said)
         if self.in_a_row == 0: logger.warning(said)
 
     def samples(
@@ -585,7 +585,7 @@ class Trainer(Progress):
         "Something for people to look at while it trains; each stage has its own."
         return []
 
-    def places(self) -> dict[str, dict | list]:
+    def checkpoint_trees(self) -> dict[str, dict | list]:
         "Where the arrays of a checkpoint belong."
         return {"model": self.model, "optimizer": self.optimizer.state}
 
@@ -594,9 +594,9 @@ class Trainer(Progress):
         def own(tree):
             if not isinstance(tree, nn.Module): return tree
             return tree.trainable_parameters() if lora_layers(tree) else tree.parameters()
-        return {name: dict(tree_flatten(own(tree))) for name, tree in self.places().items()}
+        return {name: dict(tree_flatten(own(tree))) for name, tree in self.checkpoint_trees().items()}
 
-    def probe(
+    def timing_step(
         self,
         step: int, # from 0
     ) -> int: # tokens of the step
@@ -612,7 +612,7 @@ class Trainer(Progress):
 
     def load(
         self,
-        saved: Saved, # a checkpoint
+        saved: Checkpoint, # a checkpoint
         reset_optimizer: bool = False, # start its memory anew?
     ):
         """Go on from a checkpoint.
@@ -624,7 +624,7 @@ class Trainer(Progress):
                            '"training.hyperparameters.iters" or "training.epochs"')
         keep = ('keep "training.optimization.optimizer", "training.freeze" and "training.train_only" as they were, '
                 'or set "resume.reset_optimizer: true"')
-        places = {name: tree for name, tree in self.places().items() if name != "optimizer" or not reset_optimizer}
+        places = {name: tree for name, tree in self.checkpoint_trees().items() if name != "optimizer" or not reset_optimizer}
         for name in places:
             remedy = keep if name == "optimizer" else "the model or the tokenizer is another one"
             _check_fit(self.arrays()[name], saved.arrays.get(name, {}), saved.path / f"{name}.safetensors", remedy)
@@ -635,7 +635,7 @@ class Trainer(Progress):
         self.unfinished = self._again = again and {name: math.nan if value is None else value for name, value in again.items()}
 
 # %% ../nbs/42_trainer.ipynb #9f58748b
-def evaluate(
+def evaluate_loss(
     model: nn.Module, # not changed
     loss: LossFn, # (model, batch) → (sum, count)
     batches: Iterable[NamedTuple], # held-out data, in a fixed order
@@ -653,14 +653,14 @@ def evaluate(
 
 # %% ../nbs/42_trainer.ipynb #5721a821
 def log_metrics(
-    run: Journal, # where to write
+    run: RunLog, # where to write
     every: int, # steps between two lines
 ) -> Callable: # a callback
     "Write every so many steps, at validations, and at both ends of the run."
     def callback(trainer, metrics):
         if metrics["step"] in (1, trainer.total_steps) or metrics["step"] % every == 0 or any(k.startswith("val_") for k in metrics):
             run.log(metrics)
-            run.note("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
+            run.log_text("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
     return callback
 
 
@@ -692,7 +692,7 @@ def save_checkpoints(
 
 # %% ../nbs/42_trainer.ipynb #d8c687d7
 class ProgressBar:
-    "A line that shows the loss (or what else `trainer.shown` names), tokens a second, and the time left. A callback; use it in a `with`."
+    "A line that shows the loss (or what else `trainer.progress_metrics` names), tokens a second, and the time left. A callback; use it in a `with`."
     def __init__(
         self,
         total: int, # steps of the run
@@ -711,7 +711,7 @@ class ProgressBar:
         "Move on by one step."
         now = metrics["tokens_per_second"]
         self.rate = now if self.rate is None else 0.9 * self.rate + 0.1 * now
-        numbers = {key: f"{metrics[key]:.3f}" for key in trainer.shown if key in metrics}
+        numbers = {key: f"{metrics[key]:.3f}" for key in trainer.progress_metrics if key in metrics}
         self.shown = {**self.shown, **numbers, "tok/s": f"{self.rate:,.0f}"}
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update(metrics["step"] - self.bar.n)
@@ -768,7 +768,7 @@ def _time_probes(trainer: Trainer, steps: range) -> tuple[list[float], int]:
     for n, step in enumerate([*steps, steps[-1], steps[-1]]):
         if times and n >= len(steps): break                               # the others are for when all of them compiled
         watch = Stopwatch()
-        tokens = max(tokens, trainer.probe(step))
+        tokens = max(tokens, trainer.timing_step(step))
         if not watch.compiled(): times.append(watch.seconds())
         if sum(times) > (5 if n else 20) and (n or mx.default_device() == mx.cpu): break
     return times or [watch.seconds()], tokens
@@ -777,18 +777,18 @@ def _time_probes(trainer: Trainer, steps: range) -> tuple[list[float], int]:
 def forecast(
     trainer: Trainer, # at any step; it stays as it is
     held_out: int = 0, # tokens of one validation, which goes forward only and takes a third of the time
-    probes: int | None = None, # steps to time, by default `trainer.probes`; more than two are taken twice if they are short
+    n_timing_steps: int | None = None, # steps to time, by default `trainer.n_timing_steps`; more than two are taken twice if they are short
 ) -> Forecast: # for the steps that are left
     "Time a few steps and undo them. Raises `TrainingError` as `check_memory` does."
     held, before, left = check_memory(trainer), trainer.arrays(), trainer.total_steps - trainer.steps_done
     mx.eval(before); mx.reset_peak_memory()
-    steps, times, tokens = range(trainer.steps_done, trainer.steps_done + min(probes or trainer.probes, left)), [0.0], 0
+    steps, times, tokens = range(trainer.steps_done, trainer.steps_done + min(n_timing_steps or trainer.n_timing_steps, left)), [0.0], 0
     try:
         if steps: times, tokens = _time_probes(trainer, steps)
         if len(steps) > 2 and sum(times) < 5: times, tokens = _time_probes(trainer, steps)
         else: times = times[1:] or times
     finally:
-        for name, tree in trainer.places().items(): _put(tree, before[name])
+        for name, tree in trainer.checkpoint_trees().items(): _put(tree, before[name])
     seconds = sorted(times)[len(times) // 2]                              # the median
     validations = math.ceil(trainer.total_steps / trainer.validation_interval) - trainer.steps_done // trainer.validation_interval
     each = held_out / tokens * seconds / 3 if tokens else 0.0
@@ -796,37 +796,37 @@ def forecast(
     return Forecast(seconds * left + each * validations, speed, peak, _machine_memory())
 
 # %% ../nbs/42_trainer.ipynb #404857c8
-def _keep(trainer: Trainer, run: Run, **state):
+def _save_and_announce(trainer: Trainer, run: Run, **state):
     "Save, and say where and how to go on."
     earlier, name = run.final, ""
-    if run.step_aside() != earlier: name = f' --name "{run.final.name}", for the earlier run in {earlier} stays as it was'
+    if run.use_free_name() != earlier: name = f' --name "{run.final.name}", for the earlier run in {earlier} stays as it was'
     saved = save_checkpoint(trainer, run, **state)
     said = f"Saved in {saved}. To go on: the same command with --resume.checkpoint latest{name}"
     logger.warning(said)
-    run.note(said)
+    run.log_text(said)
 
 
-def _took(trainer: Trainer, run: Run, since: float, tokens: int, before: dict) -> str:
+def _log_duration(trainer: Trainer, run: Run, since: float, tokens: int, before: dict) -> str:
     "Write down what a run took, in all its parts, and put it in words."
     now = {"seconds": trainer.seconds - since, "tokens": trainer.tokens - tokens}
     took = {key: before.get(key, 0) + value for key, value in now.items()}
     took |= {"peak_memory": max(before.get("peak_memory", 0), mx.get_peak_memory()), "skipped": trainer.skipped}
-    best = trainer.best and {"step": trainer.best[0], trainer.judged_by: trainer.best[1]}
-    run.metadata(took=took, best=best)
+    best = trainer.best and {"step": trainer.best[0], trainer.metric_for_best: trainer.best[1]}
+    run.update_metadata(took=took, best=best)
     said = f"Took {span(took['seconds'])} for {took['tokens']:,} tokens, {short(took['peak_memory'])}B at the peak."
     if trainer.skipped: said += f" {trainer.skipped} steps were skipped because they were not finite."
-    if best: said += f" Best {trainer.judged_by}: {trainer.best[1]:.4f}, at step {best['step']} of {trainer.steps_done}."
-    if trainer.began is not None: said += f" Before the first step it was {trainer.began:.4f}."
+    if best: said += f" Best {trainer.metric_for_best}: {trainer.best[1]:.4f}, at step {best['step']} of {trainer.steps_done}."
+    if trainer.initial_metric is not None: said += f" Before the first step it was {trainer.initial_metric:.4f}."
     return said
 
 
-def _look_back(trainer: Trainer, run: Run, last: float | None):
+def _warn_if_worse(trainer: Trainer, run: Run, last: float | None):
     "Warn if the end of a run, with its last validation, was not the best of it."
-    if trainer.best and not trainer.best_is_kept and last is not None and trainer.worse(last) > 0.05 * abs(trainer.best[1]):
+    if trainer.best and not trainer.load_best_at_end and last is not None and trainer.worse_than_best(last) > 0.05 * abs(trainer.best[1]):
         step, best = trainer.best
         logger.warning(f"Validation was best at step {step} ({best:.3g}) and ended at {last:.3g}: train less, or use the "
                        f"checkpoint of that step, {run.path / run.logging.checkpoint_dir}/step_{step:06d}.")
-    elif trainer.judged_by == "val_loss" and trainer.losses and trainer.losses[2] > 1.1 * trainer.losses[0]:
+    elif trainer.metric_for_best == "val_loss" and trainer.losses and trainer.losses[2] > 1.1 * trainer.losses[0]:
         logger.warning(f'The loss ended at {trainer.losses[2]:.3g}, above its first value of {trainer.losses[0]:.3g}: lower '
                        '"training.hyperparameters.learning_rate".')
 
@@ -834,7 +834,7 @@ def _look_back(trainer: Trainer, run: Run, last: float | None):
 
 # %% ../nbs/42_trainer.ipynb #c514290b
 @contextmanager
-def recorded(
+def recording(
     trainer: Trainer, # ready to go
     run: Run, # its run directory
     afterwards: Callable[[], None], # what is left to do after the last step
@@ -854,7 +854,7 @@ def recorded(
     try:
         yield lambda: save_checkpoint(trainer, run, **state)
         if not trainer.is_over:
-            _keep(trainer, run, **state)
+            _save_and_announce(trainer, run, **state)
             raise KeyboardInterrupt                                       # as Ctrl-C ends a program
         afterwards()
         outcome = "finished"
@@ -870,18 +870,18 @@ def recorded(
         said = f"{e}. " + (f"The last good checkpoint is {proven[-1]}" if proven else "There is no good checkpoint")
         raise TrainingError(said) from None
     except UserError:                                                     # somebody's reward or file failed; the steps so far are good
-        if trainer.steps_done > max((int(path.name[5:]) for path in checkpoints(run.path)), default=0): _keep(trainer, run, **state)
+        if trainer.steps_done > max((int(path.name[5:]) for path in checkpoints(run.path)), default=0): _save_and_announce(trainer, run, **state)
         raise
     finally:
         trainer.callbacks = [callback for callback in trainer.callbacks if callback not in ours]
         with suppress(*forgotten):
             try:
-                if problem := output_problem(): run.note(problem)
-                said = f"{said}\n{_took(trainer, run, since, tokens, before)}".strip()
-                run.note(said)
+                if problem := output_problem(): run.log_text(problem)
+                said = f"{said}\n{_log_duration(trainer, run, since, tokens, before)}".strip()
+                run.log_text(said)
             finally: run.finish(outcome)                                  # also when the disk is full: somebody may wait for the lock
     say(said)
-    _look_back(trainer, run, last.get(trainer.judged_by))
+    _warn_if_worse(trainer, run, last.get(trainer.metric_for_best))
 
 # %% ../nbs/42_trainer.ipynb #369989df
 def train_run(
@@ -890,8 +890,8 @@ def train_run(
     afterwards: Callable[[], None], # what is left to do after the last step
     **state, # goes into each checkpoint's state, beside the trainer's own
 ):
-    "Train to the end inside a run directory, with a progress bar. Raises as `recorded` and `Trainer.run` do."
-    with recorded(trainer, run, afterwards, **state), ProgressBar(trainer.total_steps, trainer.steps_done) as bar:
+    "Train to the end inside a run directory, with a progress bar. Raises as `recording` and `Trainer.run` do."
+    with recording(trainer, run, afterwards, **state), ProgressBar(trainer.total_steps, trainer.steps_done) as bar:
         trainer.callbacks.append(bar)
         trainer.run()
 
@@ -901,4 +901,4 @@ def replay_knobs(
     run: str | Path, # a run directory, or its metrics.jsonl
 ):
     "Turn the knobs of a trainer as they were turned in a run, each before the same step. Raises `RunError` if it has no metrics."
-    trainer.turns = [(row["step"], row["name"], row["value"]) for row in read_metrics(run) if row.get("event") == "knob"]
+    trainer.scheduled_knob_changes = [(row["step"], row["name"], row["value"]) for row in read_metrics(run) if row.get("event") == "knob"]

@@ -11,7 +11,7 @@ from itertools import count
 
 import numpy as np
 
-from .ppo import Rollout, Sampled
+from .ppo import Rollout, Samples
 from .tokenizer import Tokenizer
 
 # %% ../nbs/61_views.ipynb #b9e4808f
@@ -327,7 +327,7 @@ class SampledView:
     """
     def __init__(
         self,
-        sampled: Sampled, # of a step
+        sampled: Samples, # of a step
         n: int = 3, # how many of the best, and of the worst
     ):
         if sampled is None or not len(sampled.scores): raise ValueError("there are no samples; take a step first")
@@ -338,7 +338,7 @@ class SampledView:
 
     def _row(self, i: int, ends: tuple[float, float]) -> str:
         cell = '<td style="text-align:left;vertical-align:top;border:0;padding:.2em .6em'
-        asked, said, score = _text(self.sampled.asked[i]), _text(self.sampled.said[i]), float(self.sampled.scores[i])
+        asked, said, score = _text(self.sampled.prompt_texts[i]), _text(self.sampled.response_texts[i]), float(self.sampled.scores[i])
         def shown(text, look): return f'<code style="all:unset{look}" title="{_attribute(text)}">{html.escape(_clip(text, 400))}</code>'
         return (f'<tr>{cell};font-variant-numeric:tabular-nums">{score:.3g}</td>{cell}">{_bar(score, *ends)}</td>'
                 f'{cell};width:100%;white-space:pre-wrap;overflow-wrap:anywhere">'
@@ -356,4 +356,4 @@ class SampledView:
 
     def __repr__(self):
         s = self.sampled
-        return "\n".join(f"{s.scores[i]:>8.3g}  {_clip(_text(s.asked[i] + s.said[i]).replace(chr(10), ''), 100)}" for i in self.rows)
+        return "\n".join(f"{s.scores[i]:>8.3g}  {_clip(_text(s.prompt_texts[i] + s.response_texts[i]).replace(chr(10), ''), 100)}" for i in self.rows)

@@ -18,11 +18,11 @@ from pydantic import Field, ValidationError, model_validator
 
 import mlx_pretrain  # noqa: F401 (before MLX)
 from mlx_pretrain import config
-from mlx_pretrain.config import MAX_BYTES, ConfigError, Section, UserError, dump_yaml, load_config, read_yaml, to_yaml
+from mlx_pretrain.config import MAX_BYTES, ConfigError, ConfigSection, UserError, dump_yaml, load_config, read_yaml, to_yaml
 from mlx_pretrain.pretrain import PretrainConfig
 
 
-class Windows(Section):
+class Windows(ConfigSection):
     size: int = Field(1024, ge=2)
     "Tokens in a window."
     overlap: int = Field(0, ge=0)
@@ -34,21 +34,21 @@ class Windows(Section):
         return self
 
 
-class Data(Section):
+class Data(ConfigSection):
     input_file: str | None = None
     prompt_format: str = "{instruction}"
     windows: Windows = Windows()
     special: dict[str, str] = {}
 
 
-class Optimizer(Section):
+class Optimizer(ConfigSection):
     kind: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     factor: int | float = 1
 
 
-class Recipe(Section):
+class Recipe(ConfigSection):
     name: str = ""
     overwrite: bool = False
     epochs: int = 1
@@ -57,7 +57,7 @@ class Recipe(Section):
     optimizer: Optimizer = Optimizer()
 
 
-class Demanding(Section):
+class Demanding(ConfigSection):
     epochs: int
     inner: Windows = Windows()
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from mlx_pretrain import data
 from mlx_pretrain.config import ConfigError, load_config
 from mlx_pretrain.data import (
-    DataConfig, Windows, batch_indices, cache_dir, cached_windows, load_object, make_tokenizer, pack, read_jsonl, read_texts, steps_in)
+    DataConfig, Windows, batch_indices, cache_dir, cached_windows, load_object, make_tokenizer, pack, read_jsonl, read_texts, num_steps)
 from mlx_pretrain.tokenizer import ByteTokenizer, DataError, SpecialTokens, load_tokenizer
 
 
@@ -37,7 +37,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 def check_epochs(n, batch_size, epochs, seed, batches=batch_indices):
     "Every window once an epoch, each epoch whole before the next begins, missing places only at the very end."
-    steps = steps_in(n, batch_size, epochs)
+    steps = num_steps(n, batch_size, epochs)
     visited = np.concatenate([batches(n, batch_size, step, seed, epochs) for step in range(steps)])
     assert visited.shape == (steps * batch_size,)
     assert len(visited) - n * epochs < batch_size
@@ -55,7 +55,7 @@ def test_batches_lose_double_and_reorder_nothing(n, batch_size, epochs, seed): c
 @forall(**COUNTS)
 def test_a_step_depends_on_nothing_but_seed_and_step(n, batch_size, epochs, seed):
     data._order.cache_clear()
-    backwards = [batch_indices(n, batch_size, step, seed) for step in reversed(range(steps_in(n, batch_size, epochs)))][::-1]
+    backwards = [batch_indices(n, batch_size, step, seed) for step in reversed(range(num_steps(n, batch_size, epochs)))][::-1]
     data._order.cache_clear()
     for step, expected in enumerate(backwards):
         limited = batch_indices(n, batch_size, step, seed, epochs)
@@ -872,7 +872,7 @@ def test_settings(tmp_path):
     with pytest.raises(DataError, match="mlx-pretrain tokenizer"): make_tokenizer(load("tokenizer_path: nowhere"))
 
 
-def test_steps_by_hand(): assert [steps_in(*a) for a in ((10, 4, 1), (10, 4, 2), (1, 8, 3), (8, 8, 1))] == [3, 5, 1, 1]
+def test_steps_by_hand(): assert [num_steps(*a) for a in ((10, 4, 1), (10, 4, 2), (1, 8, 3), (8, 8, 1))] == [3, 5, 1, 1]
 
 
 def test_one_error_for_both(): assert data.DataError is DataError

@@ -124,7 +124,7 @@ def test_the_guide(place):
     known = read_metadata(path)
     assert (known["outcome"], known["total_steps"], known["parameters"]) == ("finished", 3, read_metadata(path.with_name("Llama (2M)"))["parameters"])
     assert checkpoints(path)[-1].name == "step_000003" and "ended: finished" in (path / "logs" / "log.txt").read_text()
-    ask = load(path).format.ask("Write a poem about machine learning")
+    ask = load(path).format.format_question("Write a poem about machine learning")
     assert ask == "You are a helpful, harmless, and honest AI assistant.\n\n### Instruction:\nWrite a poem about machine learning\n\n### Response:"
     assert run(place, "-m", "mlx_pretrain", "generate", "--run", "Llama-2M-SFT", "--instruction", "Write a poem", "--max_new_tokens", "5")
     run(place, "-m", "mlx_pretrain", "sft", "--config", "sft-config.yaml", "--pretrained_model", "runs/Llama (2M)")   # overwrite: true

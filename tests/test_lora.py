@@ -228,7 +228,7 @@ def test_nothing_is_dropped_in_validation_and_in_answers(place, monkeypatch, pla
     wet.step()                                                            # a step drops, and leaves no key behind
     for t in (dry, wet): trainer_module._put(t.model, start())
     if planted: monkeypatch.setattr(Dropout, "__call__", lambda self, x: x * mx.random.bernoulli(1 - self.share, x.shape, mx.random.key(0)))
-    assert (wet.measure() == dry.measure()) != planted and (wet.answers() == dry.answers()) != planted
+    assert (wet.evaluate() == dry.evaluate()) != planted and (wet.answers() == dry.answers()) != planted
 
 
 @PLANTED

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_pretrain.config import UserError
 from mlx_pretrain.plot import plot_lengths, plot_reward_kl, plot_runs, plot_schedule, save_figure
-from mlx_pretrain.rows import Examples
+from mlx_pretrain.rows import SFTDataset
 from mlx_pretrain.run import Run, read_metrics
 from mlx_pretrain.trainer import Trainer, TrainingConfig, log_metrics
 
@@ -71,7 +71,7 @@ def test_a_dragged_slider_is_one_mark_and_a_slow_one_is_not(tmp_path):
         run = Run(name, "", root=tmp_path)
         for step in range(1, 101):
             run.log({"step": step, "loss": 1.0})
-            if step in values: run.event("knob", step, name="kl_coef", value=values[step])
+            if step in values: run.log_event("knob", step, name="kl_coef", value=values[step])
         run.finish("finished")
     fast, slow = (plot_runs([tmp_path / name]).axes[0] for name in turns)
     assert dotted(fast) == [52] and [text.get_text() for text in fast.texts] == ["kl_coef 3"]
@@ -84,7 +84,7 @@ def test_labels_of_turns_do_not_cover_each_other(tmp_path):
         run = Run(name, "", root=tmp_path)
         for step in range(1, 101):
             run.log({"step": step, "loss": 1.0})
-            if step in (1, 50, 100): run.event("knob", step, name="kl_coef", value=0.5)
+            if step in (1, 50, 100): run.log_event("knob", step, name="kl_coef", value=0.5)
         run.finish("finished")
     figure = plot_runs([tmp_path / name for name in ("a", "b", "c")])
     save_figure(figure, tmp_path / "a.png")
@@ -138,7 +138,7 @@ def test_reward_against_kl_takes_what_there_is(tmp_path):
 def test_lengths_are_counted_per_row():
     "Two answers in a row add up. Red if trained tokens are shifted by a row, or a count falls into a neighbour's bar."
     mask = np.array([0, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 1], bool)
-    rows = Examples(np.arange(12, dtype=np.uint16), mask, np.array([0, 3, 7, 12]), np.array([1, 2, 2]), 0, {"rows": 5, "dropped": 2})
+    rows = SFTDataset(np.arange(12, dtype=np.uint16), mask, np.array([0, 3, 7, 12]), np.array([1, 2, 2]), 0, {"rows": 5, "dropped": 2})
     figure = plot_lengths(rows, context=4)
     total, answer = (bars.get_data() for bars in figure.axes[0].patches)
     assert dict(zip(total.edges + 0.5, total.values)) == {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1}
@@ -150,6 +150,6 @@ def test_lengths_are_counted_per_row():
 def test_a_long_title_stays_in_the_picture(tmp_path):
     "Red if all that became of the rows stands in one line."
     source = dict.fromkeys(("rows", "truncated", "dropped", "filtered", "skipped"), 10_000_000)
-    figure = plot_lengths(Examples(np.zeros(9, np.uint16), np.ones(9, bool), np.array([0, 9]), np.array([1]), 0, source))
+    figure = plot_lengths(SFTDataset(np.zeros(9, np.uint16), np.ones(9, bool), np.array([0, 9]), np.array([1]), 0, source))
     save_figure(figure, tmp_path / "a.png")
     assert figure.axes[0].title.get_window_extent().x0 >= 0

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlx_pretrain import generate as sampling
 from mlx_pretrain import ppo
-from mlx_pretrain.episodes import lay_out
+from mlx_pretrain.prompts import pad_prompt_response
 from mlx_pretrain.model import KVCache, ScalarLlama
 from mlx_pretrain.ppo import (
     ActorCritic, Minibatch, Rollout, gae, kl_estimate, log_probs, minibatches, policy_loss, ppo_loss, token_rewards, value_loss,
@@ -101,7 +101,7 @@ def test_a_mind_divided_is_seen(mistake, monkeypatch):
 # 2. Padding changes nothing
 
 def batch_of(pretrained, prompts, responses, extra=0):
-    tokens, pad, mask = lay_out(prompts, responses, 0)
+    tokens, pad, mask = pad_prompt_response(prompts, responses, 0)
     tokens, pad, mask = np.pad(tokens, [(0, 0), (extra, extra)], constant_values=4), pad + extra, np.pad(mask, [(0, 0), (0, extra)])
     return mx.array(tokens), mx.array(pad), mx.array(mask)
 
@@ -117,7 +117,7 @@ def numbers(pretrained, critic, prompts, responses, extra=0):
 
     old, adv, ret = (spread(of) for of in noise)
     logp, _ = ppo.log_probs(pretrained.model, tokens, pad, R, 0.7)
-    values = ppo.expected_values(critic, tokens, pad, R)
+    values = ppo.critic_values(critic, tokens, pad, R)
     rollout = Rollout(tokens, pad, mask, logp + 0.1 * old, logp, values, adv, adv, ret)
     batch, loss = Minibatch(rollout, mx.array(0.2), mx.array(0.7)), ppo.ppo_loss(0.5, 10.0)
     both = ActorCritic(pretrained.model, critic)
@@ -131,7 +131,7 @@ ROWS, SAID = [[1], [1, 3, 4, 5], [1, 6]], [[3, 3, 2], [5, 4, 3, 6, 7, 2], [2]]
 
 def padding_is_nothing():
     pretrained = tiny(layers=2, kv_heads=1, seed=3)
-    critic = ScalarLlama.of(pretrained.model)
+    critic = ScalarLlama.from_llama(pretrained.model)
     critic.score.weight = mx.random.normal(critic.score.weight.shape, key=mx.random.key(1))
     rows, grads = numbers(pretrained, critic, ROWS, SAID)
     wide, wide_grads = numbers(pretrained, critic, ROWS, SAID, extra=5)
@@ -152,7 +152,7 @@ def test_a_row_alone_is_the_row_in_a_batch():
 def test_padding_that_matters_is_seen(mistake, monkeypatch):
     wrong = {"positions": (ppo, "log_probs", planted(log_probs, "pad=pad", "pad=mx.zeros_like(pad)")),
              "looks": (ppo, "log_probs", planted(log_probs, ", pad=pad", "")),
-             "values": (ppo, "expected_values", planted(ppo.expected_values, ", pad)", ")")),
+             "values": (ppo, "critic_values", planted(ppo.critic_values, ", pad)", ")")),
              "mask": (ppo, "policy_loss", planted(policy_loss, "mx.where(mask, mx.maximum", "mx.where(mask | True, mx.maximum"))}
     monkeypatch.setattr(*wrong[mistake])
     assert not padding_is_nothing()
@@ -162,7 +162,7 @@ def test_padding_that_matters_is_seen(mistake, monkeypatch):
 def test_minibatches_hold_each_row_once_without_columns_of_padding(lengths, size):
     "Whatever is cut off is padding in all rows of the part."
     prompts, responses = [[5] * p for p, _ in lengths], [[6 + i] * r for i, (_, r) in enumerate(lengths)]
-    tokens, pad, mask = lay_out(prompts, responses, 0)
+    tokens, pad, mask = pad_prompt_response(prompts, responses, 0)
     numbers = np.where(mask, np.arange(mask.size).reshape(mask.shape) + 1.0, 0)
     rollout = Rollout(*map(mx.array, (tokens, pad, mask, *[numbers] * 6)))
     parts = minibatches(rollout, np.random.default_rng(0).permutation(len(lengths)), size, {"clip_range": 0.2, "temperature": 1.0})
@@ -263,12 +263,12 @@ def test_grey_is_seen(right, wrong): assert not white(planted(whiten, right, wro
 def gradient_is_classic(make_loss):
     "At ratio 1: advantage times the gradient of the log-probability, from an independent computation; every leaf has one."
     pretrained, rng = tiny(layers=2, seed=1), np.random.default_rng(0)
-    policy, critic = pretrained.model, ScalarLlama.of(pretrained.model)
+    policy, critic = pretrained.model, ScalarLlama.from_llama(pretrained.model)
     critic.score.weight = mx.random.normal(critic.score.weight.shape, key=mx.random.key(1))
     tokens, pad, mask = batch_of(pretrained, ROWS, SAID)
     adv = rng.normal(size=mask.shape)
     logp, _ = log_probs(policy, tokens, pad, mask.shape[1])
-    zero, values = mx.zeros(mask.shape), ppo.expected_values(critic, tokens, pad, mask.shape[1])
+    zero, values = mx.zeros(mask.shape), ppo.critic_values(critic, tokens, pad, mask.shape[1])
     rollout = Rollout(tokens, pad, mask, logp, logp, values, zero, mx.array(adv, mx.float32), values + 1)
     both, batch = ActorCritic(policy, critic), Minibatch(rollout, mx.array(0.2), mx.array(1.0))
     loss = make_loss(1.0, 10.0)
@@ -361,7 +361,7 @@ def test_every_stop_token_ends_a_response():
     b = 3 + pretrained.tokenizer.letters.index("b")
     pretrained.tokenizer._eos_ids = (2, b)
     trainer = task(lambda prompt, response: float(len(response)), pretrained=pretrained, response_length=12, missing_eos_penalty=1.0)
-    responses = trainer.collect(trainer.data, np.zeros(200, int), {"temperature": 1.0}, 0).responses
+    responses = trainer.sample(trainer.data, np.zeros(200, int), {"temperature": 1.0}, 0).responses
     assert {2, b} == {response[-1] for response in responses if len(response) < 12}
     assert not any({2, b} & {*response[:-1]} for response in responses)
     metrics = trainer.step()

@@ -91,7 +91,7 @@ def once(monkeypatch, owner, name, nth, error, late=False):
 
 # ---- a step is atomic
 
-PHASES = [("generate", 2), ("score", 2), ("look_back", 1), ("whiten", 2), ("minibatches", 1), ("minibatches", 6)]
+PHASES = [("generate", 2), ("score", 2), ("make_rollout", 1), ("whiten", 2), ("minibatches", 1), ("minibatches", 6)]
 
 
 @pytest.mark.parametrize("name, nth", PHASES)
@@ -246,7 +246,7 @@ def test_a_step_that_is_not_finite_is_no_explosion():
     one, true = mx.array([[0.0]]), mx.array([[True]])
     _, count, seen = policy_loss(mx.array([[mx.nan]]), one, one, true, 0.2)
     metrics = dict.fromkeys(("reward", "reward_std", "kl", "entropy", "eos_fraction", "response_length"), 1.0)
-    assert Guards().look({**metrics, **{key: (value / count).item() for key, value in seen.items()}}, {"kl_coef": 0.1}) == []
+    assert Guards().check({**metrics, **{key: (value / count).item() for key, value in seen.items()}}, {"kl_coef": 0.1}) == []
 
 
 def test_the_report_of_a_skipped_update_tells_the_truth(home, monkeypatch, caplog):
@@ -258,7 +258,7 @@ def test_the_report_of_a_skipped_update_tells_the_truth(home, monkeypatch, caplo
         if len(calls) != 2: return work(batches, rate)
         held = {name: dict(tree_flatten(tree)) for name, tree in trainer.arrays().items()}
         loss, count, norm, _, means = work(batches, rate)
-        for name, tree in trainer.places().items(): _put(tree, held[name])
+        for name, tree in trainer.checkpoint_trees().items(): _put(tree, held[name])
         return mx.array(float("inf")), count, norm, mx.array(False), means
     monkeypatch.setattr(trainer, "update", broken)
     trainer.step()
@@ -339,19 +339,19 @@ def test_validation_is_what_is_said_about_all_held_out_prompts(home):
     held_out = {"validation_file": home.rows([{"prompt": p} for p in ("a", "b", "cde", "e", "f")], "held.jsonl")}
     trainer = home.trainer(hyper={"batch_size": 2}, **held_out)
     for _ in range(3): trainer.step()
-    before, measured = arrays(trainer), trainer.measure()
-    sampled = trainer.collect(trainer.held_out, np.arange(5), trainer.last_knobs, -1)
-    rollout, seen = trainer.judge_samples(sampled, trainer.last_knobs)
+    before, measured = arrays(trainer), trainer.evaluate()
+    sampled = trainer.sample(trainer.held_out, np.arange(5), trainer.last_knobs, -1)
+    rollout, seen = trainer.score_samples(sampled, trainer.last_knobs)
     errors = np.array(mx.square(rollout.values - rollout.returns))[np.array(rollout.response_mask)]
     wanted = {"val_reward": sampled.scores.mean(), "val_kl": seen["kl"], "val_loss": 0.1 * 0.5 * errors.mean()}
     assert measured.keys() == wanted.keys() and all(abs(measured[key] - wanted[key]) < 1e-6 for key in wanted)
-    assert measured == trainer.measure() and all(np.array_equal(a, b) for a, b in zip(before, arrays(trainer), strict=True))
+    assert measured == trainer.evaluate() and all(np.array_equal(a, b) for a, b in zip(before, arrays(trainer), strict=True))
 
 
 def test_equal_held_out_prompts_get_answers_of_their_own(home):
     "32 times the same prompt is a mean of 32 answers, whatever the batch size."
     held_out = {"validation_file": home.rows([{"prompt": "a"}] * 32, "held.jsonl")}
-    few, many = (home.trainer(hyper={"batch_size": size}, **held_out).measure()["val_reward"] for size in (2, 32))
+    few, many = (home.trainer(hyper={"batch_size": size}, **held_out).evaluate()["val_reward"] for size in (2, 32))
     assert few == many
 
 
@@ -408,7 +408,7 @@ def test_responses_of_rows_are_cut_where_the_last_answer_begins(home):
         assert theirs.data.prompts == ours.data.prompts and "early" in tok.decode(ours.data.prompts[0])
         assert [tok.decode(r) for r in theirs.data.responses] == ["late"] * 2 and all(r[-1] == tok.eos_id for r in theirs.data.responses)
         theirs.step(), ours.step()
-        assert {*theirs.sampled.said} == {"late"}
+        assert {*theirs.sampled.response_texts} == {"late"}
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface"])
@@ -419,7 +419,7 @@ def test_what_is_asked_is_what_was_taught(kind, home):
     trainer = home.trainer([row], reward=None, pretrained=small(tok))
     assert trainer.data.prompts == [asked]
     trainer.step()
-    assert trainer.sampled.said[0].strip() == "counts"
+    assert trainer.sampled.response_texts[0].strip() == "counts"
 
 
 def test_prompts_that_fill_the_context(home):
@@ -465,7 +465,7 @@ def test_the_prompt_of_a_conversation_in_two_columns():
 
 def test_unwrapping_takes_only_what_was_put_around():
     "The response stands last in this format; nothing is behind it."
-    assert PromptFormat(response_format="{instruction}: {response}").unwrap("q: the answer is: ").endswith("the answer is: ")
+    assert PromptFormat(response_format="{instruction}: {response}").parse_response("q: the answer is: ").endswith("the answer is: ")
 
 
 def test_a_model_with_adapters_is_told_or_merged(home):

@@ -16,7 +16,7 @@ from common import equal, lines_of
 import mlx.core as mx
 
 from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer, pretrain
-from mlx_pretrain.run import ResumeConfig, Saved, checkpoints, load_checkpoint, read_metadata
+from mlx_pretrain.run import ResumeConfig, Checkpoint, checkpoints, load_checkpoint, read_metadata
 from mlx_pretrain.tokenizer import DataError
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
@@ -47,7 +47,7 @@ def test_from_every_step_of_twenty_in_process(optimizer, tmp_path):
         states.append((arrays, json.loads(json.dumps(whole.state()))))
     for step, (arrays, state) in enumerate(states, 1):
         trainer = PretrainTrainer(cfg)
-        trainer.load(Saved(Path("checkpoint"), arrays, state))
+        trainer.load(Checkpoint(Path("checkpoint"), arrays, state))
         mx.random.seed(step); np.random.seed(step)  # noqa: NPY002 (somebody else's random numbers are none of ours)
         trainer.run()
         assert trainer.state() == whole.state() and equal(trainer.arrays(), whole.arrays()), step
@@ -57,7 +57,7 @@ def test_a_forgotten_optimizer_shows(tmp_path):
     cfg = config(tmp_path, "whole", total=20)
     whole, trainer = PretrainTrainer(cfg), PretrainTrainer(cfg)
     for _ in range(10): whole.step()
-    trainer.load(Saved(Path("checkpoint"), whole.arrays(), whole.state()), reset_optimizer=True)
+    trainer.load(Checkpoint(Path("checkpoint"), whole.arrays(), whole.state()), reset_optimizer=True)
     whole.run(); trainer.run()
     assert not equal(trainer.arrays()["model"], whole.arrays()["model"])
 

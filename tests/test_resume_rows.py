@@ -18,11 +18,11 @@ from mlx_pretrain.config import load_config
 from mlx_pretrain.data import Windows
 from mlx_pretrain.lab import Live
 from mlx_pretrain.ppo import PPOConfig, PPOTrainer
-from mlx_pretrain.preferences import Preferences
+from mlx_pretrain.preferences import PreferenceDataset
 from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer
 from mlx_pretrain.reward import RewardConfig, RewardTrainer
-from mlx_pretrain.rows import Examples, LengthGroupedSampler, Segment, ShuffledSampler, resume_sampler
-from mlx_pretrain.run import RunError, Saved, load_checkpoint, read_metadata, read_metrics, write_checkpoint
+from mlx_pretrain.rows import SFTDataset, LengthGroupedSampler, Segment, ShuffledSampler, resume_sampler
+from mlx_pretrain.run import RunError, Checkpoint, load_checkpoint, read_metadata, read_metrics, write_checkpoint
 from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
 
 KINDS = pytest.mark.parametrize("kind", [ShuffledSampler, LengthGroupedSampler])
@@ -159,7 +159,7 @@ def made(stage, tmp_path, batch, epochs=2, asked=None, rows=None, **hyper):
 def counted(monkeypatch):
     "How often each row has been made part of a batch; PPO's prompts, how often they were asked."
     seen = Counter()
-    for kind in (Windows, Examples, Preferences):
+    for kind in (Windows, SFTDataset, PreferenceDataset):
         def batch(self, indices, before=kind.batch):
             seen.update(int(i) for i in indices if i >= 0)
             return before(self, indices)
@@ -169,7 +169,7 @@ def counted(monkeypatch):
 
 def resumed(trainer, other):
     "Another trainer, continued from the state of the first."
-    other.load(Saved(Path("checkpoint"), trainer.arrays(), json.loads(json.dumps(trainer.state()))))
+    other.load(Checkpoint(Path("checkpoint"), trainer.arrays(), json.loads(json.dumps(trainer.state()))))
     return other
 
 
@@ -261,7 +261,7 @@ def tune(stop=None, epochs=2, file="rows.jsonl", scheduler=None, seed=42, data=N
 
 
 @pytest.fixture(scope="module")
-def began(tmp_path_factory):
+def initial_metric(tmp_path_factory):
     "A folder with a run that was stopped after step 3, and the files that it might resume with."
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:

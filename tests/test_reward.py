@@ -9,15 +9,15 @@ import pytest
 from mlx_pretrain import reward, reward_model
 from mlx_pretrain.config import UserError
 from mlx_pretrain.data import Row
-from mlx_pretrain.episodes import Episodes, read_episodes
+from mlx_pretrain.prompts import PromptDataset, read_prompts
 from mlx_pretrain.lora import LoRAConfig, apply_lora
 from mlx_pretrain.model import Linear, Llama, LlamaArgs, ScalarLlama
 from mlx_pretrain.plot import plot_runs
-from mlx_pretrain.ppo import PPOConfig, PPOTrainer, log_probs, make_reader, ppo, respond
-from mlx_pretrain.preferences import lay_beside, read_preferences, reading, unfold
+from mlx_pretrain.ppo import PPOConfig, PPOTrainer, log_probs, make_forward, ppo, sample_responses
+from mlx_pretrain.preferences import pad_right, read_preferences, encode_prompt_response, split_conversations
 from mlx_pretrain.pretrained import Pretrained, export
 from mlx_pretrain.prompt import PromptFormat, encode_pieces, pair_pieces
-from mlx_pretrain.reward import Examined, RewardConfig, RewardTrainer, bradley_terry, calibration, correlation, squared_error, train_reward
+from mlx_pretrain.reward import RewardEvaluation, RewardConfig, RewardTrainer, bradley_terry_loss, calibration, correlation, squared_error, train_reward
 from mlx_pretrain.reward_model import TrainedReward, last_score, load_reward, make_scorer
 from mlx_pretrain.rules import Contains, Length, Matches, Sentiment, WeightedSum
 from mlx_pretrain.run import checkpoints, load_checkpoint, read_metadata
@@ -47,7 +47,7 @@ def small(tok=None, seed=0, **sizes):
 
 def scalar(seed=0, loud=8, **more):
     "A model that has an opinion on each place of a text."
-    model = ScalarLlama.of(tiny(seed=seed, loud=loud, **more).model)
+    model = ScalarLlama.from_llama(tiny(seed=seed, loud=loud, **more).model)
     model.score.weight = mx.random.normal(model.score.weight.shape, key=mx.random.key(seed))
     return model
 
@@ -104,7 +104,7 @@ def check_bradley_terry(loss):
 
 def test_bradley_terry_by_its_formula():
     "Loss, and gradient to both responses, with margin and centring."
-    check_bradley_terry(bradley_terry)
+    check_bradley_terry(bradley_terry_loss)
 
 
 @pytest.mark.parametrize(("right", "wrong"), {
@@ -113,18 +113,18 @@ def test_bradley_terry_by_its_formula():
     "no centring": ("center_rewards_coefficient * mx", "0 * mx"), "a mean": ("loss.sum()", "loss.mean()")}.values())
 def test_another_loss_is_not_bradley_terry(right, wrong):
     "Negative controls."
-    assert fails(check_bradley_terry, planted(bradley_terry, right, wrong))
+    assert fails(check_bradley_terry, planted(bradley_terry_loss, right, wrong))
 
 
 def test_bradley_terry_far_from_zero():
     "No overflow, and a gradient of 1 where the model is sure and wrong. Red with log(1 + exp(x))."
-    loss, grad = mx.value_and_grad(lambda c: bradley_terry(c, mx.array([0.0]), 1e5)[0])(mx.array([-1e4]))
+    loss, grad = mx.value_and_grad(lambda c: bradley_terry_loss(c, mx.array([0.0]), 1e5)[0])(mx.array([-1e4]))
     assert abs(loss.item() - 1.1e5) < 1 and grad.item() == -1
 
 
 def test_accuracy_counts_a_tie_as_half():
     "Red if a model that says nothing is right, or wrong, about everything."
-    assert bradley_terry(mx.array([1.0, 2.0, 3.0, 0.0]), mx.array([0.0, 2.0, 4.0, 0.0]))[2]["accuracy"].item() == 2.0
+    assert bradley_terry_loss(mx.array([1.0, 2.0, 3.0, 0.0]), mx.array([0.0, 2.0, 4.0, 0.0]))[2]["accuracy"].item() == 2.0
 
 
 def check_squared_error(loss):
@@ -197,7 +197,7 @@ def check_pooling(pool):
     model.update(scalar().parameters())
     for text, ((score_alone,), _) in zip(TEXTS, alone): assert abs(score_alone - model.values(mx.array([text]))[0, -1].item()) < 1e-4
     for extra, seed in ((0, 0), (9, 1)):
-        tokens, mask = lay_beside(TEXTS, 0)
+        tokens, mask = pad_right(TEXTS, 0)
         tokens, mask = np.pad(tokens, ((0, 0), (0, extra))), np.pad(mask, ((0, 0), (0, extra)))
         if seed: tokens = np.where(mask, tokens, RNG(seed).integers(0, 11, tokens.shape)).astype(np.int32)
         scores, grads = run(tokens, mask, weights)
@@ -253,17 +253,17 @@ SAID = [("the boats", "count  them", " every morning "), ("é 🙂<eos>", "<pad>
 def both_ways(tmp_path, tok, fmt, rows, asked):
     "Tokens of the chosen responses: as they are trained, and as PPO has them read when the policy says just that."
     trained = read_preferences(write(tmp_path / "pairs.jsonl", rows), tok, fmt, 500)
-    episodes = read_episodes(write(tmp_path / "asked.jsonl", asked), tok, fmt, 500, 100)
+    episodes = read_prompts(write(tmp_path / "asked.jsonl", asked), tok, fmt, 500, 100)
     prompts = episodes.prompts
     assert prompts == trained.prompts
     responses = []
     for row, prompt in zip(rows, prompts):
         better = row["chosen"] if isinstance(row["chosen"], str) else row["chosen"][-1]["content"]
-        whole = encode_pieces(tok, [pair_pieces(tok, tok.decode(prompt), fmt.wrap(better))])[0]
+        whole = encode_pieces(tok, [pair_pieces(tok, tok.decode(prompt), fmt.format_response(better))])[0]
         responses.append(whole.ids[whole.start:])
     asks, seen = TrainedReward(scalar(), tok, fmt), []
     asks.scores = lambda texts: (seen.extend(texts), np.zeros(len(texts), np.float32))[1]
-    respond(Pretrained(None, tok, Path(), fmt), replace(episodes, responses=responses), np.arange(len(prompts)), asks)
+    sample_responses(Pretrained(None, tok, Path(), fmt), replace(episodes, responses=responses), np.arange(len(prompts)), asks)
     return trained.chosen, seen
 
 
@@ -276,7 +276,7 @@ def test_what_is_trained_is_what_ppo_has_read(kind, fmt, tmp_path, monkeypatch):
     trained, used = both_ways(tmp_path, tokenizer(kind), fmt, rows, [{"prompt": p} for p, _, _ in SAID])
     assert trained == used and all(ids[-1] == tokenizer(kind).eos_id for ids in used)
     if fmt is not AROUND: return
-    monkeypatch.setattr(reward_model, "reading", planted(reading, "fmt.wrap(response)", "response"))
+    monkeypatch.setattr(reward_model, "encode_prompt_response", planted(encode_prompt_response, "fmt.format_response(response)", "response"))
     trained, used = both_ways(tmp_path, tokenizer(kind), fmt, rows, [{"prompt": p} for p, _, _ in SAID])
     assert all(a != b for a, b in zip(trained, used, strict=True))
 
@@ -307,20 +307,20 @@ def test_a_chat_template_is_read_whole(tmp_path):
                                    "<bos>assistant\nyes <eos>\n")
     assert [*used[0]].count(tok.eos_id) == 5                              # what a user writes is no control token
     texts = [tok.decode(ids) for ids in read_preferences(tmp_path / "pairs.jsonl", tok, fmt, 500).prompts]
-    assert reading(tok, fmt, texts, ["yes ", ""])[1] == used[1] != reading(tok, fmt, ["another text"], [""])[0]
-    assert reading(tok, fmt, ["another text"], [""]) == reading(tok, fmt, [""], [""], [[says("user", "another text")]])
+    assert encode_prompt_response(tok, fmt, texts, ["yes ", ""])[1] == used[1] != encode_prompt_response(tok, fmt, ["another text"], [""])[0]
+    assert encode_prompt_response(tok, fmt, ["another text"], [""]) == encode_prompt_response(tok, fmt, [""], [""], [[says("user", "another text")]])
 
 
 def test_a_reward_model_reads_prompts_in_its_own_form(tmp_path):
     "Trained on another form than the policy is asked in. Red if it reads the policy's text."
     tok, chat = ByteTokenizer(), chat_tokenizer(tmp_path / "tok")
-    asked = read_episodes(write(tmp_path / "r.jsonl", [{"prompt": "Who?"}]), tok, AROUND, 500, 10)
+    asked = read_prompts(write(tmp_path / "r.jsonl", [{"prompt": "Who?"}]), tok, AROUND, 500, 10)
     text, messages = [tok.decode(asked.prompts[0])], asked.columns([0])["prompt_messages"]
-    assert spelt(chat, reading(chat, PromptFormat(prompt_format=None), text, ["I."], messages)[0]) == (
+    assert spelt(chat, encode_prompt_response(chat, PromptFormat(prompt_format=None), text, ["I."], messages)[0]) == (
         "<bos>system\nBe  kind. <eos>\n<bos>user\nWho?<eos>\n<bos>assistant\nI.<eos>\n")
     plain = ASKED.model_copy(update={"prompt_format": "<{instruction}>"})
-    assert spelt(tok, reading(tok, plain, text, ["I."], messages)[0]) == "<bos>Be  kind. \n\n<Who?>I.<eos>"
-    assert spelt(tok, reading(tok, PromptFormat(prompt_format="{prompt}"), ["as it is"], ["I."], messages)[0]) == "<bos>as it isI.<eos>"
+    assert spelt(tok, encode_prompt_response(tok, plain, text, ["I."], messages)[0]) == "<bos>Be  kind. \n\n<Who?>I.<eos>"
+    assert spelt(tok, encode_prompt_response(tok, PromptFormat(prompt_format="{prompt}"), ["as it is"], ["I."], messages)[0]) == "<bos>as it isI.<eos>"
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
@@ -352,7 +352,7 @@ def test_too_long_a_text_loses_its_oldest_tokens():
 
 def test_unfolding_leaves_texts_alone():
     row = Row("f", 1, {"prompt": "a", "chosen": "b", "rejected": "c"})
-    assert unfold(row) is row
+    assert split_conversations(row) is row
 
 
 def test_a_response_format_with_another_column_is_read_as_it_is_said(tmp_path):
@@ -373,7 +373,7 @@ def test_the_length_of_a_response_is_that_of_the_response(tmp_path):
     rows = [{"prompt": "hm", "chosen": "abcd", "rejected": "ab"}]
     begin = small(HFTokenizer(folder))._replace(format=PromptFormat(prompt_format=None))
     trainer = trainer_on(tmp_path, rows, rows, begin, steps=1)
-    assert trainer.examine(trainer.normalised()).lengths.tolist() == [[5, 3]]
+    assert trainer.evaluate_reward(trainer.normalised()).lengths.tolist() == [[5, 3]]
 
 
 # ---- learning a known rule, and PPO against it
@@ -383,11 +383,11 @@ def test_a_known_rule_is_learned_and_ppo_raises_it(tmp_path):
     held_out = pairs(200, seed=1)
     right, wrong = (trainer_on(tmp_path, pairs(200, swap=swap), held_out, steps=30, batch=32, lr=5e-3) for swap in (False, True))
     for trainer in (right, wrong): metrics = trainer.run()
-    assert right.measure()["val_accuracy"] >= 0.9 and metrics["val_accuracy"] == wrong.measure()["val_accuracy"] <= 0.1
+    assert right.evaluate()["val_accuracy"] >= 0.9 and metrics["val_accuracy"] == wrong.evaluate()["val_accuracy"] <= 0.1
     learned = right.normalised()
     trainer = task(learned, steps=12, batch=32, lr=1e-2, response_length=6, kl_coef=0.05)
     def known():
-        said = trainer.collect(trainer.data, np.zeros(256, int), {"temperature": 1.0}, -7).said
+        said = trainer.sample(trainer.data, np.zeros(256, int), {"temperature": 1.0}, -7).response_texts
         return np.mean([count_a("", response) for response in said])
     before = known()
     trainer.run()
@@ -408,8 +408,8 @@ def test_normalised_on_what_the_starting_policy_says(tmp_path):
     trainer = trainer_on(tmp_path, pairs(200), steps=40, normalization_samples=512)
     trainer.run()
     made = trainer.normalised()
-    fresh = task(made, prompts=("",) * 8, response_length=8).collect
-    scores = fresh(Episodes([[1]], None, None, 8), np.zeros(1024, int), {"temperature": 1.0}, -9).scores
+    fresh = task(made, prompts=("",) * 8, response_length=8).sample
+    scores = fresh(PromptDataset([[1]], None, None, 8), np.zeros(1024, int), {"temperature": 1.0}, -9).scores
     assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.15
     plain = TrainedReward(trainer.model, trainer.tokenizer, trainer.format)
     rows = plain.scores(trainer.data.texts)
@@ -444,7 +444,7 @@ def test_a_constant_reward_is_only_shifted(tmp_path, caplog):
 
 def test_opened_again_it_gives_the_same_bits(tmp_path):
     "Format, tokenizer, mean and standard deviation with it; in Hugging Face's form the numbers before they are shifted."
-    tok, model = ByteTokenizer(), ScalarLlama.of(small().model)
+    tok, model = ByteTokenizer(), ScalarLlama.from_llama(small().model)
     model.score.weight = mx.random.normal(model.score.weight.shape, key=mx.random.key(3))
     made = TrainedReward(model, tok, AROUND, 0.1, 1 / 3)
     made.save(tmp_path / "model")
@@ -465,7 +465,7 @@ def test_other_programs_read_the_same_place(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
     tok = HFTokenizer(folder)
     assert tok.pad_id == tok.eos_id
-    TrainedReward(ScalarLlama.of(small(tok).model), tok, ASKED).save(tmp_path / "model")
+    TrainedReward(ScalarLlama.from_llama(small(tok).model), tok, ASKED).save(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["pad_token_id"] != config["eos_token_id"]
 
@@ -524,7 +524,7 @@ def test_killed_before_the_model_was_written(tmp_path, monkeypatch):
 def test_the_best_weights_are_kept(tmp_path, monkeypatch):
     "By the loss on held-out pairs. Red if the last weights are written, or those with the highest loss."
     measured = iter([0.5, 0.2, 0.9])
-    monkeypatch.setattr(RewardTrainer, "measure", lambda self: {"val_loss": next(measured), "val_accuracy": 0.5})
+    monkeypatch.setattr(RewardTrainer, "evaluate", lambda self: {"val_loss": next(measured), "val_accuracy": 0.5})
     run = train_reward(reward_cfg(tmp_path, "run", steps=9), tmp_path / "runs")
     assert read_metadata(run)["best"] == {"step": 6, "val_loss": 0.2}
     weights = load_checkpoint(next(path for path in checkpoints(run) if path.name == "step_000006"))[0]["model"]
@@ -576,7 +576,7 @@ def test_calibration_and_correlation_by_hand():
     assert (unsure.confidence, unsure.accuracy) == (0.5, 0.5) and sure.confidence > 0.999 and sure.accuracy == 0
     assert correlation(np.array([1.0, 2, 3]), np.array([-2.0, -4, -6])) == pytest.approx(-1) and correlation(np.ones(3), np.arange(3)) == 0
     scores = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.5, 0.5]])
-    told = Examined(scores, np.array([[2, 1]] * 4), np.zeros(4), 3.0).summary()
+    told = RewardEvaluation(scores, np.array([[2, 1]] * 4), np.zeros(4), 3.0).summary()
     assert told["accuracy"] == 0.625
     sure = 1 / (1 + np.exp(-3.0 * np.array([0.0, 1.0, 1.0, 2.0])))        # four groups of one, by how sure it is
     wanted = np.abs(sure - [0.5, 1.0, 0.0, 1.0]).mean()
@@ -612,8 +612,8 @@ def test_ctrl_c_while_a_validation_is_compiled_loses_nothing(tmp_path, monkeypat
         return found
     trainer.step()
     monkeypatch.setattr(reward_model, "last_score", pressed)
-    with pytest.raises(KeyboardInterrupt): trainer.measure()
-    assert 0 <= trainer.measure()["val_accuracy"] <= 1 and trainer.step()["step"] == 2
+    with pytest.raises(KeyboardInterrupt): trainer.evaluate()
+    assert 0 <= trainer.evaluate()["val_accuracy"] <= 1 and trainer.step()["step"] == 2
 
 
 def test_asking_does_not_read_all_weights_for_a_name(monkeypatch):
@@ -675,7 +675,7 @@ def with_lora(pretrained=None, **more):
 def test_the_reference_is_the_base_exactly():
     "Its log-probabilities, to the bit, before and after training; and the KL of the first step is 0 and not nearly 0."
     base, trainer = tiny(loud=8).model, with_lora()
-    read = make_reader(base, base, trainer.trained.critic)
+    read = make_forward(base, base, trainer.trained.critic)
     for n in range(3):
         metrics = trainer.step()
         r = trainer.rollout

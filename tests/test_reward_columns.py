@@ -7,7 +7,7 @@ import pytest
 
 from mlx_pretrain import ppo
 from mlx_pretrain.core import RewardModel, as_reward_model, reward_columns
-from mlx_pretrain.episodes import read_episodes
+from mlx_pretrain.prompts import read_prompts
 from mlx_pretrain.model import ScalarLlama
 from mlx_pretrain.pretrained import PretrainedError
 from mlx_pretrain.prompt import PromptFormat
@@ -52,7 +52,7 @@ def test_each_response_is_scored_with_the_columns_of_its_row(reward):
     "In any order, and twice: what a reward takes out of a nested column is there again. Red if it gets another row's value."
     trainer = task(reward, prompts=ROWS, batch=8, response_length=2)
     for indices in (np.arange(8), np.array([5, 1, 1, 7]), np.array([5, 1, 1, 7])):
-        sampled = trainer.collect(trainer.data, indices, {"temperature": 1.0}, 0)
+        sampled = trainer.sample(trainer.data, indices, {"temperature": 1.0}, 0)
         assert sampled.scores.tolist() == [1.0] * len(indices) and sampled.asked == [ROWS[i]["prompt"] for i in indices]
 
 
@@ -67,7 +67,7 @@ def test_columns_go_with_the_rows_through_training_and_validation(tmp_path, monk
     trainer = task(noted, prompts=ROWS, batch=4, steps=3, response_length=2, validation_file=str(tmp_path / "held.jsonl"))
     for _ in range(2): trainer.step()
     assert len(seen) == len(set(seen)) == 8                               # an epoch
-    trainer.measure()
+    trainer.evaluate()
     assert len(seen) == 8 + 5 and len(trainer.samples(2)) == 2
     assert all(answer == prompt.upper() for prompt, answer in seen)
 
@@ -126,7 +126,7 @@ def test_a_column_that_is_null_or_optional_is_none():
         return 0.0
     for rows in ([{"prompt": "a", "answer": None}, {"prompt": "b", "answer": 1, "hint": "h"}], [{"prompt": "a", "answer": 2}]):
         trainer = task(noted, prompts=rows, batch=2, response_length=1)
-        trainer.collect(trainer.data, np.arange(len(rows)), {"temperature": 1.0}, 0)
+        trainer.sample(trainer.data, np.arange(len(rows)), {"temperature": 1.0}, 0)
     assert seen == [(None, None), (1, "h"), (2, "no column")]
 
 
@@ -140,7 +140,7 @@ def test_texts_alone_are_not_enough_for_a_reward_that_needs_more():
 def test_columns_are_those_after_preprocessing(tmp_path):
     (tmp_path / "edit.py").write_text("def edit(row): return {**row, 'answer': row['prompt'].upper()}\n")
     trainer = task(exact, prompts=[{"prompt": "a"}], batch=2, preprocess=f"{tmp_path}/edit.py:edit")
-    assert trainer.collect(trainer.data, np.array([0]), {"temperature": 1.0}, 0).scores.tolist() == [1.0]
+    assert trainer.sample(trainer.data, np.array([0]), {"temperature": 1.0}, 0).scores.tolist() == [1.0]
 
 
 # ---- reward models
@@ -154,7 +154,7 @@ def judge(tmp_path, template=CHATML, fmt=PromptFormat(prompt_format=None)):
     ByteTokenizer().save(tmp_path / "tok")
     (tmp_path / "tok" / "chat_template.jinja").write_text(template)
     tok = HFTokenizer(tmp_path / "tok")
-    return TrainedReward(ScalarLlama.of(tiny("a" * (tok.vocab_size - 3)).model), tok, fmt)
+    return TrainedReward(ScalarLlama.from_llama(tiny("a" * (tok.vocab_size - 3)).model), tok, fmt)
 
 
 def test_a_conversation_that_the_reward_model_refuses_is_named_at_the_start(tmp_path):
@@ -165,9 +165,9 @@ def test_a_conversation_that_the_reward_model_refuses_is_named_at_the_start(tmp_
     fmt = PromptFormat(prompt_format="{instruction}", input_field="prompt")
     for reward in (made, WeightedSum((1, Length(2)), (1, made))):
         with pytest.raises(DataError) as caught:
-            read_episodes(file, ByteTokenizer(), fmt, 64, 4, check=functools.partial(check_row, reward))
+            read_prompts(file, ByteTokenizer(), fmt, 64, 4, check=functools.partial(check_row, reward))
         check_sentence(str(caught.value), f"{file}, line 2: the reward model cannot read this conversation", "no system role")
-    assert len(read_episodes(file, ByteTokenizer(), fmt, 64, 4, check=functools.partial(check_row, Length(2)))) == 2
+    assert len(read_prompts(file, ByteTokenizer(), fmt, 64, 4, check=functools.partial(check_row, Length(2)))) == 2
 
 
 def test_what_a_reward_model_is_not_used_to_is_said(tmp_path, caplog):

@@ -377,7 +377,7 @@ def test_a_policy_that_is_asked_in_another_form(learned, caplog):
     "The reward model has read bare prompts and reads them now, not \"### Instruction:\" around each; where it cannot, that is said."
     asked = learned.ppo("other", reward_model="rm", data={"prompt_format": "### Instruction:\n{instruction}\n\n### Response:"})
     trainer = PPOTrainer(PPOConfig.model_validate_json(json.dumps(asked)))
-    said = trainer.collect(trainer.data, np.arange(2), {"temperature": 1.0}, 0)
+    said = trainer.sample(trainer.data, np.arange(2), {"temperature": 1.0}, 0)
     bare = load_reward("rm").compute_reward(["a", "bc"], said.said)
     assert said.asked[1] == "### Instruction:\nbc\n\n### Response:" and said.scores.tolist() == bare.tolist()
     assert load_reward("rm").compute_reward(said.asked, said.said).tolist() != bare.tolist() and "may mean little" not in caplog.text
@@ -397,7 +397,7 @@ def test_a_reward_named_by_its_path_is_the_same(learned, caplog):
 def test_a_full_disk_at_the_end_is_told(home, monkeypatch):
     "What is known of the held-out rows is written like everything else: a sentence if the disk refuses."
     def full(path, data): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(reward_module, "write_whole", full)
+    monkeypatch.setattr(reward_module, "atomic_write", full)
     code, said = home.call("reward", home.reward(held_out=PAIRS))
     assert code == 2 and "No space left" in said
 

@@ -33,7 +33,7 @@ from mlx_pretrain.run import (
     ResumeConfig,
     Run,
     RunError,
-    Saved,
+    Checkpoint,
     changed_keys,
     check_name,
     check_place,
@@ -159,8 +159,8 @@ def test_old_run_stays_until_the_first_checkpoint_of_the_new_one(tmp_path):
     path = old_run(tmp_path)
     new = Run("x", "new", root=tmp_path, overwrite=True)
     new.log({"step": 1, "loss": 2.0})
-    new.note("hello")
-    new.metadata(parameters=3)
+    new.log_text("hello")
+    new.update_metadata(parameters=3)
     assert new.path != path and (path / "config.yaml").read_text() == "old"
     same(load_checkpoint(checkpoints(path)[-1])[0], ARRAYS)
     saved = new.save_checkpoint(5, ARRAYS, {})
@@ -222,7 +222,7 @@ def test_a_swap_that_was_cut_in_two_is_undone(tmp_path):
 
 def test_metadata(tmp_path):
     run = Run("x", "", root=tmp_path)
-    run.metadata(parameters=5, data={"train": "sha"})
+    run.update_metadata(parameters=5, data={"train": "sha"})
     fields = json.loads((run.path / "metadata.json").read_text())
     assert fields["name"] == "x" and fields["outcome"] == "running" and fields["parameters"] == 5
     assert fields["created"].endswith("+00:00") and set(fields["versions"]) == {"mlx_pretrain", "mlx", "python"}
@@ -235,7 +235,7 @@ def test_metrics_are_strict_json_and_nan_is_null(tmp_path):
     run = Run("x", "", root=tmp_path)
     run.log({"step": mx.array(1), "loss": mx.array(math.nan), "grad_norm": np.float32(math.inf), "val_loss": -math.inf,
              "tokens": np.int64(3), "list": [math.nan, 1.0], "tiny": 1e-300, "ok": np.bool_(True)})
-    run.event("knob", step=2, name="kl_coef", value=math.nan)
+    run.log_event("knob", step=2, name="kl_coef", value=math.nan)
     def refuse(word): raise AssertionError(word)
     lines = [json.loads(line, parse_constant=refuse) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0] == {"step": 1, "loss": None, "grad_norm": None, "val_loss": None, "tokens": 3, "list": [None, 1.0],
@@ -481,7 +481,7 @@ sys.stdin.read()
 
 
 def test_a_second_process_is_refused_by_everything_that_could_write_and_the_lock_dies_with_its_holder(tmp_path):
-    saved = Saved(path := checkpoints(old_run(tmp_path))[-1], *load_checkpoint(path))
+    saved = Checkpoint(path := checkpoints(old_run(tmp_path))[-1], *load_checkpoint(path))
     child = start(WRITER_OF_X, tmp_path)
     for what in (
         lambda: Run("x", "me", root=tmp_path), lambda: Run("x", "me", root=tmp_path, overwrite=True),
@@ -589,7 +589,7 @@ def test_in_one_process_the_newer_run_takes_over_and_the_older_one_writes_nothin
     older = Run("x", "older", root=tmp_path)
     older.log({"step": 1})
     newer = Run("x", "newer", root=tmp_path)
-    for write in (lambda: older.log({"step": 2}), lambda: older.event("knob", 2), lambda: older.note("x"), lambda: older.metadata(a=1),
+    for write in (lambda: older.log({"step": 2}), lambda: older.log_event("knob", 2), lambda: older.log_text("x"), lambda: older.update_metadata(a=1),
                   lambda: older.save_checkpoint(2, ARRAYS, {}), lambda: older.finish("failed")):
         with pytest.raises(RunError, match="A newer run has taken"): write()
     older.close()
@@ -795,10 +795,10 @@ def going_on(root: Path) -> Run:
     run = Run("x", "iters: 400\nname: x\n", root=root)
     for step in range(10, 260, 10):
         run.log({"step": step, "loss": 1 / step})
-        if step in (20, 200, 230): run.event("knob", step - 1, name="lr", value=step)
-        if step == 200: run.event("knob", 200, name="lr", value=7.0)
+        if step in (20, 200, 230): run.log_event("knob", step - 1, name="lr", value=step)
+        if step == 200: run.log_event("knob", 200, name="lr", value=7.0)
         if step % 100 == 0: run.save_checkpoint(step, {"model": {"w": mx.full((8,), step)}}, {"seed": 0})
-    run.metadata(parameters=8, ended="never", total_steps=400)
+    run.update_metadata(parameters=8, ended="never", total_steps=400)
     run.close()
     with open(run.path / "metrics.jsonl", "a") as f: f.write('{"step": 260, "lo')
     return run
@@ -969,14 +969,14 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch,
 
 def test_list_runs(tmp_path):
     run = Run("a", "", root=tmp_path)
-    run.metadata(parameters=2_100_000, total_steps=1000, created="2026-01-02T00:00:00+00:00")
+    run.update_metadata(parameters=2_100_000, total_steps=1000, created="2026-01-02T00:00:00+00:00")
     for step, val in ((100, 3.0), (200, 2.0), (300, 2.5)):
         run.log({"step": step, "loss": 4.0 / step, "val_loss": val, "val_bits_per_byte": val / 2})
     run.log({"step": 310, "loss": math.nan})
-    run.event("knob", 320, name="loss", val_loss=1.0)
+    run.log_event("knob", 320, name="loss", val_loss=1.0)
     run.save_checkpoint(300, {"model": {"w": mx.zeros(1000)}}, {})
     b = Run("模型", "", root=tmp_path)
-    b.metadata(created="2026-01-01T00:00:00+00:00")
+    b.update_metadata(created="2026-01-01T00:00:00+00:00")
     b.finish("failed")
     found = list_runs(tmp_path)
     assert [r["name"] for r in found] == ["模型", "a"]
@@ -1154,9 +1154,9 @@ def swap_without_stepping_aside(new, final, replace=True):
     ("write_checkpoint", in_place, save_next, "step_000400/.* is (missing|damaged)"),
     ("_prune", prune_in_place, save_next, "step_000100/.* is missing"),
     ("write_checkpoint", prune_first(write_checkpoint), save_next, "none is whole"),
-    ("_swap_in", swap_without_stepping_aside, save_again, "200 >= 300"),
-    ("_swap_in", swap_without_stepping_aside, overwrite, "step_000.00/.* is missing"),
-    ("_tidy", lambda folder, names: None, save_again, r"\.step_000300\.new-"),
+    ("replace_dir", swap_without_stepping_aside, save_again, "200 >= 300"),
+    ("replace_dir", swap_without_stepping_aside, overwrite, "step_000.00/.* is missing"),
+    ("_remove_leftovers", lambda folder, names: None, save_again, r"\.step_000300\.new-"),
 ], ids=["written in place", "deleted in place", "deleted before the new one is there", "same step deleted first", "old run deleted first",
         "not tidied"])
 def test_the_power_cut_would_notice(name, bug, act, why, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from mlx_pretrain import rows as row_files
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import ConfigError
 from mlx_pretrain.prompt import Example, Piece, PromptFormat
-from mlx_pretrain.rows import Examples
+from mlx_pretrain.rows import SFTDataset
 from mlx_pretrain.pretrain import PretrainConfig, pretrain
 from mlx_pretrain.pretrained import PretrainedError, export, load
 from mlx_pretrain.run import RunError, checkpoints, read_metadata, read_metrics
@@ -111,12 +111,12 @@ def response_one_late(monkeypatch):
 
 
 def one_pad_token(monkeypatch):
-    original = Examples.batch
+    original = SFTDataset.batch
 
     def batch(self, indices):
         made = original(self, indices)
         return made._replace(loss_mask=mx.arange(made.loss_mask.size) <= made.loss_mask.sum())
-    monkeypatch.setattr(Examples, "batch", batch)
+    monkeypatch.setattr(SFTDataset, "batch", batch)
 
 
 def text_becomes_eos(monkeypatch):
@@ -128,8 +128,8 @@ def text_becomes_eos(monkeypatch):
 
 
 def one_place_off(monkeypatch):
-    original = Examples.batch
-    monkeypatch.setattr(Examples, "batch", lambda self, rows: (b := original(self, rows))._replace(positions=b.positions + 1))
+    original = SFTDataset.batch
+    monkeypatch.setattr(SFTDataset, "batch", lambda self, rows: (b := original(self, rows))._replace(positions=b.positions + 1))
 
 
 BUGS = [loss_on_the_prompt, no_eos, eos_only_read, bos_twice, bos_before_the_response, response_one_late, one_pad_token, text_becomes_eos,
@@ -249,7 +249,7 @@ def test_validation_weighs_tokens(config):
     trainer = SFTTrainer(config())
     sums = [[v.item() for v in trainer.loss(trainer.model, trainer.held_out.batch(np.array([i])))] for i in range(3)]
     (total, count) = np.array(sums).sum(axis=0)
-    assert abs(trainer.measure()["val_loss"] / (total / count) - 1) < 1e-5
+    assert abs(trainer.evaluate()["val_loss"] / (total / count) - 1) < 1e-5
 
 
 # Freezing and going on
@@ -286,7 +286,7 @@ def test_the_pretrained_model_may_go(config, base):
     with pytest.raises(KeyboardInterrupt): sft(config(**how, training={"epochs": 2}), callbacks=[stop])
     shutil.rmtree(base)
     path = sft(config(**how, training={"epochs": 2}, resume={"checkpoint": "latest"}))
-    assert read_metadata(path)["outcome"] == "finished" and load(path).format.ask("x") == "Q: x\nA:"
+    assert read_metadata(path)["outcome"] == "finished" and load(path).format.format_question("x") == "Q: x\nA:"
     branch = sft(config(**{**how, "name": "branch"}, training={"epochs": 3}, resume={"checkpoint": str(checkpoints(path)[-1])}))
     assert read_metadata(branch)["resumed_from"].startswith("runs/tuned")
 
@@ -368,9 +368,9 @@ def test_what_disagrees_is_one_warning(config, base, caplog):
 def test_the_format_is_inherited(config, base, caplog):
     first = sft(config(name="first", pretrained_model="base", data={"prompt_format": "Q: {instruction}\nA:", "system_prompt": "Be brief."}))
     assert load(first).format == load(checkpoints(first)[-1]).format == load(first / "model").format
-    assert load(first).format.ask("x") == "Be brief.\n\nQ: x\nA:"
+    assert load(first).format.format_question("x") == "Be brief.\n\nQ: x\nA:"
     with caplog.at_level(logging.INFO): second = sft(config(name="second", pretrained_model="first", data={"system_prompt": "Be kind."}))
-    assert load(second).format.ask("x") == "Be kind.\n\nQ: x\nA:"
+    assert load(second).format.format_question("x") == "Be kind.\n\nQ: x\nA:"
     assert "As in the pretrained model: data.prompt_format, data.response_format." in caplog.text
     assert "Q: {instruction}" in (second / "config.yaml").read_text()
     assert load(base).format is None
@@ -381,7 +381,7 @@ def test_plain_texts_teach_no_other_format(config, base, capsys):
     first = sft(config(name="first", pretrained_model="base", data={"prompt_format": "Q: {instruction}\nA:"}))
     write("rows.jsonl", [{"text": "abc"}] * 3)
     second = sft(config(name="second", pretrained_model="first", data={"validation_file": None}))
-    assert load(second).format.ask("x") == load(first).format.ask("x") == "Q: x\nA:"
+    assert load(second).format.format_question("x") == load(first).format.format_question("x") == "Q: x\nA:"
     Path("run.yaml").write_text('data: {input_file: rows.jsonl}')
     capsys.readouterr()
     assert main(["sft", "--config", "run.yaml", "--pretrained_model", "base"]) == 0

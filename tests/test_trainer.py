@@ -299,7 +299,7 @@ def test_a_loss_alone_that_is_not_finite(bad):
 
 def test_a_held_out_loss_that_is_not_finite_is_no_best():
     trainer = Trainer(Linear(256, 1), squares, points_at, 100)
-    for loss in (float("nan"), 3.0, float("inf"), float("nan"), 4.0): trainer.validated(loss)
+    for loss in (float("nan"), 3.0, float("inf"), float("nan"), 4.0): trainer.record_best(loss)
     assert trainer.best == (0, 3.0)
 
 

@@ -13,8 +13,8 @@ import mlx_pretrain  # noqa: F401 (before MLX)
 from mlx_pretrain.chat import ask_pieces, read_messages, row_pieces, template_keys, unread_keys
 from mlx_pretrain.config import ConfigError, UserError, load_config, where_from
 from mlx_pretrain.data import DataConfig, cached_windows, load_object, make_tokenizer, pack, read_jsonl
-from mlx_pretrain.episodes import read_episodes
-from mlx_pretrain.preferences import read_preferences, unfold
+from mlx_pretrain.prompts import read_prompts
+from mlx_pretrain.preferences import read_preferences, split_conversations
 from mlx_pretrain.pretrained import PretrainedError, load
 from mlx_pretrain.prompt import PromptFormat
 from mlx_pretrain.rows import PromptConfig, read_examples, read_first_row, resolve_format
@@ -102,7 +102,7 @@ def test_who_has_a_function_has_read_all(caplog):
 
 def test_prompts_and_preferences_are_looked_at_too(caplog):
     tok, fmt = ByteTokenizer(), PromptFormat(prompt_format="{instruction}")
-    read_episodes(write([{**PAIR, "context": "c", "reward": 1}]), tok, fmt, 100, 4, reward_field="reward")
+    read_prompts(write([{**PAIR, "context": "c", "reward": 1}]), tok, fmt, 100, 4, reward_field="reward")
     read_preferences(write([{"instruction": "?", "chosen": "a<eos>", "rejected": "b", "margin": 1, "topic": "t"}]), tok, fmt, 100)
     said = "\n".join(record.message for record in caplog.records)
     assert len(caplog.records) == 3 and '"context" (1 row)' in said and '"topic" (1 row)' in said and '"chosen" spells <eos>' in said
@@ -124,7 +124,7 @@ def test_a_prompt_that_came_twice_holds_no_answer():
     "UltraFeedback's rows: a prompt, and three conversations that begin with it."
     row = {"prompt": "Who?", "messages": TALK, "chosen": TALK, "rejected": [ASK, message("assistant", "You.")]}
     cfg = PromptConfig()
-    first = read_first_row(write([row]), cfg, False, unfold)
+    first = read_first_row(write([row]), cfg, False, split_conversations)
     fmt = resolve_format(cfg, first, PromptFormat(prompt_format="Q: {instruction} A:"), False)
     data, tok = read_preferences("rows.jsonl", ByteTokenizer(), fmt, 100), ByteTokenizer()
     assert tok.decode(data.prompts[0]) == "Q: Who? A:"

@@ -14,7 +14,7 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 import mlx.core as mx
 import numpy as np
 
-from mlx_pretrain.ppo import Rollout, Sampled
+from mlx_pretrain.ppo import Rollout, Samples
 from mlx_pretrain.tokenizer import ByteTokenizer
 from mlx_pretrain.views import PPOExplorer, RolloutView, SampledView
 
@@ -97,7 +97,7 @@ def test_any_samples_are_a_sound_page(texts, n):
     asked, said, scores = zip(*texts)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        it = SampledView(Sampled([], [], [*asked], [*said], np.array(scores, np.float32)), n)
+        it = SampledView(Samples([], [], [*asked], [*said], np.array(scores, np.float32)), n)
         page, text = Page(it._repr_html_()), repr(it)
     check_tags(page, {"table", "tbody", "tr", "td", "div", "code", "em"})
     assert len(it.rows) == len({*it.rows}) == min(len(texts), 2 * n) and it.left_out == len(texts) - len(it.rows)
@@ -114,7 +114,7 @@ def test_evil_texts_are_shown_as_they_are(evil):
     rollout = Page(view([evil], [evil])._repr_html_())
     assert rollout.text.endswith(evil + evil.replace(" ", "␣"))
     assert rollout.named("token")[0]["title"].startswith(evil.replace(" ", "␣")) and rollout.named("prompt")[0]["title"] == evil
-    samples = Page(SampledView(Sampled([], [], [evil], [evil], np.array([1.0])))._repr_html_())
+    samples = Page(SampledView(Samples([], [], [evil], [evil], np.array([1.0])))._repr_html_())
     assert samples.text.count(evil) == 2 and [a["title"] for _, a in samples.tags if "title" in a] == [evil, evil]
 
 
@@ -186,13 +186,13 @@ def test_long_texts_are_clipped_and_whole_in_the_title():
     book = "begin" + "x" * 5000 + "end"
     page = Page(view([book], ["y"])._repr_html_())
     assert page.named("prompt")[0]["title"] == book and len(page.text) < 1500 and "begin" in page.text and "endy" in page.text
-    samples = Page(SampledView(Sampled([], [], ["?"], [book], np.array([1.0])))._repr_html_())
+    samples = Page(SampledView(Samples([], [], ["?"], [book], np.array([1.0])))._repr_html_())
     assert any(attrs.get("title") == book for _, attrs in samples.tags) and len(samples.text) < 600
 
 
 def test_equal_rewards_keep_their_order():
     "Among equals, the first ones are the best, and the last ones the worst."
-    samples = Sampled([], [], ["?"] * 400, ["!"] * 400, np.tile([1.0, 2.0], 200))
+    samples = Samples([], [], ["?"] * 400, ["!"] * 400, np.tile([1.0, 2.0], 200))
     assert SampledView(samples, 2).rows == [1, 3, 396, 398]
 
 

@@ -48,7 +48,7 @@ def task(reward, letters="abcdefgh", prompts=("",), *, seed=0, steps=40, lr=3e-3
 
 def mean_reward(trainer, n=256):
     "What the policy earns, on samples of its own."
-    return float(trainer.collect(trainer.data, np.arange(n) % len(trainer.data), {"temperature": 1.0}, -7).scores.mean())
+    return float(trainer.sample(trainer.data, np.arange(n) % len(trainer.data), {"temperature": 1.0}, -7).scores.mean())
 
 
 def planted(function, right, wrong):

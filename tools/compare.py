@@ -39,7 +39,7 @@ def main(before, after):
     cfg = load_config(SFTConfig, Path(after) / "config.yaml")
     trainers = [SFTTrainer(cfg, load(path)) for path in (before, after)]
     if trainers[0].held_out is None or trainers[0].format is None: raise ConfigError(f"{after} has no held-out rows to answer")
-    losses = [trainer.measure()["val_loss"] for trainer in trainers]
+    losses = [trainer.evaluate()["val_loss"] for trainer in trainers]
     said = [[*answers(trainer)] for trainer in trainers]
     ended = [sum(end for *_, end in rows) for rows in said]
     for (prompt, old, _), (_, new, _) in [*zip(*said, strict=True)][:: max(1, len(said[0]) // SHOWN)][:SHOWN]:

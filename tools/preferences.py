@@ -27,8 +27,8 @@ SAMPLES, LONGEST, LEAST = 8, 32, 0.2  # answers to a question; tokens of one; di
 def answers(policy, questions, seed):
     "What the policy says to each of some questions."
     model, tok, _, fmt = policy
-    prompts = [prompt_ids(tok, fmt.ask(question)) for question in questions]
-    return [*map(fmt.unwrap, generate_text(model, tok, prompts, LONGEST, seed=seed, batch_size=256))]
+    prompts = [prompt_ids(tok, fmt.format_question(question)) for question in questions]
+    return [*map(fmt.parse_response, generate_text(model, tok, prompts, LONGEST, seed=seed, batch_size=256))]
 
 
 def pairs(questions, said, friendly):

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 
 from compare import asked as question_in
 from mlx_pretrain.config import UserError, load_config
-from mlx_pretrain.episodes import lay_out, read_episodes
+from mlx_pretrain.prompts import pad_prompt_response, read_prompts
 from mlx_pretrain.generate import generate_text
 from mlx_pretrain.plot import plot_runs
-from mlx_pretrain.ppo import PPOConfig, Sampled, log_probs, respond
+from mlx_pretrain.ppo import PPOConfig, Samples, log_probs, sample_responses
 from mlx_pretrain.pretrained import load
 from mlx_pretrain.reward_model import load_reward
 from mlx_pretrain.rules import Sentiment
@@ -46,7 +46,7 @@ blockquote { margin: .8rem 0; padding: .2rem 1rem; border-left: 3px solid #c9d4d
 class Judged(NamedTuple):
     "A policy on the way: steps of PPO, its answers, what VADER and the reward model think of each, and its KL to the first (B,)."
     step: int
-    sampled: Sampled
+    sampled: Samples
     gold: np.ndarray
     learned: np.ndarray
     kl: np.ndarray
@@ -54,11 +54,11 @@ class Judged(NamedTuple):
 
 def judged(step, policy, first, episodes, reward, seed):
     "Let a policy answer, and judge what it says."
-    sampled = respond(policy, episodes, np.arange(len(episodes)), reward, seed=seed, batch_size=128)
-    tokens, pad, mask = lay_out(sampled.prompts, sampled.responses, policy.tokenizer.pad_id)
+    sampled = sample_responses(policy, episodes, np.arange(len(episodes)), reward, seed=seed, batch_size=128)
+    tokens, pad, mask = pad_prompt_response(sampled.prompts, sampled.responses, policy.tokenizer.pad_id)
     now, then = (np.array(log_probs(p.model, mx.array(tokens), mx.array(pad), mask.shape[1])[0]) for p in (policy, first))
     kl = np.where(mask, now - then, 0).sum(axis=1)
-    return Judged(step, sampled, score(Sentiment(), sampled.asked, sampled.said), sampled.scores, kl)
+    return Judged(step, sampled, score(Sentiment(), sampled.prompt_texts, sampled.response_texts), sampled.scores, kl)
 
 
 def on_the_way(sft, rl):
@@ -66,7 +66,7 @@ def on_the_way(sft, rl):
     cfg, first = load_config(PPOConfig, Path(rl) / "config.yaml"), load(sft)
     reward = load_reward(cfg.reward_model)
     d = cfg.data
-    episodes = read_episodes(d.validation_file, first.tokenizer, first.format, d.preprocessing.max_context_size, d.response_length)
+    episodes = read_prompts(d.validation_file, first.tokenizer, first.format, d.preprocessing.max_context_size, d.response_length)
     policies = {0: first, **{int(path.name[5:]): load(path) for path in checkpoints(rl)}}
     return [judged(step, policy, first, episodes, reward, cfg.system.seed) for step, policy in sorted(policies.items())], first.format
 
@@ -114,8 +114,8 @@ def number(value): return f'<td class="number {"good" if value > 0.05 else "bad"
 def side_by_side(before, after, question):
     "Ten answers before and after, spread over the questions."
     places = np.linspace(0, len(before.gold) - 1, min(SHOWN, len(before.gold))).round().astype(int)
-    rows = [f"<tr><td>{text(question(before.sampled.prompts[i]))}</td><td>{text(before.sampled.said[i])}</td>{number(before.gold[i])}"
-            f"<td>{text(after.sampled.said[i])}</td>{number(after.gold[i])}</tr>" for i in places]
+    rows = [f"<tr><td>{text(question(before.sampled.prompts[i]))}</td><td>{text(before.sampled.response_texts[i])}</td>{number(before.gold[i])}"
+            f"<td>{text(after.sampled.response_texts[i])}</td>{number(after.gold[i])}</tr>" for i in places]
     head = "<tr><th>question</th><th>fine-tuned</th><th>VADER</th><th>after PPO</th><th>VADER</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
 
@@ -136,7 +136,7 @@ def sampled_extremes(way):
     for one in way:
         for name, i in (("best", one.learned.argmax()), ("worst", one.learned.argmin())):
             rows.append(f'<tr><td>{one.step}</td><td class="number">{one.kl.mean():.1f}</td><td class="word">{name}</td>'
-                        f"<td>{text(one.sampled.said[i])}</td>{number(one.learned[i])}{number(one.gold[i])}</tr>")
+                        f"<td>{text(one.sampled.response_texts[i])}</td>{number(one.learned[i])}{number(one.gold[i])}</tr>")
     head = "<tr><th>steps</th><th>KL</th><th></th><th>sample</th><th>reward model</th><th>VADER</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
 

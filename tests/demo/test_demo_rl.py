@@ -55,8 +55,8 @@ def test_the_reward_model_is_right_on_pairs_it_never_saw():
     reward, right, pairs = load_reward(REWARD), [], rows("preferences/val.jsonl")
     tok, fmt = reward.tokenizer, reward.format
     for pair in pairs:
-        ask = prompt_ids(tok, fmt.ask(pair["prompt"]))
-        texts = [[*ask, *tok.encode(fmt.wrap(pair[key])), tok.eos_id] for key in ("chosen", "rejected")]
+        ask = prompt_ids(tok, fmt.format_question(pair["prompt"]))
+        texts = [[*ask, *tok.encode(fmt.format_response(pair[key])), tok.eos_id] for key in ("chosen", "rejected")]
         chosen, rejected = (reward.model.values(mx.array([ids]))[0, -1].item() for ids in texts)
         right.append(chosen > rejected)
     known = read_metadata(REWARD)["reward_model"]
@@ -65,7 +65,7 @@ def test_the_reward_model_is_right_on_pairs_it_never_saw():
 
 def test_it_is_normalised_on_what_the_fine_tuned_model_says():
     policy = load(SFT)
-    asks = [policy.format.ask(question) for question in questions() * 3]
+    asks = [policy.format.format_question(question) for question in questions() * 3]
     scores = load_reward(REWARD).compute_reward(asks, answers(policy, questions() * 3, seed=6))
     assert abs(scores.mean()) < 0.4 and 0.7 < scores.std() < 1.3
 
@@ -110,6 +110,6 @@ def test_the_page_shows_what_the_policies_say():
     "Both are asked again: the first of the ten answers, and the means that the table shows."
     page, (way, fmt) = PAGE.read_text(encoding="utf-8"), on_the_way(SFT, RL)
     tok = load(SFT).tokenizer
-    for one in (way[0], way[-1]): assert text(one.sampled.said[0]) in page and number(one.gold.mean()) in page
+    for one in (way[0], way[-1]): assert text(one.sampled.response_texts[0]) in page and number(one.gold.mean()) in page
     assert text(asked(tok, way[0].sampled.prompts[0], fmt.prompt_format)) in page and way[-1].step == read_metrics(RL)[-1]["step"]
-    assert way[0].kl.mean() == 0 < way[-1].kl.mean() and (friendly(way[-1].sampled.said) == way[-1].gold.astype(float).round(4)).all()
+    assert way[0].kl.mean() == 0 < way[-1].kl.mean() and (friendly(way[-1].sampled.response_texts) == way[-1].gold.astype(float).round(4)).all()

@@ -29,7 +29,7 @@ def response_loss(model, tok, fmt, context=128):
     "Nats per trained token over the held-out rows, each alone, by a softmax in NumPy."
     nats, count = 0.0, 0
     for row in rows(VAL):
-        read, said = prompt_ids(tok, fmt.ask(row["instruction"])), [*tok.encode(" " + row["response"]), tok.eos_id]
+        read, said = prompt_ids(tok, fmt.format_question(row["instruction"])), [*tok.encode(" " + row["response"]), tok.eos_id]
         ids = read + said
         if len(ids) > context: continue
         logits = np.array(model(mx.array([ids[:-1]]))[0], np.float64)
@@ -48,7 +48,7 @@ def test_the_loss_of_held_out_responses_fell(tuned):
 
 def test_it_stops_by_itself_and_the_base_model_does_not(tuned):
     tok, asked = tuned.tokenizer, dict.fromkeys(row["instruction"] for row in rows(VAL))
-    prompts = [prompt_ids(tok, tuned.format.ask(question)) for question in asked]
+    prompts = [prompt_ids(tok, tuned.format.format_question(question)) for question in asked]
 
     def stops(model):
         out = np.array(generate(model, prompts, 64, eos_ids=[tok.eos_id], pad_id=tok.pad_id, temperature=0).tokens)

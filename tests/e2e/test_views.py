@@ -9,7 +9,7 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 import mlx.core as mx
 import numpy as np
 
-from mlx_pretrain.ppo import Rollout, Sampled, policy_loss
+from mlx_pretrain.ppo import Rollout, Samples, policy_loss
 from mlx_pretrain.views import PPOExplorer, RolloutView, SampledView
 
 
@@ -199,7 +199,7 @@ def rollout(tokens, prompt=1):
 def test_texts_stay_texts(page):
     "Whatever prompts, responses and tokens hold is shown as it is: nothing runs, nothing is asked of the network, nothing is lost."
     tokens = Tokens(*EVIL, *EVIL)
-    said = Sampled([], [], EVIL, EVIL[::-1], np.arange(5.0))
+    said = Samples([], [], EVIL, EVIL[::-1], np.arange(5.0))
     show(page, RolloutView(tokens, rollout(tokens, 5), 0)._repr_html_(), SampledView(said)._repr_html_())
     assert page.evaluate("window.hit") is None and page.locator("img, script, svg").count() == 0
     assert page.locator(".prompt").inner_text() == "".join(EVIL)

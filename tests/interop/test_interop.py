@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mlx_pretrain.generate import generate
-from mlx_pretrain.model import Llama, LlamaArgs, RopeScaling, rope_periods, scale_periods
+from mlx_pretrain.model import Llama, LlamaArgs, RopeScaling, rope_freqs, scale_rope_freqs
 from mlx_pretrain.optim import SGD, Adam, AdamW, Muon
 from mlx_pretrain.pretrained import PretrainedError, export, load
 from mlx_pretrain.tokenizer import ByteTokenizer, train_sentencepiece
@@ -251,7 +251,7 @@ def test_rope_periods(rope, head_dim):
     config = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, rope_parameters=dict(spelled), max_position_embeddings=8192)
     theta, kind = spelled.pop("rope_theta"), spelled.pop("rope_type")
     scaling = RopeScaling() if kind == "default" else RopeScaling(type=kind, **spelled)
-    ours = 1 / np.array(scale_periods(rope_periods(head_dim, theta), scaling))
+    ours = 1 / np.array(scale_rope_freqs(rope_freqs(head_dim, theta), scaling))
     np.testing.assert_allclose(ours, LlamaRotaryEmbedding(config).inv_freq.numpy(), rtol=2e-6)
 
 
@@ -260,7 +260,7 @@ def test_real_llama3_scaling():
     spelled = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072,
                          rope_parameters={"rope_type": "llama3", "rope_theta": 500_000.0, **spelled})
-    ours = 1 / np.array(scale_periods(rope_periods(128, 500_000.0), RopeScaling(type="llama3", **spelled)))
+    ours = 1 / np.array(scale_rope_freqs(rope_freqs(128, 500_000.0), RopeScaling(type="llama3", **spelled)))
     np.testing.assert_allclose(ours, LlamaRotaryEmbedding(config).inv_freq.numpy(), rtol=2e-6)
 
 

@@ -13,9 +13,9 @@ from transformers import (
     AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast)
 
 from mlx_pretrain.chat import ask_pieces
-from mlx_pretrain.episodes import read_episodes
+from mlx_pretrain.prompts import read_prompts
 from mlx_pretrain.model import Llama, LlamaArgs, ScalarLlama
-from mlx_pretrain.preferences import lay_beside, read_preferences, reading
+from mlx_pretrain.preferences import pad_right, read_preferences, encode_prompt_response
 from mlx_pretrain.pretrained import export, load
 from mlx_pretrain.prompt import PromptFormat, encode_pieces, pair_pieces
 from mlx_pretrain.reward import RewardConfig, train_reward
@@ -36,7 +36,7 @@ def lively(**more):
 
 def theirs(model, texts, pad_id):
     "What transformers says about some texts in one batch."
-    tokens, mask = lay_beside(texts, pad_id)
+    tokens, mask = pad_right(texts, pad_id)
     with torch.no_grad(): return model(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()).logits[:, 0].numpy()
 
 
@@ -140,7 +140,7 @@ def test_a_chat_reward_model_of_trl_is_read_by_its_template(template, tmp_path):
     judge, talks, answers = load_reward(folder), CONVERSATIONS * 4, [answer for answer in ANSWERS for _ in CONVERSATIONS]
     wanted, ids = by_transformers(folder, talks, answers)
     texts = ["whatever the policy saw"] * len(talks)
-    assert reading(judge.tokenizer, judge.format, texts, answers, talks) == ids
+    assert encode_prompt_response(judge.tokenizer, judge.format, texts, answers, talks) == ids
     assert near(judge.compute_reward(texts, answers, talks), wanted) and np.ptp(wanted) > 0.1
     seen = text_of(judge.tokenizer, judge.format)
     assert near(judge.compute_reward([seen], ["A gull."]), wanted[:1])    # where PPO knows the text alone
@@ -167,7 +167,7 @@ def test_ours_trained_on_a_chat_model_is_read_the_same_by_transformers(system, t
     trained = read_preferences(tmp_path / "rows.jsonl", judge.tokenizer, judge.format, 500)
     assert trained.chosen == by_transformers(run / "model", CONVERSATIONS, ["A gull."] * 4)[1]
     fmt = PromptFormat(prompt_format="<{instruction}>", input_field="prompt")
-    asked = read_episodes(tmp_path / "rows.jsonl", ByteTokenizer(), fmt, 500, 4)
+    asked = read_prompts(tmp_path / "rows.jsonl", ByteTokenizer(), fmt, 500, 4)
     by_ppo = score(judge, [""] * 4, ANSWERS, asked.columns(range(4))) * judge.std + judge.mean
     assert near(by_ppo, wanted) and (system is None) == ("birds" not in judge.tokenizer.decode(ids[0]))
 
@@ -186,6 +186,6 @@ def test_ours_in_a_prompt_format_is_read_the_same_by_transformers(fmt, bos, tmp_
     made = TrainedReward(lively(vocab_size=tok.vocab_size), tok, fmt, mean=0.5, std=2.0)
     made.save(tmp_path / "m")
     wanted, ids = by_transformers(tmp_path / "m", CONVERSATIONS, ANSWERS)
-    assert reading(tok, fmt, [""] * 4, ANSWERS, CONVERSATIONS) == ids
+    assert encode_prompt_response(tok, fmt, [""] * 4, ANSWERS, CONVERSATIONS) == ids
     assert near(load_reward(tmp_path / "m").compute_reward([""] * 4, ANSWERS, CONVERSATIONS) * 2 + 0.5, wanted)
-    assert reading(tok, fmt, [text_of(tok, fmt)], ANSWERS[:1]) == ids[:1]                 # where PPO knows the text alone
+    assert encode_prompt_response(tok, fmt, [text_of(tok, fmt)], ANSWERS[:1]) == ids[:1]                 # where PPO knows the text alone

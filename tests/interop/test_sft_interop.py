@@ -92,7 +92,7 @@ def test_other_programs_ask_in_the_same_tokens(tokenizer, tmp_path, name):
             messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 9, said)]
             text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return theirs.encode(text, add_special_tokens=False)
-        assert ids("How many?") == prompt_ids(tokenizer, fmt.ask("How many?"))
+        assert ids("How many?") == prompt_ids(tokenizer, fmt.format_question("How many?"))
         talk, said = ids("How many?", "Three.", "And now?"), fmt.response({"response": "Three."})
         assert tokenizer.decode(talk) == tokenizer.decode(render_chat(fmt, tokenizer, [("How many?", said)], "And now?"))
         assert talk.count(tokenizer.bos_id) == talk.count(tokenizer.eos_id) == 1
@@ -107,7 +107,7 @@ def test_a_fine_tuned_model_answers_the_same_elsewhere(tmp_path, monkeypatch):
               "model": {"dimensions": {"hidden_size": 32, "num_layers": 2}},
               "training": {"epochs": 100, "hyperparameters": {"batch_size": 4, "learning_rate": 1e-2}}}
     model, tok, path, fmt = load(sft(SFTConfig.model_validate_json(json.dumps(values))))
-    [ours] = generate_text(model, tok, [fmt.ask("Say 2")], 40, temperature=0)
+    [ours] = generate_text(model, tok, [fmt.format_question("Say 2")], 40, temperature=0)
     assert ours == "three gulls"
 
     theirs, their_tok = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)

@@ -33,7 +33,7 @@ print(json.dumps({{"peak": peak(), "seconds": time.perf_counter() - started, "to
 """
 
 
-def measure(work, *args):
+def evaluate(work, *args):
     "Run some lines in a new process; what it used and made."
     done = subprocess.run([sys.executable, "-c", WORKER.format(work=work), *map(str, args)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -26,7 +26,7 @@ from mlx_pretrain import lab, run
 from mlx_pretrain.config import ConfigError, UserError
 from mlx_pretrain.lab import Live, Panel, samples_table
 from mlx_pretrain.model import Llama, LlamaArgs
-from mlx_pretrain.playground import Playground, lay_out_row
+from mlx_pretrain.playground import Playground, tokenize_row
 from mlx_pretrain.pretrained import Pretrained
 from mlx_pretrain.prompt import PromptFormat
 from mlx_pretrain.run import _writer, checkpoints, read_metadata, read_metrics
@@ -66,7 +66,7 @@ async def finished(live): await until(lambda: live.is_over and at_rest(live))
 
 async def stopped(live):
     press(live, "stop")
-    await until(lambda: at_rest(live) and not live._wishes)
+    await until(lambda: at_rest(live) and not live._actions)
 
 
 async def gone_on(live):
@@ -97,7 +97,7 @@ def test_interrupt_twice_in_a_validation(tmp_path, jupyter):
     "■ twice while held-out data are measured: that measurement is lost, the step is not, and it goes on."
     async def main():
         trainer = make("pretrain", tmp_path, steps=6)
-        trainer.validation_interval, measure = 3, trainer.measure
+        trainer.validation_interval, evaluate = 3, trainer.evaluate
         cut = once(lambda: trainer.steps_done == 3, lambda: hit(2))
         trainer.validate = lambda: (cut(), measure())[1]
         live = Live(trainer, tmp_path / "runs")
@@ -114,7 +114,7 @@ def test_a_watch_that_fails(tmp_path, jupyter):
     "A watched function that fails once costs no line of the log."
     async def main():
         trainer = make("ppo", tmp_path, steps=6)
-        live = Live(trainer, tmp_path / "runs", watch={"drift": lambda t: 1 / 0 if t.steps_done == 3 else 1.0})
+        live = Live(trainer, tmp_path / "runs", extra_metrics={"drift": lambda t: 1 / 0 if t.steps_done == 3 else 1.0})
         live.start()
         await until(lambda: live.trainer.steps_done >= 3 and at_rest(live))
         assert "ZeroDivisionError" in live.panel.message.value
@@ -128,7 +128,7 @@ def test_a_watch_that_fails(tmp_path, jupyter):
 def test_a_watch_that_gives_no_number(value, tmp_path, jupyter):
     "What is watched and is no number is a sentence, and costs no line of the log."
     async def main():
-        live = Live(make("ppo", tmp_path, steps=3), tmp_path / "runs", watch={"odd": lambda t: value})
+        live = Live(make("ppo", tmp_path, steps=3), tmp_path / "runs", extra_metrics={"odd": lambda t: value})
         live.start()
         for _ in range(3):
             await until(lambda: at_rest(live))
@@ -146,7 +146,7 @@ def test_watched_values_that_are_not_finite(tmp_path, jupyter):
     "NaN and infinity are drawn as gaps, and logged as null."
     async def main():
         values = iter([float("nan"), float("inf"), -float("inf"), 1e308, -1e308, 0.0])
-        live = Live(make("ppo", tmp_path, steps=6), tmp_path / "runs", panels={"odd": ("odd",)}, watch={"odd": lambda t: next(values)})
+        live = Live(make("ppo", tmp_path, steps=6), tmp_path / "runs", panels={"odd": ("odd",)}, extra_metrics={"odd": lambda t: next(values)})
         live.start()
         await finished(live)
         return live
@@ -178,7 +178,7 @@ def test_interrupt_twice_in_the_last_validation(tmp_path, jupyter):
     "■ twice in the measurement behind the last step: the run can still be ended from its panel."
     async def main():
         trainer = make("pretrain", tmp_path, steps=3)
-        cut, measure = once(lambda: True, lambda: hit(2)), trainer.measure
+        cut, evaluate = once(lambda: True, lambda: hit(2)), trainer.evaluate
         trainer.validate = lambda: (cut(), measure())[1]
         live = Live(trainer, tmp_path / "runs")
         live.start()
@@ -194,8 +194,8 @@ def test_interrupt_twice_while_the_model_is_written(tmp_path, jupyter):
     "■ twice while a finished run writes its model: nobody says that the model is there if it is not."
     async def main():
         trainer = make("ppo", tmp_path, steps=3)
-        cut, leave = once(lambda: True, lambda: hit(2)), trainer.leave
-        trainer.leave = lambda run: (cut(), leave(run))
+        cut, leave = once(lambda: True, lambda: hit(2)), trainer.finalize
+        trainer.finalize = lambda run: (cut(), leave(run))
         live = Live(trainer, tmp_path / "runs")
         live.start()
         await finished(live)
@@ -209,8 +209,8 @@ def test_a_model_that_cannot_be_written(tmp_path, jupyter):
     "An export that fails can be tried again from the panel."
     async def main():
         trainer = make("ppo", tmp_path, steps=3)
-        cut, leave = once(lambda: True, fail), trainer.leave
-        trainer.leave = lambda run: (cut(), leave(run))
+        cut, leave = once(lambda: True, fail), trainer.finalize
+        trainer.finalize = lambda run: (cut(), leave(run))
         live = Live(trainer, tmp_path / "runs")
         live.start()
         await finished(live)
@@ -959,7 +959,7 @@ def ground(tmp_path, rows, pretrained=None, **data):
 def shown(play):
     "The tokens of the first row, and which are trained, as the playground has them."
     fmt = play.start.model_copy(update=play.formats)
-    example, cut, _ = lay_out_row(play.rows[0], fmt, play.tokenizer, play.cfg)
+    example, cut, _ = tokenize_row(play.rows[0], fmt, play.tokenizer, play.cfg)
     kept = [n for n in range(len(example.ids)) if n not in cut]
     return [example.ids[n] for n in kept], [example.loss_mask[n] for n in kept]
 

@@ -129,8 +129,8 @@ def test_a_high_price_keeps_the_policy_home(seed):
 
 def kl_now(trainer):
     "The KL of the policy as it is now, on many samples."
-    sampled = trainer.collect(trainer.data, np.zeros(512, int), {"temperature": 1.0}, -3)
-    return trainer.judge_samples(sampled, trainer.knobs.snapshot())[1]["kl"]
+    sampled = trainer.sample(trainer.data, np.zeros(512, int), {"temperature": 1.0}, -3)
+    return trainer.score_samples(sampled, trainer.knobs.snapshot())[1]["kl"]
 
 
 @SEEDS
@@ -139,7 +139,7 @@ def test_guards_stop_a_wild_training_and_leave_a_healthy_one_alone(seed, caplog)
     caplog.set_level(logging.WARNING)
     healthy = task(count, seed=seed, steps=25, response_length=8, kl_coef=0.05)
     healthy.run()
-    assert not caplog.records and not any(healthy.guards.held.values()) and mean_reward(healthy) > 0.3
+    assert not caplog.records and not any(healthy.guards.consecutive.values()) and mean_reward(healthy) > 0.3
     wild = task(count, seed=seed, steps=25, response_length=8, kl_coef=0.05, lr=3.0)
     with pytest.raises(TrainingError, match='lower "training.hyperparameters.learning_rate"'): wild.run()
     assert wild.steps_done <= 3

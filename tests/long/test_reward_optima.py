@@ -14,7 +14,7 @@ SEEDS = pytest.mark.parametrize("seed", range(5))
 
 def known(trainer):
     "What the policy's own samples are worth by the rule itself."
-    said = trainer.collect(trainer.data, np.zeros(256, int), {"temperature": 1.0}, -7).said
+    said = trainer.sample(trainer.data, np.zeros(256, int), {"temperature": 1.0}, -7).response_texts
     return np.mean([count_a("", response) for response in said])
 
 
