@@ -49,6 +49,7 @@ check: units check-rest
 check-rest: demo-result long install e2e interop site chaos-short
 
 nightly: check chaos
+	$(BIN)/python -m pytest -q -rs -m nightly tests/long
 
 e2e: .venv/.stamp-dev .venv/.stamp-data browser
 	$(BIN)/python -m pytest -q -rs tests/e2e
@@ -65,7 +66,7 @@ install: .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/install
 
 long: .venv/.stamp-dev
-	$(BIN)/python -m pytest -q -rs tests/long
+	$(BIN)/python -m pytest -q -rs -m "not nightly" tests/long
 	$(BIN)/python -m pytest -q -rs -m long $(UNITS)
 
 # Each fault prints the command that repeats it alone. The short part takes two minutes, the whole six.

@@ -11,7 +11,8 @@ cfg = config["DEFAULT"]
 readme = here / "README.md"
 
 
-def requirements(key): return cfg.get(f"{key}_requirements", "").split()  # split on blanks: shlex would eat the quotes in markers
+def requirements(key):  # split on blanks: shlex would eat the quotes in markers
+    return cfg.get(f"{key}_requirements", "").split()
 
 
 setuptools.setup(

@@ -15,8 +15,9 @@ import sys
 import tempfile
 import time
 
-SIZES = {"vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,
-         "num_key_value_heads": 6, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "tie_word_embeddings": True}
+SIZES = {"vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6,
+         "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 64, "rms_norm_eps": 1e-5,
+         "rope_theta": 10_000.0, "tie_word_embeddings": True}
 BATCH, CONTEXT = 2, 256
 WARM_UP, TIMED = 2, 2  # steps in one process; the first ones compile and fill memory pools
 CASES = {  # name: (trainer, is MLX's own BLAS used?)
@@ -46,7 +47,8 @@ def ours():
     ids, seconds = mx.array(tokens()), []
     batch = Batch(ids[:, :-1], ids[:, 1:], mx.ones((BATCH, CONTEXT), dtype=mx.bool_))
 
-    def loss(model, batch): return head_loss(model.hidden(batch.inputs), model.head_weight, batch.targets, batch.loss_mask)
+    def loss(model, batch):
+        return head_loss(model.hidden(batch.inputs), model.head_weight, batch.targets, batch.loss_mask)
 
     trainer = Trainer(Llama(LlamaArgs(**SIZES)), loss, lambda step: batch, WARM_UP + TIMED)
     for _ in range(WARM_UP + TIMED):
@@ -73,22 +75,26 @@ def mlx_lm():
         while True: yield ids, lengths
 
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArgs(batch_size=BATCH, iters=WARM_UP + TIMED, steps_per_report=1, adapter_file=f"{folder}/adapters.safetensors")
+        args = TrainingArgs(batch_size=BATCH, iters=WARM_UP + TIMED, steps_per_report=1,
+                            adapter_file=f"{folder}/adapters.safetensors")
         model = Model(ModelArgs(model_type="llama", **SIZES))
-        train(model, optim.AdamW(1e-3), [None] * BATCH, args=args, iterate_batches=batches, training_callback=Clock())
+        train(model, optim.AdamW(1e-3), [None] * BATCH, args=args, iterate_batches=batches,
+              training_callback=Clock())
     return seconds
 
 
 def measure(trainer, stock):
     "Seconds of the timed steps in a fresh process."
     env = os.environ | {"MLX_PRETRAIN_BLAS": "off" if stock else ""}
-    done = subprocess.run([sys.executable, __file__, "--one", trainer], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, __file__, "--one", trainer], env=env, capture_output=True,
+                          text=True, check=False)
     if done.returncode: sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])[WARM_UP:]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="how often the trainers take turns")
     parser.add_argument("--one", choices=["ours", "mlx_lm"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -96,18 +102,24 @@ def main():
         import mlx_pretrain  # noqa: F401 (loads the BLAS, before MLX)
 
         return print(json.dumps({"ours": ours, "mlx_lm": mlx_lm}[args.one]()))
-    cases = {name: case for name, case in CASES.items() if case[0] == "ours" or importlib.util.find_spec("mlx_lm")}
+    cases = {name: case for name, case in CASES.items() if case[0] == "ours"
+             or importlib.util.find_spec("mlx_lm")}
     seconds = {name: [] for name in cases}
     for turn in range(args.rounds):
         for name, case in cases.items():
             seconds[name] += measure(*case)
-            print(f"round {turn + 1} of {args.rounds}: {name} {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
-    print(f"{SIZES['num_hidden_layers']} layers of width {SIZES['hidden_size']}, batch {BATCH} x {CONTEXT} tokens, "
-          f"median of {args.rounds * TIMED} steps")
+            print(f"round {turn + 1} of {args.rounds}: {name} {seconds[name][-1]:.2f} s", file=sys.stderr,
+                  flush=True)
+    print(
+        f"{SIZES['num_hidden_layers']} layers of width {SIZES['hidden_size']}, batch {BATCH} x {CONTEXT} tokens, "
+        f"median of {args.rounds * TIMED} steps"
+    )
     best = statistics.median(seconds["mlx-pretrain"])
     for name, times in seconds.items():
         middle = statistics.median(times)
-        print(f"{name:26}{middle:8.2f} s a step {BATCH * CONTEXT / middle:8.0f} tokens/s {middle / best:7.1f} x the time")
+        print(
+            f"{name:26}{middle:8.2f} s a step {BATCH * CONTEXT / middle:8.0f} tokens/s {middle / best:7.1f} x the time"
+        )
     if len(cases) < len(CASES): print("mlx-lm is not installed, so its rows are missing.")
 
 

@@ -14,7 +14,10 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 
 SIZES = {"a step of some milliseconds": (32, 1, 4, 64), "a step of a tenth of a second": (192, 4, 16, 128)}
-ROUNDS, SECONDS = 3, 30 # each way is given about so many seconds a round; the first pictures come more often than later ones
+# each way is given about so many seconds a round; the first pictures come more often than later
+# ones
+ROUNDS = 3
+SECONDS = 30
 SETUP = """
 import json, time
 import mlx_pretrain
@@ -45,7 +48,9 @@ trainer.callbacks[0] = lambda *args: timed(-1, observe, *args)
 trainer.callbacks.append(lambda trainer, metrics: marks.append((times[-1], inside[0])))
 for _ in range(10): trainer.step()
 """
-PLAIN = "times.clear(); end = time.perf_counter() + {seconds}\nwhile time.perf_counter() < end: trainer.step()"
+PLAIN = (
+    "times.clear(); end = time.perf_counter() + {seconds}\nwhile time.perf_counter() < end: trainer.step()"
+)
 START, PAUSE = "times.clear(); marks.clear(); live.start()", "live.pause()"
 TAKEN = "print((times[-1] - times[5]) / (len(times) - 6))"
 SHARE = "print(1 - (marks[-1][1] - marks[5][1]) / (marks[-1][0] - marks[5][0]))"
@@ -54,15 +59,19 @@ SHARE = "print(1 - (marks[-1][1] - marks[5][1]) / (marks[-1][0] - marks[5][0]))"
 async def main():
     home = tempfile.mkdtemp()
     for what, size in SIZES.items():
-        manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-        await manager.start_kernel(cwd=home, env=os.environ | {"MLX_PRETRAIN_CACHE": home}, extra_arguments=["--log-level=40"])
+        manager = AsyncKernelManager(kernel_name="python3",
+                                     kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+        await manager.start_kernel(cwd=home, env=os.environ | {"MLX_PRETRAIN_CACHE": home},
+                                   extra_arguments=["--log-level=40"])
         client = manager.client()
         client.start_channels()
         await client.wait_for_ready()
 
         async def cell(code):
             said = []
-            def keep(message): said.append(message["content"].get("text") or "".join(message["content"].get("traceback", ())))
+            def keep(message):
+                said.append(message["content"].get("text")
+                            or "".join(message["content"].get("traceback", ())))
             await client.execute_interactive(code, output_hook=keep, timeout=600)
             return "".join(said)
 
@@ -79,11 +88,17 @@ async def main():
                 taken[way] = float((await cell(TAKEN)).split()[-1])
                 if way == "panel": shares.append(float((await cell(SHARE)).split()[-1]))
             ratios.append(taken["panel"] / taken["plain"])
-            print(f"{what}: plain {1000 * taken['plain']:.2f} ms, panel {1000 * taken['panel']:.2f} ms, ratio {ratios[-1]:.4f}, "
-                  f"share {100 * shares[-1]:.2f}%", flush=True)
+            print(
+                f"{what}: plain {1000 * taken['plain']:.2f} ms, panel {1000 * taken['panel']:.2f} ms, ratio {ratios[-1]:.4f}, "
+                f"share {100 * shares[-1]:.2f}%",
+                flush=True,
+            )
         ratio, share = (sorted(values)[ROUNDS // 2] for values in (ratios, shares))
-        print(f"{what}: {100 * (ratio - 1):.1f}% more seconds a step, {100 * share:.2f}% of the time outside of steps "
-              f"(medians of {ROUNDS})", flush=True)
+        print(
+            f"{what}: {100 * (ratio - 1):.1f}% more seconds a step, {100 * share:.2f}% of the time outside of steps "
+            f"(medians of {ROUNDS})",
+            flush=True,
+        )
         client.stop_channels()
         await manager.shutdown_kernel(now=True)
 

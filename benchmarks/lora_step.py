@@ -29,10 +29,14 @@ import mlx.optimizers as optim
 import numpy as np
 
 DATA = Path(__file__).parents[1] / "data"
-MODEL, TRAIN, HELD_OUT = DATA / "SmolLM2-135M-Instruct", DATA / "exchanges" / "train.jsonl", DATA / "exchanges" / "val.jsonl"
+MODEL = DATA / "SmolLM2-135M-Instruct"
+TRAIN = DATA / "exchanges" / "train.jsonl"
+HELD_OUT = DATA / "exchanges" / "val.jsonl"
 RANK, SCALE, BATCH, RATE = 8, 2.0, 4, 5e-4  # mlx-lm's rank and batch size
 WARM_UP = 3  # steps that only the total counts
-UNITS = {"s a step": 3, "s in all": 1, "rows/s": 2, "tokens/s": 1, "GB in MLX": 2, "GB of process": 2, "held-out loss": 4}  # and digits
+# and digits
+UNITS = {"s a step": 3, "s in all": 1, "rows/s": 2, "tokens/s": 1, "GB in MLX": 2, "GB of process": 2,
+         "held-out loss": 4}
 
 
 def optimizer(): return optim.AdamW(RATE, [0.9, 0.95], 1e-8, 0.01, bias_correction=True)
@@ -42,10 +46,16 @@ def our_trainer(base, rows, seed=0, **kwargs):
     "Our trainer for one epoch, without clipping, as mlx-lm does not clip."
     from mlx_pretrain.sft import SFTConfig, SFTTrainer
 
-    cfg = SFTConfig.model_validate({
-        "data": {"input_file": str(rows), "validation_file": str(HELD_OUT)}, "system": {"precision": "float32", "seed": seed},
-        "training": {"lora": {"rank": RANK, "alpha": SCALE * RANK},
-                     "hyperparameters": {"batch_size": BATCH, "learning_rate": RATE, "gradient_clip": 1e9}}})
+    cfg = SFTConfig.model_validate(
+        {
+            "data": {"input_file": str(rows), "validation_file": str(HELD_OUT)},
+            "system": {"precision": "float32", "seed": seed},
+            "training": {
+                "lora": {"rank": RANK, "alpha": SCALE * RANK},
+                "hyperparameters": {"batch_size": BATCH, "learning_rate": RATE, "gradient_clip": 1e9},
+            },
+        }
+    )
     return SFTTrainer(cfg, base, optimizer=optimizer(), schedule=lambda step: RATE, **kwargs)
 
 
@@ -53,7 +63,8 @@ def ours(folder, seed, record):
     from mlx_pretrain.lora import save_adapters
     from mlx_pretrain.pretrained import load
 
-    trainer = our_trainer(load(MODEL), folder / "rows.jsonl", seed, callbacks=[lambda trainer, step: record(step["loss"], step["tokens"])])
+    trainer = our_trainer(load(MODEL), folder / "rows.jsonl", seed,
+                          callbacks=[lambda trainer, step: record(step["loss"], step["tokens"])])
     trainer.validate = None
     record.start()
     trainer.run()
@@ -80,9 +91,11 @@ def mlx_lm(folder, seed, record):
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     said = [(("user", row["instruction"]), ("assistant", row["response"])) for row in rows]
     chats = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in said]
-    args = TrainingArgs(BATCH, len(rows) // BATCH, steps_per_report=1, adapter_file=folder / "adapters.safetensors")
+    args = TrainingArgs(BATCH, len(rows) // BATCH, steps_per_report=1,
+                        adapter_file=folder / "adapters.safetensors")
     record.start()
-    train(model, optimizer(), CacheDataset(ChatDataset(chats, tokenizer, mask_prompt=True)), args=args, training_callback=Recorder())
+    train(model, optimizer(), CacheDataset(ChatDataset(chats, tokenizer, mask_prompt=True)), args=args,
+          training_callback=Recorder())
 
 
 class Record:
@@ -97,9 +110,14 @@ class Record:
 
     def summary(self):
         later, status = self.seconds[WARM_UP:], Path("/proc/self/status")
-        whole = int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e9 if status.exists() else float("nan")
+        whole = (
+            int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+            if status.exists()
+            else float("nan")
+        )
         numbers = [median(later), sum(self.seconds), BATCH * len(later) / sum(later),
-                   (self.tokens[-1] - self.tokens[WARM_UP - 1]) / sum(later), mx.get_peak_memory() / 1e9, whole]
+                   (self.tokens[-1] - self.tokens[WARM_UP - 1]) / sum(later), mx.get_peak_memory() / 1e9,
+                   whole]
         return {"losses": self.losses, **dict(zip(UNITS, numbers))}
 
 
@@ -107,7 +125,8 @@ def take_turn(who, lines, seed, measure):
     "One trainer in a fresh process, with some rows drawn by the seed; then what it has saved is measured."
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        done = run([sys.executable, __file__, "--turn", who, folder, str(seed)], capture_output=True, text=True, check=False)
+        done = run([sys.executable, __file__, "--turn", who, folder, str(seed)], capture_output=True,
+                   text=True, check=False)
         if done.returncode: sys.exit(done.stderr)
         return json.loads(done.stdout.splitlines()[-1]) | {"held-out loss": measure(folder)}
 
@@ -119,13 +138,15 @@ def draw(made, before):
     from mlx_pretrain.plot import _smooth, save_figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="steps", ylabel="loss (nats per token)", title="SmolLM2-135M-Instruct with adapters")
+    axes = figure.add_subplot(xlabel="steps", ylabel="loss (nats per token)",
+                              title="SmolLM2-135M-Instruct with adapters")
     for color, (who, turns) in zip(("C0", "C1"), made.items()):
         losses = np.array([turn["losses"] for turn in turns]).T           # (steps, turns)
         after, at = median(turn["held-out loss"] for turn in turns), np.arange(1, len(losses) + 1)
         axes.plot(at, losses, color=color, alpha=0.25, linewidth=1)
         axes.plot(at, _smooth(losses.mean(axis=1), 9), color=color, label=f"{who}: training, as it counts")
-        axes.plot([0, at[-1]], [before, after], "o--", color=color, markersize=4, label=f"{who}: held out, {before:.3f} → {after:.3f}")
+        axes.plot([0, at[-1]], [before, after], "o--", color=color, markersize=4,
+                  label=f"{who}: held out, {before:.3f} → {after:.3f}")
     axes.grid(alpha=0.3); axes.legend()
     return save_figure(figure, DATA.parent / "runs" / "lora_step.png")
 
@@ -136,36 +157,46 @@ def compare(rounds, steps):
     from mlx_pretrain.pretrained import load
     from mlx_pretrain.trainer import evaluate_loss
 
-    lines, base, made = TRAIN.read_text(encoding="utf-8").splitlines(), load(MODEL), {"ours": [], "mlx-lm": []}
+    lines = TRAIN.read_text(encoding="utf-8").splitlines()
+    base = load(MODEL)
+    made = {"ours": [], "mlx-lm": []}
     trainer = our_trainer(base, TRAIN)                                    # for its loss and its held-out rows
 
     def measure(folder):
-        total, count = evaluate_loss(load_adapters(base.model, folder), trainer.loss, trainer.held_out_batches())
+        total, count = evaluate_loss(load_adapters(base.model, folder), trainer.loss,
+                                     trainer.held_out_batches())
         return total / count
 
-    before = trainer.evaluate()["val_loss"]                                # with adapters that say nothing yet
+    before = trainer.evaluate()["val_loss"]  # with adapters that say nothing yet
     for who in made: take_turn(who, lines[:BATCH * (WARM_UP + 1)], 0, measure)
     for n in range(rounds):
         drawn = [lines[i] for i in np.random.default_rng(n).choice(len(lines), steps * BATCH, replace=False)]
         for who in (*made,)[::-1 if n % 2 else 1]:
             made[who].append(turn := take_turn(who, drawn, n, measure))
-            print(f"round {n + 1}, {who}:", ", ".join(f"{turn[key]:.{digits}f} {key}" for key, digits in UNITS.items()), flush=True)
-    print(f"{steps} steps of {BATCH} rows, {mx.default_device()}, medians of {rounds} rounds; held-out loss before: {before:.4f}")
+            print(f"round {n + 1}, {who}:",
+                  ", ".join(f"{turn[key]:.{digits}f} {key}" for key, digits in UNITS.items()), flush=True)
+    print(
+        f"{steps} steps of {BATCH} rows, {mx.default_device()}, medians of {rounds} rounds; held-out loss before: {before:.4f}"
+    )
     for key, digits in UNITS.items():
         a, b = ([turn[key] for turn in turns] for turns in made.values())
-        print(f"{key:14}  ours {median(a):8.{digits}f}   mlx-lm {median(b):8.{digits}f}   ratio {median(y / x for x, y in zip(a, b)):.3f}")
+        print(
+            f"{key:14}  ours {median(a):8.{digits}f}   mlx-lm {median(b):8.{digits}f}   ratio {median(y / x for x, y in zip(a, b)):.3f}"
+        )
     print(draw(made, before))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="how often the trainers take turns")
     parser.add_argument("--steps", type=int, default=40, help="steps of each turn, more than 3")
     parser.add_argument("--turn", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.turn:
         (who, folder, seed), record = args.turn, Record()
-        mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))                    # MKL takes Intel's threads now; after torch it takes GNU's
+        # MKL takes Intel's threads now; after torch it takes GNU's
+        mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))
         {"ours": ours, "mlx-lm": mlx_lm}[who](Path(folder), int(seed), record)
         return print(json.dumps(record.summary()))
     if missing := [str(path) for path in (MODEL, TRAIN, HELD_OUT) if not path.exists()]:

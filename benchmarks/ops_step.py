@@ -16,8 +16,9 @@ from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.pretrain import next_token_loss
 from mlx_pretrain.trainer import Trainer
 
-SIZES = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 2,
-         "num_key_value_heads": 2, "head_dim": 64}  # those of configs/demo.yaml
+# those of configs/demo.yaml
+SIZES = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
 BATCH, CONTEXT, WARM_UP, ROUNDS = 16, 64, 3, 30
 
 
@@ -28,7 +29,8 @@ def main():
     trainers, seconds = {}, {"plain": [], "quick": []}
     for name in seconds:  # a step is compiled when it is first taken, in the form that holds then
         ops._slow_exp = lambda quick=name == "quick": quick
-        trainers[name] = Trainer(Llama(LlamaArgs(**SIZES)), next_token_loss, lambda step: batch, WARM_UP + ROUNDS)
+        trainers[name] = Trainer(Llama(LlamaArgs(**SIZES)), next_token_loss, lambda step: batch,
+                                 WARM_UP + ROUNDS)
         for _ in range(WARM_UP): trainers[name].step()
     for turn in range(ROUNDS):
         for name in (*seconds,) if turn % 2 else (*seconds,)[::-1]:
@@ -36,7 +38,9 @@ def main():
             trainers[name].step()
             seconds[name].append(time.perf_counter() - start)
     plain, quick = (statistics.median(times) for times in seconds.values())
-    print(f"{BATCH} x {CONTEXT} tokens: plain {1000 * plain:.0f} ms, quick {1000 * quick:.0f} ms, {plain / quick:.2f} x as fast")
+    print(
+        f"{BATCH} x {CONTEXT} tokens: plain {1000 * plain:.0f} ms, quick {1000 * quick:.0f} ms, {plain / quick:.2f} x as fast"
+    )
 
 
 if __name__ == "__main__": main()

@@ -44,10 +44,20 @@ from pathlib import Path
 
 import numpy as np
 
-SIZES = {"vocab_size": 259, "hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 2,
-         "num_key_value_heads": 2, "head_dim": 80}
-STEPS, BATCH, EPOCHS, SIZE, RATE, BETAS, EPS, CLIP, LENGTH, PRICE = 30, 32, 4, 8, 1e-3, (0.9, 0.95), 1e-5, 0.2, 12, 0.01
-SAME = {"response_length": LENGTH, "kl_coef": PRICE, "vf_coef": 0.1, "cliprange_value": 0.2, "gamma": 1.0, "lam": 0.95, "temperature": 1.0}
+SIZES = {"vocab_size": 259, "hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 3,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 80}
+STEPS = 30
+BATCH = 32
+EPOCHS = 4
+SIZE = 8
+RATE = 1e-3
+BETAS = (0.9, 0.95)
+EPS = 1e-5
+CLIP = 0.2
+LENGTH = 12
+PRICE = 0.01
+SAME = {"response_length": LENGTH, "kl_coef": PRICE, "vf_coef": 0.1, "cliprange_value": 0.2, "gamma": 1.0,
+        "lam": 0.95, "temperature": 1.0}
 KINDS, END = (string.ascii_letters, string.digits), 1 / 12
 ALL = "".join(KINDS) + string.punctuation
 
@@ -94,7 +104,8 @@ def teach(directory, steps=150, rows=32):
         ids = np.full((rows, LENGTH + 8), tok.pad_id, np.int32)
         for row, prompt in zip(ids, prompts(rows, draw)):
             n = next((n for n in range(LENGTH) if draw.random() < END), LENGTH)
-            text = [tok.bos_id, *(prompt + "".join(draw.choices(ALL, k=n))).encode(), *([tok.eos_id] if n < LENGTH else [])]
+            text = [tok.bos_id, *(prompt + "".join(draw.choices(ALL, k=n))).encode(),
+                    *([tok.eos_id] if n < LENGTH else [])]
             row[:len(text)] = text
         return Batch(*map(mx.array, (ids[:, :-1], ids[:, 1:], ids[:, 1:] != tok.pad_id)))
 
@@ -109,13 +120,16 @@ def ours(model, seed, note):
     from mlx_pretrain.pretrained import load
 
     file = Path(model, "..", "prompts.jsonl")
-    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts(512, random.Random(1))))
-    cfg = {"data": {"input_file": str(file), "ppo_epochs": EPOCHS, "ppo_mini_batch_size": SIZE, "clip_range": CLIP, **SAME,
-                    "guards": "warn"},
-           "training": {"hyperparameters": {"batch_size": BATCH, "learning_rate": RATE, "iters": STEPS, "gradient_clip": 1e9},
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n"
+                            for prompt in prompts(512, random.Random(1))))
+    cfg = {"data": {"input_file": str(file), "ppo_epochs": EPOCHS, "ppo_mini_batch_size": SIZE,
+                    "clip_range": CLIP, **SAME, "guards": "warn"},
+           "training": {"hyperparameters": {"batch_size": BATCH, "learning_rate": RATE, "iters": STEPS,
+                                            "gradient_clip": 1e9},
                         "optimization": {"betas": BETAS, "eps": EPS}},
            "system": {"seed": seed, "device": "cpu"}}
-    trainer = PPOTrainer(PPOConfig.model_validate_json(json.dumps(cfg)), load(model), reward, schedule=lambda n: RATE * (1 - n / STEPS),
+    trainer = PPOTrainer(PPOConfig.model_validate_json(json.dumps(cfg)), load(model), reward,
+                         schedule=lambda n: RATE * (1 - n / STEPS),
                          callbacks=[lambda _, metrics: note(metrics["reward"], metrics["kl"])])
     note()
     trainer.run()
@@ -125,7 +139,8 @@ def trl(model, seed, note):
     "TRL's trainer, with a network around the reward."
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback, set_seed
+    from transformers import (
+        AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback, set_seed)
     from transformers.utils import ModelOutput
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -141,7 +156,8 @@ def trl(model, seed, note):
                 text = tokenizer.decode(ids[start:[*kept, 0].index(0, start)], skip_special_tokens=True)
                 asked, _, said = text.partition(":")
                 scores.append(reward(asked + ":", said))
-            return ModelOutput(hidden_states=(torch.tensor(scores)[:, None, None].expand(*input_ids.shape, 1),))
+            return ModelOutput(hidden_states=(torch.tensor(scores)[:, None, None].expand(*input_ids.shape, 1),
+                                              ))
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *_, **__): note()
@@ -151,12 +167,16 @@ def trl(model, seed, note):
     policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
     critic = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
     torch.nn.init.zeros_(critic.score.weight)
-    cfg = PPOConfig(str(Path(model, "..", "trl")), seed=seed, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-                    logging_steps=1, save_strategy="no", num_sample_generations=0, total_episodes=STEPS * BATCH, stop_token="eos",
-                    per_device_train_batch_size=BATCH, num_mini_batches=BATCH // SIZE, num_ppo_epochs=EPOCHS, cliprange=CLIP,
-                    learning_rate=RATE, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, **SAME)
-    rows = Dataset.from_list([{"input_ids": tokenizer(prompt)["input_ids"]} for prompt in prompts(512, random.Random(1))])
-    PPOTrainer(cfg, tokenizer, policy, reference, Rule(), rows, critic, eval_dataset=rows, callbacks=[Watch()]).train()
+    cfg = PPOConfig(str(Path(model, "..", "trl")), seed=seed, use_cpu=True, bf16=False,
+                    gradient_checkpointing=False, report_to="none", logging_steps=1, save_strategy="no",
+                    num_sample_generations=0, total_episodes=STEPS * BATCH, stop_token="eos",
+                    per_device_train_batch_size=BATCH, num_mini_batches=BATCH // SIZE, num_ppo_epochs=EPOCHS,
+                    cliprange=CLIP, learning_rate=RATE, adam_beta1=BETAS[0], adam_beta2=BETAS[1],
+                    adam_epsilon=EPS, **SAME)
+    rows = Dataset.from_list([{"input_ids": tokenizer(prompt)["input_ids"]}
+                              for prompt in prompts(512, random.Random(1))])
+    PPOTrainer(cfg, tokenizer, policy, reference, Rule(), rows, critic, eval_dataset=rows,
+               callbacks=[Watch()]).train()
 
 
 WAYS = {"ours": ours, "TRL": trl}
@@ -175,7 +195,8 @@ def race(model, seeds, threads):
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     for seed in range(seeds):
         for name in list(WAYS)[::-1 if seed % 2 else 1]:
-            done = subprocess.run([sys.executable, __file__, "--run", name, str(seed), model, out], env=env, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, __file__, "--run", name, str(seed), model, out], env=env,
+                                  capture_output=True, text=True)
             if done.returncode: sys.exit(done.stderr)
             runs[name].append(json.loads(out.read_text()))
             print(f"seed {seed}: {name} took {runs[name][-1][-1][0]:.0f} s", flush=True)
@@ -188,7 +209,9 @@ def tell(runs):
     steps = {name: np.median(np.diff(found[..., 0])) for name, found in runs.items()}
     for name, found in runs.items():
         gain, kl = found[:, -5:, 1:].mean(axis=(0, 1))
-        print(f"{name:5} {steps[name]:7.2f} {np.median(found[:, 0, 0]):6.2f} {gain:7.3f} {kl:6.1f} {gain - PRICE * kl:20.3f}")
+        print(
+            f"{name:5} {steps[name]:7.2f} {np.median(found[:, 0, 0]):6.2f} {gain:7.3f} {kl:6.1f} {gain - PRICE * kl:20.3f}"
+        )
     gain, kl = best()
     print(f"best  {'':14} {gain:7.3f} {kl:6.1f} {gain - PRICE * kl:20.3f}")
     print(f"a step of ours takes {steps['ours'] / steps['TRL']:.2f} times as long as TRL's")
@@ -204,8 +227,11 @@ def draw(runs, png):
         updates = np.broadcast_to(EPOCHS * BATCH // SIZE * np.arange(STEPS), found.shape[:2])
         for ax, x in zip(axes, (updates, found[..., 0])):
             for row, y in zip(x, found[..., 1]): ax.plot(row, y, color=color, lw=0.7, alpha=0.5)
-            ax.plot(x.mean(axis=0), found[..., 1].mean(axis=0), color=color, lw=2.2, label=f"{name}, mean of {len(found)} seeds")
-    for ax, label in zip(axes, ("updates before the samples", "seconds since the first sample was asked for")):
+            ax.plot(x.mean(axis=0), found[..., 1].mean(axis=0), color=color, lw=2.2,
+                    label=f"{name}, mean of {len(found)} seeds")
+    for ax, label in zip(
+        axes, ("updates before the samples", "seconds since the first sample was asked for")
+    ):
         ax.axhline(best()[0], color="gray", ls="--", lw=1, label="best policy at this price of KL")
         ax.set(xlabel=label, xlim=0, ylim=(0, 1.03))
     axes[0].set_ylabel("reward of a step's samples")

@@ -36,8 +36,10 @@ def open_library(
 # %% ../nbs/15_blas.ipynb #09bf6897
 def _warn(problem: str) -> None:
     stack = 4  # _warn, load_blas, mlx_pretrain/__init__.py, the user's import
-    warnings.warn(f"{problem} Until then MLX multiplies matrices on the CPU very slowly. Silence this with MLX_PRETRAIN_BLAS=off.",
-                  stacklevel=stack)
+    warnings.warn(
+        f"{problem} Until then MLX multiplies matrices on the CPU very slowly. Silence this with MLX_PRETRAIN_BLAS=off.",
+        stacklevel=stack,
+    )
 
 # %% ../nbs/15_blas.ipynb #bb19beb0
 def _install_hint() -> str:
@@ -54,21 +56,27 @@ def load_blas() -> str | None: # the library loaded; None if there is none, or n
     """
     wish = os.environ.get("MLX_PRETRAIN_BLAS", "")
     if sys.platform != "linux" or wish == "off": return None
-    if "mlx.core" in sys.modules: return _warn("MLX was imported before mlx_pretrain: import mlx_pretrain first.")
-    if wish and (problem := open_library(wish)): return _warn(f"MLX_PRETRAIN_BLAS cannot be used ({problem}): correct it or unset it.")
+    if "mlx.core" in sys.modules:
+        return _warn("MLX was imported before mlx_pretrain: import mlx_pretrain first.")
+    if wish and (problem := open_library(wish)):
+        return _warn(f"MLX_PRETRAIN_BLAS cannot be used ({problem}): correct it or unset it.")
     if wish: return wish
     for name in candidates():
         if open_library(name) is None: return name
     return _warn(f"No fast BLAS found: {_install_hint()}.")
 
 # %% ../nbs/15_blas.ipynb #8587b27c
-ADD_BACKEND = "add one with `pip install 'mlx-pretrain[cpu]'`, or `pip install 'mlx-pretrain[cuda]'` for an NVIDIA GPU"
+ADD_BACKEND = (
+    "add one with `pip install 'mlx-pretrain[cpu]'`, or `pip install 'mlx-pretrain[cuda]'` for an NVIDIA GPU"
+)
 
 
 def missing_backend() -> str | None: # what to install; None if MLX can be loaded, or is not installed at all
     "Look, without importing MLX, whether its backend is there; only on Linux is that a package of its own."
     if sys.platform != "linux" or (mlx := importlib.util.find_spec("mlx")) is None: return None
-    for core in (core for folder in mlx.submodule_search_locations or () for core in Path(folder).glob("core.*.so")):
+    for core in (
+        core for folder in mlx.submodule_search_locations or () for core in Path(folder).glob("core.*.so")
+    ):
         if (core.parent / "lib" / "libmlx.so").exists(): return None
         try: ctypes.CDLL(str(core))
         except OSError as error:

@@ -32,20 +32,34 @@ _OF_MESSAGES = {"role", "content", "from", "value", "weight", "trained"} # keys 
 def _message(value: Any, n: int) -> dict[str, Any]:
     "One entry, checked."
     def wrong(problem): return DataError(f"message {n + 1} {problem}")
-    if not isinstance(value, dict): raise wrong("is no object with a role and a content")
-    named, content = (value.get(key, value.get(other)) for key, other in (("role", "from"), ("content", "value")))
+    if not isinstance(value, dict):
+        raise wrong("is no object with a role and a content")
+    named, content = (
+        value.get(key, value.get(other)) for key, other in (("role", "from"), ("content", "value"))
+    )
     role = _ROLES.get(named) if isinstance(named, str) else None
-    if role is None: raise wrong(f"has the role {named!r}; it must be system, user or assistant, or human or gpt")
+    if role is None:
+        raise wrong(f"has the role {named!r}; it must be system, user or assistant, or human or gpt")
     if role == "system" and n: raise wrong("is of the system, which speaks first or not at all")
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
         content = "".join(part["text"] for part in content)               # the longer form of the same
-    if value.get("tool_calls") or value.get("function_call"): raise wrong("calls a tool, which this library does not train; leave it out")
+    if value.get("tool_calls") or value.get("function_call"):
+        raise wrong("calls a tool, which this library does not train; leave it out")
     parts = content if isinstance(content, list) else []
-    if other := [part["type"] for part in parts if isinstance(part, dict) and "type" in part and "text" not in part]:
-        raise wrong(f"has a part of the type {other[0]!r}, and this library trains on text alone; leave that part out, or the row")
-    if not isinstance(content, str): raise wrong(f"has no text as its content, but {_kind(content)}; write one in quotes")
-    if role == "assistant" and not content.strip(): raise wrong("is an empty answer; write one, or leave it out")
-    if (weight := value.get("weight", 1)) not in (0, 1): raise wrong(f"has the weight {weight!r}; it must be 0 or 1")
+    if other := [
+        part["type"] for part in parts if isinstance(part, dict) and "type" in part and "text" not in part
+    ]:
+        raise wrong(
+            f"has a part of the type {other[0]!r}, and this library trains on text alone; leave that part out, or the row"
+        )
+    if not isinstance(content, str):
+        raise wrong(f"has no text as its content, but {_kind(content)}; write one in quotes")
+    if role == "assistant" and not content.strip():
+        raise wrong("is an empty answer; write one, or leave it out")
+    if (weight := value.get("weight", 1)) not in (0, 1):
+        raise wrong(f"has the weight {weight!r}; it must be 0 or 1")
     more = {key: what for key, what in value.items() if key not in _OF_MESSAGES and what is not None}
     return {"role": role, "content": content, "trained": role == "assistant" and bool(weight), **more}
 
@@ -53,8 +67,14 @@ def _message(value: Any, n: int) -> dict[str, Any]:
 def _turns(value: Any) -> list[dict[str, Any]]:
     "All messages of a conversation, checked."
     if not isinstance(value, list):
-        hint = ', which `json.loads` in a function of "data.preprocess" can make of a text' if isinstance(value, str) else ""
-        raise DataError(f"a conversation must be a list of messages, found {_kind(value)}; give each a role and a content{hint}")
+        hint = (
+            ', which `json.loads` in a function of "data.preprocess" can make of a text'
+            if isinstance(value, str)
+            else ""
+        )
+        raise DataError(
+            f"a conversation must be a list of messages, found {_kind(value)}; give each a role and a content{hint}"
+        )
     messages = [_message(entry, n) for n, entry in enumerate(value)]
     if [m["role"] for m in messages if m["role"] != "system"][:1] == ["assistant"]:
         raise DataError("the conversation begins with an answer; begin with a message of the user")
@@ -67,7 +87,10 @@ def read_messages(
     "Check a conversation. Raises `DataError` with the number of the message that cannot be used, or if nothing is to be learned."
     messages = _turns(value)
     while messages and not messages[-1]["trained"]: messages.pop()
-    if not messages: raise DataError("no message is an answer to be trained; add one with the role assistant, and without the weight 0")
+    if not messages:
+        raise DataError(
+            "no message is an answer to be trained; add one with the role assistant, and without the weight 0"
+        )
     return messages
 
 # %% ../nbs/24_chat.ipynb #22fcdbde
@@ -89,11 +112,16 @@ def _refuse(message: str): raise TemplateError(message)
 @lru_cache(8)
 def _compiled(source: str) -> Template:
     "A template, ready to run. Raises `DataError` if it is no Jinja program."
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
+    jinja = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
     jinja.globals["raise_exception"] = _refuse
-    jinja.filters["tojson"] = lambda value, ensure_ascii=False, **how: json.dumps(value, ensure_ascii=ensure_ascii, **how)
+    jinja.filters["tojson"] = lambda value, ensure_ascii=False, **how: json.dumps(
+        value, ensure_ascii=ensure_ascii, **how
+    )
     try: return jinja.from_string(source)
-    except TemplateError as e: raise DataError(f"the chat template is no Jinja program ({e}); {_INSTEAD}") from None
+    except TemplateError as e:
+        raise DataError(f"the chat template is no Jinja program ({e}); {_INSTEAD}") from None
 
 
 def render(
@@ -103,14 +131,18 @@ def render(
     date: str | None = None, # what `strftime_now` says, such as "2026-11-30"; by default today
 ) -> str: # all in one text, control tokens by their names
     "Run a chat template. Raises `DataError` with its own words if it refuses these messages."
-    plain = [{key: value for key, value in m.items() if key != "trained" and value is not None} for m in messages]
+    plain = [
+        {key: value for key, value in m.items() if key != "trained" and value is not None} for m in messages
+    ]
     today = datetime.fromisoformat(date) if date else datetime.now()
     try: return _compiled(tokenizer.chat_template).render(
         messages=plain, tools=None, documents=None, add_generation_prompt=ask, strftime_now=today.strftime, **tokenizer.special_tokens_map)
     except DataError: raise
     except Exception as e:                                                # whatever somebody's program does
         said = " ".join(str(e).split())[:200]
-        raise DataError(f"the chat template refuses these messages ({said}); change them, or {_INSTEAD}") from None
+        raise DataError(
+            f"the chat template refuses these messages ({said}); change them, or {_INSTEAD}"
+        ) from None
 
 
 def dated(
@@ -118,7 +150,9 @@ def dated(
     tokenizer: Tokenizer, # has perhaps a chat template
 ) -> PromptFormat: # with today's date, if the template writes one and none is set
     "Give a run its date, so that its prompts are the same tomorrow."
-    asks = fmt.prompt_format is None and fmt.date is None and "strftime_now" in (tokenizer.chat_template or "")
+    asks = (
+        fmt.prompt_format is None and fmt.date is None and "strftime_now" in (tokenizer.chat_template or "")
+    )
     return fmt.model_copy(update={"date": datetime.now().date().isoformat()}) if asks else fmt
 
 # %% ../nbs/24_chat.ipynb #77f45539
@@ -136,20 +170,28 @@ def _marked(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[dict], str
     texts = []
     _each_text(messages, texts.append)
     if found := [name for name in control if len(name) == 1 and any(name in text for text in texts)]:
-        raise DataError(f"the messages hold {found[0]!r}, which is a control token and cannot be told from text; leave it out")
+        raise DataError(
+            f"the messages hold {found[0]!r}, which is a control token and cannot be told from text; leave it out"
+        )
     seen = {*tokenizer.chat_template}.union(*texts)
-    mark = next((c for c in map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))) if c not in seen), None)
+    mark = next(
+        (c for c in map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))) if c not in seen), None
+    )
     if mark is None: raise DataError("the messages hold all of Unicode's private characters; leave one out")
     def marked(text):
-        while names.search(text): text = names.sub(lambda found: found[0][0] + mark + found[0][1:], text)
-        return text + mark if text.endswith(begun) else text              # what the template writes behind could complete it
+        while names.search(text):
+            text = names.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+        # what the template writes behind could complete it
+        return text + mark if text.endswith(begun) else text
     return _each_text(messages, marked), mark
 
 
 def _each_text(value: Any, change: Callable[[str], Any]) -> Any:
     "The same lists and dictionaries with each text changed; keys and roles stay."
-    if isinstance(value, dict): return {key: v if key == "role" else _each_text(v, change) for key, v in value.items()}
-    if isinstance(value, list): return [_each_text(v, change) for v in value]
+    if isinstance(value, dict):
+        return {key: v if key == "role" else _each_text(v, change) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_each_text(v, change) for v in value]
     return change(value) if isinstance(value, str) else value
 
 
@@ -165,8 +207,10 @@ def _answer(tokenizer: Tokenizer, parts: list[str | int]) -> list[Piece]:
     ends = [n for n, what in enumerate(parts) if isinstance(what, int) and what in tokenizer.eos_ids]
     if not ends:
         stops = " or ".join(map(tokenizer.piece, tokenizer.eos_ids))
-        raise DataError(f"the chat template does not end answers with {stops}, so the model would not learn to stop; add the token that it "
-                        f'writes to "eos_token_id" in generation_config.json, or {_INSTEAD}')
+        raise DataError(
+            f"the chat template does not end answers with {stops}, so the model would not learn to stop; add the token that it "
+            f'writes to "eos_token_id" in generation_config.json, or {_INSTEAD}'
+        )
     return [Piece(what, n <= ends[0]) for n, what in enumerate(parts)]
 
 
@@ -175,8 +219,10 @@ logger = logging.getLogger("mlx_pretrain")
 
 @cache
 def _tell_untrained():
-    logger.warning("The chat template writes earlier answers in another form than the one in which it asks for them, as templates with "
-                   "thoughts do: of such conversations only the last answer is trained.")
+    logger.warning(
+        "The chat template writes earlier answers in another form than the one in which it asks for them, as templates with "
+        "thoughts do: of such conversations only the last answer is trained."
+    )
 
 
 def template_pieces(
@@ -188,19 +234,28 @@ def template_pieces(
     safe, mark = _marked(tokenizer, messages)
     def split(text): return _split(tokenizer, text, mark)
     def run(messages, ask): return render(tokenizer, messages, ask, date)
-    pieces, done, whole = [], 0, run(safe, safe[-1]["role"] == "user")
+    pieces = []
+    done = 0
+    whole = run(safe, safe[-1]["role"] == "user")
     for n, message in enumerate(safe):
         if not message["trained"]: continue
         last, before = n == len(safe) - 1, run(safe[:n], True)
         after = whole if last else run(safe[:n + 1], False)
-        if last and not whole.startswith(before):                          # what was asked for is trained, not what is written later
+        # what was asked for is trained, not what is written later
+        if last and not whole.startswith(before):
             whole = after = before + _after_opening(before, whole, message)
-        if not (whole.startswith(after) and after.startswith(before) and done <= len(before)): _tell_untrained()
+        if not (whole.startswith(after) and after.startswith(before) and done <= len(before)):
+            _tell_untrained()
         else:
-            pieces += [*map(Piece, split(whole[done:len(before)])), *_answer(tokenizer, split(after[len(before):]))]
+            pieces += [
+                *map(Piece, split(whole[done : len(before)])),
+                *_answer(tokenizer, split(after[len(before) :])),
+            ]
             done = len(after)
     if done == 0 and any(m["trained"] for m in safe):
-        raise DataError(f"the chat template writes answers in another form than the one in which it asks for them; {_INSTEAD}")
+        raise DataError(
+            f"the chat template writes answers in another form than the one in which it asks for them; {_INSTEAD}"
+        )
     return pieces + [*map(Piece, split(whole[done:]))]
 
 
@@ -210,14 +265,22 @@ def _after_opening(asked: str, written: str, message: dict[str, Any]) -> str:
     """
     opening = re.search(r"<(\w+)>\s*$", asked)
     if not opening or not written.startswith(asked[:opening.start()]):
-        raise DataError(f"the chat template writes answers in another form than the one in which it asks for them; {_INSTEAD}")
-    tag, close, content = f"<{opening[1]}>", f"</{opening[1]}>", message["content"]
-    if thought := message.get("reasoning_content"): content = f"{thought.strip()}\n{close}\n\n{content}"
+        raise DataError(
+            f"the chat template writes answers in another form than the one in which it asks for them; {_INSTEAD}"
+        )
+    tag = f"<{opening[1]}>"
+    close = f"</{opening[1]}>"
+    content = message["content"]
+    if thought := message.get("reasoning_content"):
+        content = f"{thought.strip()}\n{close}\n\n{content}"
     content = content.strip().removeprefix(tag).lstrip()
-    answer, end = content.rpartition(close)[2].strip(), written[opening.start():].rpartition(content.rpartition(close)[2].strip())[2]
+    answer = content.rpartition(close)[2].strip()
+    end = written[opening.start():].rpartition(content.rpartition(close)[2].strip())[2]
     if close not in content or not answer or answer not in written:
-        raise DataError(f"the chat template opens each answer with {tag}, and this answer has no thought; write {tag}…{close} in front of "
-                        f"it, or {_INSTEAD}")
+        raise DataError(
+            f"the chat template opens each answer with {tag}, and this answer has no thought; write {tag}…{close} in front of "
+            f"it, or {_INSTEAD}"
+        )
     return content + end
 
 # %% ../nbs/24_chat.ipynb #24a8db06
@@ -229,10 +292,15 @@ def template_keys(
     source: str, # a chat template
 ) -> frozenset[str]: # names, such as "role" and "content"
     "The names that a template asks of anything."
-    try: tree = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols", _Generation]).parse(source)
+    try:
+        tree = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols", _Generation]).parse(
+            source
+        )
     except TemplateError: return frozenset()                              # told when it is to be used
     asked = {node.attr for node in tree.find_all(nodes.Getattr)}
-    return frozenset(asked | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)})
+    return frozenset(
+        asked | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    )
 
 
 def unread_keys(
@@ -243,7 +311,13 @@ def unread_keys(
     "The keys of messages that nobody reads."
     known = template_keys(tokenizer.chat_template) if fmt.prompt_format is None else frozenset()
     if known & {*_THOUGHTS}: known |= {*_THOUGHTS}
-    return {key for m in messages if isinstance(m, dict) for key, what in m.items() if what and key not in _OF_MESSAGES | known}
+    return {
+        key
+        for m in messages
+        if isinstance(m, dict)
+        for key, what in m.items()
+        if what and key not in _OF_MESSAGES | known
+    }
 
 
 def _named_as_read(tokenizer: Tokenizer, messages: list[dict]) -> list[dict]:
@@ -253,17 +327,25 @@ def _named_as_read(tokenizer: Tokenizer, messages: list[dict]) -> list[dict]:
     if name is None or not any(key in m for m in messages for key in _THOUGHTS): return messages
     def renamed(m):
         own = next((key for key in (name, *_THOUGHTS) if m.get(key)), None)
-        return m if own in (None, name) else {**{key: what for key, what in m.items() if key != own}, name: m[own]}
+        return (
+            m
+            if own in (None, name)
+            else {**{key: what for key, what in m.items() if key != own}, name: m[own]}
+        )
     return [*map(renamed, messages)]
 
 # %% ../nbs/24_chat.ipynb #1e3e2c16
 def _format_pieces(fmt: PromptFormat, tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[Piece]:
     "A conversation in a prompt format, to its end or to a last question. Raises `DataError` unless user and assistant take turns."
     system = messages[0]["content"] if messages[0]["role"] == "system" else fmt.system_prompt
-    fmt = fmt.model_copy(update={"input_field": "instruction", "output_field": "response", "system_prompt": system})
+    fmt = fmt.model_copy(
+        update={"input_field": "instruction", "output_field": "response", "system_prompt": system}
+    )
     turns = [m for m in messages if m["role"] != "system"]
     if [m["role"] for m in turns] != (["user", "assistant"] * len(turns))[:len(turns)]:
-        raise DataError("user and assistant must take turns in this prompt format, beginning with the user; join or leave out messages")
+        raise DataError(
+            "user and assistant must take turns in this prompt format, beginning with the user; join or leave out messages"
+        )
     pieces = []
     for n, (asked, said) in enumerate(zip_longest(turns[::2], turns[1::2])):
         pieces.append(Piece(_later(fmt, n).format_question(asked["content"])))
@@ -275,7 +357,11 @@ def _format_pieces(fmt: PromptFormat, tokenizer: Tokenizer, messages: list[dict[
 
 def _later(fmt: PromptFormat, turn: int) -> PromptFormat:
     "The format of a turn: the system prompt is said once, unless it has its place in the format."
-    return fmt if turn == 0 or "{system_prompt}" in fmt.prompt_format else fmt.model_copy(update={"system_prompt": None})
+    return (
+        fmt
+        if turn == 0 or "{system_prompt}" in fmt.prompt_format
+        else fmt.model_copy(update={"system_prompt": None})
+    )
 
 # %% ../nbs/24_chat.ipynb #2e480f01
 def _conversation(fmt: PromptFormat, row: dict[str, Any]) -> Any:
@@ -283,8 +369,11 @@ def _conversation(fmt: PromptFormat, row: dict[str, Any]) -> Any:
     value, answer = row.get(fmt.input_field), row.get(fmt.output_field)
     if isinstance(value, list) and isinstance(answer, list) and answer is not value: value = [*value, *answer]
     if isinstance(value, list) and row.get("tools") not in (None, "", [], "[]"):
-        raise DataError('the row has "tools", which this library does not tell the model of; leave them out, as "data.preprocess" can')
-    if fmt.input_field == fmt.output_field and not isinstance(value, list): _turns(value)    # says what is wrong
+        raise DataError(
+            'the row has "tools", which this library does not tell the model of; leave them out, as "data.preprocess" can'
+        )
+    if fmt.input_field == fmt.output_field and not isinstance(value, list):  # says what is wrong
+        _turns(value)
     return value if isinstance(value, list) else None
 
 
@@ -294,9 +383,14 @@ def row_pieces(
     row: dict[str, Any], # column → value; a conversation is a list in `fmt.input_field`, or goes on in `fmt.output_field`
 ) -> list[Piece]: # in order
     "What a row is made of. Raises `DataError` if it cannot be used."
-    if (conversation := _conversation(fmt, row)) is not None: messages = read_messages(conversation)
+    if (conversation := _conversation(fmt, row)) is not None:
+        messages = read_messages(conversation)
     elif fmt.prompt_format is not None: return pair_pieces(tokenizer, fmt.prompt(row), fmt.response(row))
-    else: messages = [_said("user", fmt.instruction(row)), {**_said("assistant", fmt.response(row)), "trained": True}]
+    else:
+        messages = [
+            _said("user", fmt.instruction(row)),
+            {**_said("assistant", fmt.response(row)), "trained": True},
+        ]
     return _message_pieces(fmt, tokenizer, row, messages)
 
 
@@ -306,7 +400,8 @@ def ask_pieces(
     row: dict[str, Any], # column → value; there need not be a response
 ) -> list[Piece]: # in order; nothing is trained
     "What stands before the last response of a row, or before the one that is yet to come. Raises `DataError` if nothing is asked."
-    if (conversation := _conversation(fmt, row)) is not None: messages = _turns(conversation)
+    if (conversation := _conversation(fmt, row)) is not None:
+        messages = _turns(conversation)
     elif fmt.prompt_format is not None: return [*map(Piece, _begin(tokenizer)), Piece(fmt.prompt(row))]
     else: messages = [_said("user", fmt.instruction(row))]
     while messages and messages[-1]["role"] != "user": messages.pop()
@@ -318,32 +413,51 @@ def _message_pieces(fmt: PromptFormat, tokenizer: Tokenizer, row: dict[str, Any]
     "The pieces of a row's messages, with its own system prompt. Raises `DataError` if it has two, or the format wants other columns too."
     if fmt.system_field:
         if messages[0]["role"] == "system" and row.get(fmt.system_field):
-            raise DataError(f'the row has a system message and a text in "{fmt.system_field}" ("data.system_field"); keep one of them')
+            raise DataError(
+                f'the row has a system message and a text in "{fmt.system_field}" ("data.system_field"); keep one of them'
+            )
         fmt = fmt.model_copy(update={"system_prompt": fmt.system(row)})
-    if fmt.prompt_format is None: return template_pieces(tokenizer, _introduced(fmt, _named_as_read(tokenizer, messages)), fmt.date)
-    for key, known in (("prompt_format", {"instruction", "system_prompt"}), ("response_format", {"instruction", "response"})):
+    if fmt.prompt_format is None:
+        return template_pieces(tokenizer, _introduced(fmt, _named_as_read(tokenizer, messages)), fmt.date)
+    for key, known in (
+        ("prompt_format", {"instruction", "system_prompt"}),
+        ("response_format", {"instruction", "response"}),
+    ):
         names = {name for _, name in split_format(getattr(fmt, key), f"data.{key}")} - {None}
         if other := sorted(names - known):
-            raise DataError(f'"data.{key}" holds {{{other[0]}}}, but messages fill in {" and ".join(sorted(known))} alone; take it out, '
-                            'and put what belongs there into the messages')
+            raise DataError(
+                f'"data.{key}" holds {{{other[0]}}}, but messages fill in {" and ".join(sorted(known))} alone; take it out, '
+                "and put what belongs there into the messages"
+            )
         if key == "prompt_format" and "instruction" not in names:
-            raise DataError('"data.prompt_format" has no {instruction}, which is where the messages of the user go; add it')
+            raise DataError(
+                '"data.prompt_format" has no {instruction}, which is where the messages of the user go; add it'
+            )
     return _format_pieces(fmt, tokenizer, messages)
 
 
-def _said(role: str, content: str) -> dict[str, Any]: return {"role": role, "content": content, "trained": False}
+def _said(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content, "trained": False}
 
 
 def _introduced(fmt: PromptFormat, messages: list[dict]) -> list[dict]:
     "Messages, with the system prompt of the format in front if they have none."
-    return [_said("system", fmt.system_prompt), *messages] if fmt.system_prompt and messages[0]["role"] != "system" else messages
+    return (
+        [_said("system", fmt.system_prompt), *messages]
+        if fmt.system_prompt and messages[0]["role"] != "system"
+        else messages
+    )
 
 # %% ../nbs/24_chat.ipynb #f5dd953e
 def by_instruction(
     fmt: PromptFormat, # how rows look
 ) -> bool: # False: other columns are in the prompt as well
     "Can a prompt be made from the messages of a conversation?"
-    names = {"instruction"} if fmt.prompt_format is None else {name for _, name in split_format(fmt.prompt_format, "data.prompt_format")}
+    names = (
+        {"instruction"}
+        if fmt.prompt_format is None
+        else {name for _, name in split_format(fmt.prompt_format, "data.prompt_format")}
+    )
     return "instruction" in names and names <= {None, "instruction", "system_prompt"}
 
 
@@ -355,8 +469,10 @@ def asked_messages(
 
     Raises `DataError` as `ask_pieces` does.
     """
-    if (conversation := _conversation(fmt, row)) is not None: messages = _turns(conversation)
-    elif by_instruction(fmt): messages = [_said("user", fmt.instruction(row))]
+    if (conversation := _conversation(fmt, row)) is not None:
+        messages = _turns(conversation)
+    elif by_instruction(fmt):
+        messages = [_said("user", fmt.instruction(row))]
     else: return None
     while messages and messages[-1]["role"] != "user": messages.pop()
     if not messages: raise DataError("the conversation has no message of the user; add one")
@@ -376,7 +492,10 @@ def judged_pieces(
     the template refuses these messages.
     """
     messages = [{**m, "trained": False} for m in messages]
-    if fmt.prompt_format is None: return template_pieces(tokenizer, [*_introduced(fmt, messages), _said("assistant", response)], fmt.date)
+    if fmt.prompt_format is None:
+        return template_pieces(
+            tokenizer, [*_introduced(fmt, messages), _said("assistant", response)], fmt.date
+        )
     return [*_format_pieces(fmt, tokenizer, messages), Piece(response), Piece(tokenizer.eos_id)]
 
 # %% ../nbs/24_chat.ipynb #8980bc09
@@ -389,18 +508,29 @@ def render_chat(
     "The prompt of a conversation. Raises `DataError` as `PromptFormat.format_question` does."
     if fmt.prompt_format is None:
         messages = [_said(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)]
-        pieces = template_pieces(tokenizer, _introduced(fmt, [*messages, _said("user", instruction)]), fmt.date)
+        pieces = template_pieces(
+            tokenizer, _introduced(fmt, [*messages, _said("user", instruction)]), fmt.date
+        )
     else:
         pieces = [*map(Piece, _begin(tokenizer))]
         for n, (asked, said) in enumerate(turns):
-            pieces += [Piece(_later(fmt, n).format_question(asked)), Piece(said, cut=True), Piece(tokenizer.eos_id)]
+            pieces += [
+                Piece(_later(fmt, n).format_question(asked)),
+                Piece(said, cut=True),
+                Piece(tokenizer.eos_id),
+            ]
         pieces.append(Piece(_later(fmt, len(turns)).format_question(instruction)))
     return encode_pieces(tokenizer, [pieces])[0].ids
 
 # %% ../nbs/24_chat.ipynb #15b10499
 def _jinja(pieces: list[tuple[str, str | None]], names: dict[str, str]) -> str:
     "A template as a Jinja expression."
-    parts = [part for text, name in pieces for part in (json.dumps(text, ensure_ascii=False) if text else "", names.get(name, "")) if part]
+    parts = [
+        part
+        for text, name in pieces
+        for part in (json.dumps(text, ensure_ascii=False) if text else "", names.get(name, ""))
+        if part
+    ]
     return " + ".join(parts) or '""'
 
 
@@ -408,8 +538,10 @@ def _introducing(fmt: PromptFormat, tokenizer: Tokenizer) -> str | None:
     "A tokenizer's own template, with our system prompt where the messages have none; `None` if it can stay as it is."
     if not fmt.system_prompt or tokenizer.chat_template is None: return None
     system = json.dumps(fmt.system_prompt, ensure_ascii=False)
-    return (f"{{%- if messages[0]['role'] != 'system' -%}}{{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}"
-            f"{{%- endif -%}}{tokenizer.chat_template}")
+    return (
+        f"{{%- if messages[0]['role'] != 'system' -%}}{{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}"
+        f"{{%- endif -%}}{tokenizer.chat_template}"
+    )
 
 
 def chat_template(
@@ -418,13 +550,15 @@ def chat_template(
 ) -> str | None: # a Jinja program; `None` if the tokenizer has its own, or prompts need more than an instruction
     "The format as other programs know it: several turns, each ended by the end-of-text token; the system prompt in front."
     if fmt.prompt_format is None: return _introducing(fmt, tokenizer)
-    prompt, response = split_format(fmt.prompt_format, "data.prompt_format"), split_format(fmt.response_format, "data.response_format")
+    prompt = split_format(fmt.prompt_format, "data.prompt_format")
+    response = split_format(fmt.response_format, "data.response_format")
     asks, says = {"instruction", fmt.input_field}, {"response", fmt.output_field}
     names, others = ({name for _, name in pieces} - {None} for pieces in (prompt, response))
     if not names & asks or names - asks - {"system_prompt"} or others - says: return None
     text = "message['content']"
     asked = _jinja(prompt, {**dict.fromkeys(asks, text), "system_prompt": "system"})
-    if "system_prompt" not in names: asked = f'(system + "\\n\\n" if system and loop.index0 == first else "") + {asked}'
+    if "system_prompt" not in names:
+        asked = f'(system + "\\n\\n" if system and loop.index0 == first else "") + {asked}'
     default = json.dumps(fmt.system_prompt or "", ensure_ascii=False)
     named = {text: name for name, text in reversed(tokenizer.special_tokens_map.items())}
     def control(i): return named.get(tokenizer.piece(i), json.dumps(tokenizer.piece(i), ensure_ascii=False))

@@ -50,7 +50,8 @@ def _wrong(path: str | Path, problem: str) -> ConfigError: return ConfigError(_o
 
 def _complain(path: str | Path, mistakes: list[_Mistake]) -> ConfigError:
     "One line for each mistake: the file's in its order, then the command line's; at most 20."
-    def place(line): return path if line is None else "command line" if line == _COMMAND_LINE else f"{path}, line {line}"
+    def place(line):
+        return path if line is None else "command line" if line == _COMMAND_LINE else f"{path}, line {line}"
     ordered = sorted(mistakes, key=lambda mistake: mistake.line or math.inf)
     said = list(dict.fromkeys(_one_line(f"{place(line)}: {sentence}") for line, sentence, _ in ordered))
     more = [_one_line(f"{path}: {len(said) - 20} more mistakes")] if len(said) > 20 else []
@@ -64,17 +65,21 @@ class ConfigSection(BaseModel):
     section with all its own defaults. A field that may be `None` has the default `None`, because `null` in YAML means "the default".
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 # %% ../nbs/11_config.ipynb #98c80897
 _TAG = "tag:yaml.org,2002:"
 _DIGITS = "[0-9]+(?:_[0-9]+)*"
-_PLAIN = { # kind: (pattern, first characters)
+_PLAIN = {  # kind: (pattern, first characters)
     "null": ("~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": ("true|True|TRUE|false|False|FALSE", list("tTfF")),
     "int": (rf"[-+]?{_DIGITS}", list("-+0123456789")),
-    "float": (rf"[-+]?(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-              list("-+.0123456789")),
+    "float": (
+        rf"[-+]?(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
 }
 
 # %% ../nbs/11_config.ipynb #e0467b49
@@ -88,12 +93,16 @@ class _Loader(yaml.SafeLoader):
     depth = 0
     def compose_node(self, parent, index):
         self.depth += 1
-        if self.depth > MAX_DEPTH: _refuse(self.peek_event(), f"more than {MAX_DEPTH} levels of nesting; a configuration needs a few")
+        if self.depth > MAX_DEPTH:
+            _refuse(
+                self.peek_event(), f"more than {MAX_DEPTH} levels of nesting; a configuration needs a few"
+            )
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
-for _kind, (_pattern, _first) in _PLAIN.items(): _Loader.add_implicit_resolver(_TAG + _kind, re.compile(f"(?:{_pattern})$"), _first)
+for _kind, (_pattern, _first) in _PLAIN.items():
+    _Loader.add_implicit_resolver(_TAG + _kind, re.compile(f"(?:{_pattern})$"), _first)
 
 class _Refusal(yaml.MarkedYAMLError): "What PyYAML would read and we do not."
 
@@ -119,12 +128,15 @@ _READ = { # kind: (how to read it, what else to write)
 
 def _read_scalar(node: yaml.ScalarNode) -> str | bool | int | float | None:
     "The value of one word. Raises `ValueError` with what is wrong."
-    if (kind := node.tag.removeprefix(_TAG)) not in _READ: raise ValueError(_no_tag(node))
+    if (kind := node.tag.removeprefix(_TAG)) not in _READ:
+        raise ValueError(_no_tag(node))
     read, wanted = _READ[kind]
     try: return read(node.value)
-    except (ValueError, KeyError): raise ValueError(f"should be {wanted}, not {_one_line(node.value, 80)}") from None
+    except (ValueError, KeyError):
+        raise ValueError(f"should be {wanted}, not {_one_line(node.value, 80)}") from None
 
-def _no_tag(node: yaml.Node) -> str: return f"has the tag {node.tag.replace(_TAG, '!!')}, which has no meaning here; take it away"
+def _no_tag(node: yaml.Node) -> str:
+    return f"has the tag {node.tag.replace(_TAG, '!!')}, which has no meaning here; take it away"
 
 # %% ../nbs/11_config.ipynb #ddb05363
 def _read_node(node: yaml.Node, path: tuple, lines: dict[tuple, int], mistakes: list[_Mistake]) -> Any:
@@ -137,7 +149,8 @@ def _read_node(node: yaml.Node, path: tuple, lines: dict[tuple, int], mistakes: 
         except ValueError as e: mistakes.append(_Mistake(line, f"{_dotted(path)} {e}", path))
         return node.value
     is_list = isinstance(node, yaml.SequenceNode)
-    if node.tag != _TAG + ("seq" if is_list else "map"): mistakes.append(_Mistake(line, f"{_dotted(path)} {_no_tag(node)}", path))
+    if node.tag != _TAG + ("seq" if is_list else "map"):
+        mistakes.append(_Mistake(line, f"{_dotted(path)} {_no_tag(node)}", path))
     if is_list: return [_read_node(item, (*path, i), lines, mistakes) for i, item in enumerate(node.value)]
     return _read_mapping(node, path, lines, mistakes)
 
@@ -145,10 +158,14 @@ def _read_mapping(node: yaml.MappingNode, path: tuple, lines: dict[tuple, int], 
     "Build a dictionary; its keys are text whatever they look like, and each stands once."
     values = {}
     for key, item in node.value:
-        if not isinstance(key, yaml.ScalarNode): _refuse(key, "a key must be a plain word; quote a text that begins with a bracket")
+        if not isinstance(key, yaml.ScalarNode):
+            _refuse(key, "a key must be a plain word; quote a text that begins with a bracket")
         name, line = key.value.encode("utf-8", "replace").decode(), key.start_mark.line + 1
         at = (*path, name)
-        if name in values: mistakes.append(_Mistake(line, f"{_dotted(at)} stands on line {lines[at]} already; keep one of them"))
+        if name in values:
+            mistakes.append(
+                _Mistake(line, f"{_dotted(at)} stands on line {lines[at]} already; keep one of them")
+            )
         else: values[name], lines[at] = _read_node(item, at, lines, mistakes), line
     return values
 
@@ -181,12 +198,18 @@ def _syntax_error(path: str | Path, error: yaml.YAMLError, text: str) -> ConfigE
     if isinstance(error, yaml.reader.ReaderError):
         odd = f"the control character U+{ord(text[error.position]):04X}"
         line = text.count("\n", 0, error.position) + 1
-        return _complain(path, [_Mistake(line, f"{odd} cannot stand in YAML; delete it, or save the file as UTF-8")])
+        return _complain(
+            path, [_Mistake(line, f"{odd} cannot stand in YAML; delete it, or save the file as UTF-8")]
+        )
     message = ", ".join(filter(None, [error.context, error.problem]))
     sign = None if isinstance(error, _Refusal) else next((sign for sign in _SLIPS if sign in message), "")
     begin = sign in ("could not find expected ':'", "quoted scalar", "expected ',' or")
     line = (error.context_mark if begin else error.problem_mark).line + 1
-    sentence = error.problem if sign is None else _SLIPS.get(sign, f"{error.problem}; check this line, or put its text in quotes")
+    sentence = (
+        error.problem
+        if sign is None
+        else _SLIPS.get(sign, f"{error.problem}; check this line, or put its text in quotes")
+    )
     return _complain(path, [_Mistake(line, sentence)])
 
 # %% ../nbs/11_config.ipynb #3b4a0c62
@@ -196,19 +219,30 @@ def _read_text(
     "Read a short UTF-8 file. Raises `ConfigError` for whatever prevents it."
     if os.path.isdir(path):
         inside = Path(path) / "config.yaml"
-        raise _wrong(path, "is a directory; " + (f"did you mean {_show(inside)}?" if inside.is_file() else "name a YAML file in it"))
-    if os.path.exists(path) and not os.path.isfile(path): raise _wrong(path, "is a pipe or a device; write the configuration into a file")
+        raise _wrong(
+            path,
+            "is a directory; "
+            + (f"did you mean {_show(inside)}?" if inside.is_file() else "name a YAML file in it"),
+        )
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise _wrong(path, "is a pipe or a device; write the configuration into a file")
     try:
-        with open(path, "rb") as file: data = file.read(MAX_BYTES + 1)
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as e:
-        raise _wrong(path, f"cannot be read: {getattr(e, 'strerror', None) or e}; check the path and its permissions") from None
-    if len(data) > MAX_BYTES: raise _wrong(path, f"is longer than {MAX_BYTES:,} bytes; is it a data file by mistake?")
+        raise _wrong(
+            path, f"cannot be read: {getattr(e, 'strerror', None) or e}; check the path and its permissions"
+        ) from None
+    if len(data) > MAX_BYTES:
+        raise _wrong(path, f"is longer than {MAX_BYTES:,} bytes; is it a data file by mistake?")
     try: text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         problem = f"byte 0x{data[e.start]:02x} is not UTF-8; save the file as UTF-8 text"
         raise _complain(path, [_Mistake(data[:e.start].count(b"\n") + 1, problem)]) from None
     said = "the invisible line break U+{0:04X} stands here; delete it, or write \\u{0:04x} in double quotes"
-    odd = [(n, char) for n, line in enumerate(text.split("\n"), 1) for char in "\x85\u2028\u2029" if char in line]
+    odd = [
+        (n, char) for n, line in enumerate(text.split("\n"), 1) for char in "\x85\u2028\u2029" if char in line
+    ]
     if odd: raise _complain(path, [_Mistake(n, said.format(ord(char))) for n, char in odd])
     return text
 
@@ -226,7 +260,9 @@ def read_yaml(
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[tuple, int], list[_Mistake]]:
     "Values, lines, and what is wrong with single values. Raises `ConfigError` if the file as a whole is no use."
-    text, lines, mistakes = _read_text(path), {}, []
+    text = _read_text(path)
+    lines = {}
+    mistakes = []
     try:
         node = yaml.compose(text, _Loader)
         values = None if node is None else _read_node(node, (), lines, mistakes)
@@ -244,7 +280,8 @@ def _keys(cls: type[ConfigSection], at: tuple = ()) -> Iterator[tuple]:
     "Path of every key below a section class, sections themselves included."
     for name, field in cls.model_fields.items():
         yield (*at, name)
-        if _is_section(field.annotation): yield from _keys(field.annotation, (*at, name))
+        if _is_section(field.annotation):
+            yield from _keys(field.annotation, (*at, name))
 
 def _is_section(kind: Any) -> bool: return isinstance(kind, type) and issubclass(kind, ConfigSection)
 
@@ -265,28 +302,39 @@ def _did_you_mean(cls: type[ConfigSection], path: tuple) -> str:
     return "the keys here are " + ", ".join(key[-1] for key in siblings)
 
 # %% ../nbs/11_config.ipynb #b123d45a
-_WANTED = {"string_type": "text", "bool_type": "true or false", "int_type": "a whole number", "float_type": "a number",
-           "model_type": "a section, with keys of its own", "dict_type": "a section, with keys of its own",
-           "list_type": "a list, such as [a, b]", "tuple_type": "a list, such as [a, b]"}
+_WANTED = {"string_type": "text", "bool_type": "true or false", "int_type": "a whole number",
+           "float_type": "a number", "model_type": "a section, with keys of its own",
+           "dict_type": "a section, with keys of its own", "list_type": "a list, such as [a, b]",
+           "tuple_type": "a list, such as [a, b]"}
 
 def _remedy(kind: str, value: Any) -> str:
     "What to do about a value of the wrong kind, where it can be guessed."
     text = value if isinstance(value, str) else ""
     if kind == "string_type" and isinstance(value, int | float): return "; put it in quotes"
-    if kind == "int_type" and isinstance(value, float) and abs(value) < 1e15 and value == int(value): return f"; write {value:.0f}"
-    if kind in ("int_type", "float_type") and re.fullmatch(_PLAIN["float"][0], text): return "; take the quotes away"
-    if kind in ("int_type", "float_type", "bool_type") and text == "None": return "; write null for the default"
+    if kind == "int_type" and isinstance(value, float) and abs(value) < 1e15 and value == int(value):
+        return f"; write {value:.0f}"
+    if kind in ("int_type", "float_type") and re.fullmatch(_PLAIN["float"][0], text):
+        return "; take the quotes away"
+    if kind in ("int_type", "float_type", "bool_type") and text == "None":
+        return "; write null for the default"
     if kind == "model_type" and re.match(r"\w+:\S", text): return "; put a blank after the colon"
-    if kind == "model_type" and isinstance(value, list) and any(isinstance(v, dict) for v in value): return "; take the dashes away"
+    if kind == "model_type" and isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        return "; take the dashes away"
     return ""
 
 def _describe(cls: type[ConfigSection], error: dict, path: tuple) -> str:
     "One of pydantic's errors in a sentence; `path` is the key that it is about."
-    kind, message, value = error["type"], error["msg"].removeprefix("Value error, "), error["input"]
+    kind = error["type"]
+    message = error["msg"].removeprefix("Value error, ")
+    value = error["input"]
     if kind == "extra_forbidden": return f"{_dotted(path)} is not a key; {_did_you_mean(cls, path)}"
-    if kind == "missing" and isinstance(path[-1], int): return f"{_dotted(path[:-1])} has too few values; add what is missing"
+    if kind == "missing" and isinstance(path[-1], int):
+        return f"{_dotted(path[:-1])} has too few values; add what is missing"
     if kind == "missing": return f"{_dotted(path)} is missing; add it"
-    if kind == "too_long": return f"{_dotted(path)} has {error['ctx']['actual_length']} values; leave {error['ctx']['max_length']}"
+    if kind == "too_long":
+        return (
+            f"{_dotted(path)} has {error['ctx']['actual_length']} values; leave {error['ctx']['max_length']}"
+        )
     if kind == "literal_error": message = message.replace("'", '"')
     wanted = _WANTED.get(kind) or message.removeprefix("Input should be ")
     if wanted == message: return f"{_dotted(path)}: {message}"
@@ -311,7 +359,10 @@ def _explain(
     for e in error.errors():
         line = next((lines[e["loc"][:n]] for n in range(len(e["loc"]), 0, -1) if e["loc"][:n] in lines), None)
         path = e["loc"] if e["type"] == "missing" else _follow(values, e["loc"])
-        if e["type"] == "value_error" and _COMMAND_LINE in (n for at, n in lines.items() if at[:len(path)] == path): line = _COMMAND_LINE
+        if e["type"] == "value_error" and _COMMAND_LINE in (
+            n for at, n in lines.items() if at[: len(path)] == path
+        ):
+            line = _COMMAND_LINE
         if path not in known: yield _Mistake(line, _describe(cls, e, path), path)
         known.add(path)
 
@@ -320,7 +371,11 @@ def _drop_nulls(cls: Any, values: Any) -> Any:
     "Leave out each known key whose value is null, in all sections."
     if not (_is_section(cls) and isinstance(values, dict)): return values
     kinds = {name: field.annotation for name, field in cls.model_fields.items()}
-    return {key: _drop_nulls(kinds.get(key), value) for key, value in values.items() if value is not None or key not in kinds}
+    return {
+        key: _drop_nulls(kinds.get(key), value)
+        for key, value in values.items()
+        if value is not None or key not in kinds
+    }
 
 # %% ../nbs/11_config.ipynb #ff971b2a
 def _override(values: dict[str, Any], lines: dict[tuple, int], key: str, value: Any) -> _Mistake | None:
@@ -329,7 +384,8 @@ def _override(values: dict[str, Any], lines: dict[tuple, int], key: str, value: 
     try:
         if type(value) is int and abs(value) >= 2**63: raise ValueError
         json.dumps(value, ensure_ascii=False, default=os.fspath).encode()
-    except UnicodeEncodeError: return _Mistake(_COMMAND_LINE, f"{_dotted(path)} is not UTF-8 text; type it anew", path)
+    except UnicodeEncodeError:
+        return _Mistake(_COMMAND_LINE, f"{_dotted(path)} is not UTF-8 text; type it anew", path)
     except ValueError: return _Mistake(_COMMAND_LINE, f"{_dotted(path)} should be {_READ['int'][1]}", path)
     for n, parent in enumerate(path[:-1], 1):
         lines.setdefault(path[:n], _COMMAND_LINE)
@@ -359,17 +415,24 @@ def _find(
 ) -> Path: # a path that exists
     "Find a configuration here or in `configs/`. Raises `ConfigError` if it is in neither."
     elsewhere = Path("configs") / path
-    if os.path.exists(path): return Path(path)
+    if os.path.exists(path):
+        return Path(path)
     if os.path.exists(elsewhere):
         logging.getLogger("mlx_pretrain").info("%s is not in this directory; reading %s", path, elsewhere)
         return elsewhere
     folders = [folder for folder in (Path(path).parent, Path("configs")) if os.path.isdir(folder)]
     near = [str(p) for folder in folders for p in sorted(folder.glob("*.y*ml"))]
-    close = difflib.get_close_matches(str(path), near, 1) or [p for p in near if difflib.get_close_matches(Path(path).stem, [Path(p).stem])]
+    close = difflib.get_close_matches(str(path), near, 1) or [
+        p for p in near if difflib.get_close_matches(Path(path).stem, [Path(p).stem])
+    ]
     remedy = f"did you mean {_show(close[0])}?" if close else "check the path"
     if not close and not os.path.isdir("configs"):
         remedy += ", or copy an example from configs/ in the source code, https://github.com/mlx-pretrain/mlx-pretrain"
-    raise ConfigError(_one_line(f"there is no configuration {path or _show('')}, neither from here nor in configs/; {remedy}"))
+    raise ConfigError(
+        _one_line(
+            f"there is no configuration {path or _show('')}, neither from here nor in configs/; {remedy}"
+        )
+    )
 
 # %% ../nbs/11_config.ipynb #b540353a
 _FOLDERS: list[Path] = [] # of the configurations that were read, the last one last
@@ -379,7 +442,8 @@ def where_from(
     path: str | Path, # that does not exist
 ) -> str: # what helps
     "What to say about a missing file: that it stands beside the configuration, if it does."
-    if os.path.isabs(os.path.expanduser(path)) or not (_FOLDERS and (_FOLDERS[-1] / path).exists()): return "check the path"
+    if os.path.isabs(os.path.expanduser(path)) or not (_FOLDERS and (_FOLDERS[-1] / path).exists()):
+        return "check the path"
     return f"give {os.path.relpath(_FOLDERS[-1] / path)}, since paths are read from the working directory and not from the configuration's"
 
 # %% ../nbs/11_config.ipynb #f2498b6e
@@ -397,11 +461,17 @@ def load_config(
     path = _find(path)
     _FOLDERS[:] = [path.parent]
     values, lines, mistakes = _read(path)
-    mistakes += filter(None, [_override(values, lines, key, value) for key, value in (overrides or {}).items()])
+    mistakes += filter(
+        None, [_override(values, lines, key, value) for key, value in (overrides or {}).items()]
+    )
     values = _drop_nulls(cls, values)
     if "name" in cls.model_fields: values.setdefault("name", path.stem)
-    try: cfg = cls.model_validate_json(json.dumps(values, ensure_ascii=False, default=os.fspath).encode("utf-8", "replace"))
-    except ValidationError as e: mistakes += _explain(cls, e, values, lines, {mistake.path for mistake in mistakes})
+    try:
+        cfg = cls.model_validate_json(
+            json.dumps(values, ensure_ascii=False, default=os.fspath).encode("utf-8", "replace")
+        )
+    except ValidationError as e:
+        mistakes += _explain(cls, e, values, lines, {mistake.path for mistake in mistakes})
     if mistakes: raise _complain(path, mistakes)
     return cfg
 
@@ -411,14 +481,22 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
 for _kind in (yaml.SafeDumper, _Loader):
-    for _first, _rules in _kind.yaml_implicit_resolvers.items(): _Dumper.yaml_implicit_resolvers.setdefault(_first, []).extend(_rules)
-_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(_TAG + "str", text, style=None if text.isprintable() else '"'))
+    for _first, _rules in _kind.yaml_implicit_resolvers.items():
+        _Dumper.yaml_implicit_resolvers.setdefault(_first, []).extend(_rules)
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        _TAG + "str", text, style=None if text.isprintable() else '"'
+    ),
+)
 
 def to_yaml(
     cfg: ConfigSection, # a configuration
 ) -> str: # YAML text of all its values, in the order of its fields
     "Write a configuration as YAML."
-    return yaml.dump(cfg.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return yaml.dump(
+        cfg.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")
+    )
 
 def dump_yaml(
     cfg: ConfigSection, # a configuration

@@ -31,7 +31,8 @@ class SafeStream:
         except UnicodeEncodeError: raise
         except (OSError, ValueError) as error: self.error = error         # ValueError: it is closed
         with suppress(OSError, ValueError, AttributeError):
-            if self.stream.fileno() in (1, 2): os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.stream.fileno() in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def write(self, text):
         try: self._attempt(self.stream.write, text)
@@ -63,7 +64,7 @@ def say(
     out, fine = safe(sys.stdout), not output_problem()
     print(text, file=out, flush=True)
     if out.error and fine:
-        import logging                                                    # signals are not handled yet while this module is imported
+        import logging  # signals are not handled yet while this module is imported
         reason = getattr(out.error, "strerror", None) or out.error
         logging.getLogger("mlx_pretrain").warning(f"A message could not be printed: {reason}.")
 
@@ -89,7 +90,8 @@ def stop_code() -> int: # 130 after Ctrl-C, 143 after `kill`
 
 def _leave():
     "End the process, with one line."
-    with suppress(OSError): os.write(2, b"\nStopped.\n" if os.isatty(2) else b"Stopped.\n")
+    with suppress(OSError):
+        os.write(2, b"\nStopped.\n" if os.isatty(2) else b"Stopped.\n")
     os._exit(stop_code())
 
 
@@ -101,13 +103,15 @@ def _importing(frame) -> bool:
 
 def _on_signal(number, frame):
     caught.append(number)
-    if len(caught) > 1 or _importing(frame): _leave()
+    if len(caught) > 1 or _importing(frame):
+        _leave()
     raise KeyboardInterrupt
 
 
 def _on_ignored_exception(about):
     "Python cannot raise in a destructor, and would forget that Ctrl-C came."
-    if caught and issubclass(about.exc_type, KeyboardInterrupt): _leave()
+    if caught and issubclass(about.exc_type, KeyboardInterrupt):
+        _leave()
     sys.__unraisablehook__(about)
 
 
@@ -121,7 +125,8 @@ def run_process(
     command: Callable[[], int], # returns the exit code
 ) -> int: # the exit code, for `sys.exit`
     "Run a command as all that this process does: Ctrl-C, `kill` and a closed terminal end it with one line, however many come."
-    for fd in range(3):                                                   # closed ones would be taken by the next file that is opened
+    # closed ones would be taken by the next file that is opened
+    for fd in range(3):
         try: os.fstat(fd)
         except OSError as error:
             if error.errno == errno.EBADF: os.open(os.devnull, os.O_RDWR)
@@ -134,4 +139,5 @@ def run_process(
         if not caught or not _interrupted(error): raise
         _leave()
     finally:
-        for s in signals: signal.signal(s, signal.SIG_IGN)                # nothing is left that could be stopped
+        for s in signals:  # nothing is left that could be stopped
+            signal.signal(s, signal.SIG_IGN)

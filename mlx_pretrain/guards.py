@@ -19,42 +19,57 @@ def _kl_runaway(now: dict, first: dict, knobs: dict) -> str | None:
     if not knobs["kl_coef"] or "kl" not in now or now["kl"] <= 0.5 * now["response_length"]: return None
     price, gain = knobs["kl_coef"] * now["kl"], now["reward"] - first["reward"]
     if price <= gain + 2 * first["reward_std"]: return None
-    return (f"the policy is {now['kl']:.3g} nats a response from the reference, which costs {price:.3g} at kl_coef {knobs['kl_coef']:g}, "
-            f"and the reward has gained {gain:.3g}; it breaks instead of learning: {_LOWER}, or raise \"data.kl_coef\"")
+    return (
+        f"the policy is {now['kl']:.3g} nats a response from the reference, which costs {price:.3g} at kl_coef {knobs['kl_coef']:g}, "
+        f'and the reward has gained {gain:.3g}; it breaks instead of learning: {_LOWER}, or raise "data.kl_coef"'
+    )
 
 
 def _ratio_explosion(now: dict, first: dict, knobs: dict) -> str | None:
     "Has the policy left its samples far behind within a step?"
     if now["ratio_outlier_fraction"] <= 0.5: return None
-    return (f"within a step {now['ratio_outlier_fraction']:.0%} of the sampled tokens became e times as likely or unlikely, so the samples say "
-            f'nothing about it any more: {_LOWER}, or set "data.target_kl" to 0.05, or take fewer "data.ppo_epochs"')
+    return (
+        f"within a step {now['ratio_outlier_fraction']:.0%} of the sampled tokens became e times as likely or unlikely, so the samples say "
+        f'nothing about it any more: {_LOWER}, or set "data.target_kl" to 0.05, or take fewer "data.ppo_epochs"'
+    )
 
 # %% ../nbs/55_guards.ipynb #968960e9
 def _entropy_collapse(now: dict, first: dict, knobs: dict) -> str | None:
     "Is the policy sure of everything?"
     if "kl" not in now or now["entropy"] >= 0.05 * first["entropy"]: return None
-    return (f"the entropy has fallen from {first['entropy']:.3g} to {now['entropy']:.3g} nats a token, so all samples are alike and "
-            'nothing new is tried; if that is not the goal, raise "data.kl_coef" or "data.temperature", or ' + _LOWER)
+    return (
+        f"the entropy has fallen from {first['entropy']:.3g} to {now['entropy']:.3g} nats a token, so all samples are alike and "
+        'nothing new is tried; if that is not the goal, raise "data.kl_coef" or "data.temperature", or '
+        + _LOWER
+    )
 
 
 def _equal_rewards(now: dict, first: dict, knobs: dict) -> str | None:
     "Is there nothing to learn from?"
     if now["reward_std"] > 1e-8: return None
-    return (f"all rewards of a step were {now['reward']:.4g}, so there is nothing to learn from: look at the samples in the log and at the "
-            "reward; a reward that is zero almost always needs an easier task, or a larger \"training.hyperparameters.batch_size\"")
+    return (
+        f"all rewards of a step were {now['reward']:.4g}, so there is nothing to learn from: look at the samples in the log and at the "
+        'reward; a reward that is zero almost always needs an easier task, or a larger "training.hyperparameters.batch_size"'
+    )
 
 
 def _no_end(now: dict, first: dict, knobs: dict) -> str | None:
     "Does no response end by itself?"
     if "kl" not in now or now["eos_fraction"] > 0: return None
-    return ('no response ended by itself, all were cut off: raise "data.response_length", set "data.missing_eos_penalty" to 1, or begin '
-            "with a model that was fine-tuned to stop; if responses shall have one length, never mind")
+    return (
+        'no response ended by itself, all were cut off: raise "data.response_length", set "data.missing_eos_penalty" to 1, or begin '
+        "with a model that was fine-tuned to stop; if responses shall have one length, never mind"
+    )
 
 # %% ../nbs/55_guards.ipynb #f4eb0b13
 _Rules = dict[str, tuple[Callable[[dict, dict, dict], str | None], int, bool]]
-_RULES: _Rules = { # what it looks for: the rule, for how many steps in a row, does it stop?
-    "kl_runaway": (_kl_runaway, 2, True), "ratio_explosion": (_ratio_explosion, 1, True), "entropy_collapse": (_entropy_collapse, 3, False),
-    "equal_rewards": (_equal_rewards, 3, False), "no_eos": (_no_end, 5, False)}
+_RULES: _Rules = {  # what it looks for: the rule, for how many steps in a row, does it stop?
+    "kl_runaway": (_kl_runaway, 2, True),
+    "ratio_explosion": (_ratio_explosion, 1, True),
+    "entropy_collapse": (_entropy_collapse, 3, False),
+    "equal_rewards": (_equal_rewards, 3, False),
+    "no_eos": (_no_end, 5, False),
+}
 
 
 class Violation(NamedTuple):
@@ -77,7 +92,10 @@ class Guards:
         knobs: dict, # as they stood in this step: kl_coef
     ) -> list[Violation]: # what is to be said now
         "The rules that have held for long enough, just now."
-        self.first, trips = self.first or {key: metrics[key] for key in ("reward", "reward_std", "entropy")}, []
+        self.first, trips = (
+            self.first or {key: metrics[key] for key in ("reward", "reward_std", "entropy")},
+            [],
+        )
         for kind, (rule, patience, stop) in _RULES.items():
             text = rule(metrics, self.first, knobs)
             self.consecutive[kind] = 0 if text is None else self.consecutive.get(kind, 0) + 1

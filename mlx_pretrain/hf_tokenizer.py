@@ -30,12 +30,16 @@ def _llama(vocab, merges, config):
     made = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
     made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
     strip = [decoders.Strip(content=" ", left=1)] if prefix else []
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return made
 
 
 def _byte_level_bpe(vocab, merges):
-    made = Tokenizer(models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix=""))
+    made = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="")
+    )
     made.decoder = decoders.ByteLevel()
     return made
 
@@ -126,7 +130,8 @@ def token_text(
     value: Any, # "</s>", or {"content": "</s>", "lstrip": false, …}
 ) -> str: # its text, "" if there is none
     "A token as configuration files write it."
-    if isinstance(value, dict): value = value.get("content")
+    if isinstance(value, dict):
+        value = value.get("content")
     return value if isinstance(value, str) else ""
 
 
@@ -162,12 +167,23 @@ def _add_tokens(made: Tokenizer, added: dict[int, AddedToken], names: dict[str, 
     new = [token for _, token in sorted(added.items()) if repr(token) not in {*map(repr, there)}]
     known = {token.content for token in [*there, *new]}
     for token in [*names.values(), *extra]:
-        text = token.content if isinstance(token, AddedToken) else token if isinstance(token, str) else token_text(token)
-        if text and text not in known: new.append(token if isinstance(token, AddedToken) else AddedToken(text, special=True))
+        text = (
+            token.content
+            if isinstance(token, AddedToken)
+            else token
+            if isinstance(token, str)
+            else token_text(token)
+        )
+        if text and text not in known:
+            new.append(token if isinstance(token, AddedToken) else AddedToken(text, special=True))
         known.add(text)
     for token in new: token.special = token.special or token.content in names.values()
     listed = max([*made.get_vocab().values(), -1]) + 1
-    listed += sum(made.token_to_id(token.content) is None for token in new if token.content in {t.content for t in added.values()})
+    listed += sum(
+        made.token_to_id(token.content) is None
+        for token in new
+        if token.content in {t.content for t in added.values()}
+    )
     made.add_tokens(new)
     return listed
 
@@ -196,7 +212,10 @@ def _around(made: Tokenizer) -> tuple[list[int], list[int]]:
 
 def _post_processor(made: Tokenizer, names: dict[str, str], config: dict[str, Any]) -> processors.TemplateProcessing:
     "That of a `tokenizer.model`."
-    bos, eos = ([names[name]] if config.get(f"add_{name}") and name in names else [] for name in ("bos_token", "eos_token"))
+    bos, eos = (
+        [names[name]] if config.get(f"add_{name}") and name in names else []
+        for name in ("bos_token", "eos_token")
+    )
     ids = [(token, made.token_to_id(token)) for token in bos + eos]
     return processors.TemplateProcessing(single=" ".join([*bos, "$A", *eos]), special_tokens=ids)
 
@@ -207,8 +226,10 @@ def _from_json(raw: bytes, kind: str, config: dict[str, Any]) -> tuple[Tokenizer
     if recipe is None or kind == "LlamaTokenizer" and b'"ByteLevel"' in raw: return made, {}
     model = json.loads(raw)["model"]
     if model.get("type", "BPE") != "BPE":
-        raise UnsupportedTokenizer(f'"tokenizer_class" is {kind}, which needs a BPE model, and tokenizer.json holds {model["type"]}; '
-                                   'set "tokenizer_class" to "PreTrainedTokenizerFast" in tokenizer_config.json')
+        raise UnsupportedTokenizer(
+            f'"tokenizer_class" is {kind}, which needs a BPE model, and tokenizer.json holds {model["type"]}; '
+            'set "tokenizer_class" to "PreTrainedTokenizerFast" in tokenizer_config.json'
+        )
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     built = recipe.build(model["vocab"], pairs, config)
     if made.post_processor is not None: built.post_processor = made.post_processor
@@ -220,8 +241,10 @@ def _from_sentencepiece(raw: bytes, kind: str, config: dict[str, Any]) -> tuple[
     pieces, is_bpe = read_sentencepiece(raw)
     if kind != "LlamaTokenizer" or not is_bpe:
         what = f'"tokenizer_class" is {kind or "not given"}' if is_bpe else "it is a Unigram model"
-        raise UnsupportedTokenizer(f"a tokenizer.model is read here for LlamaTokenizer with BPE only, and {what}; make a tokenizer.json "
-                                   "of it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
+        raise UnsupportedTokenizer(
+            f"a tokenizer.model is read here for LlamaTokenizer with BPE only, and {what}; make a tokenizer.json "
+            "of it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
     recipe, ids = RECIPES[kind], {piece: i for i, (piece, _) in enumerate(pieces)}
     own = [AddedToken(piece, normalized=False, special=type == CONTROL)
            for piece, type in pieces if type in (CONTROL, USER_DEFINED)]
@@ -232,15 +255,24 @@ def read_backend(
     files: dict[str, bytes], # content of `tokenizer.json` or `tokenizer.model`, `tokenizer_config.json` and so on, by name
 ) -> Backend: # the tokenizer that `AutoTokenizer.from_pretrained` of transformers 5 makes of them
     "Raises `UnsupportedTokenizer`, or whatever `json` and `tokenizers` raise if a file is damaged."
-    config, old = (json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    config, old = (
+        json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
     if config.get("split_special_tokens"):
-        raise UnsupportedTokenizer('"split_special_tokens" is set in tokenizer_config.json, so a chat template could write no control '
-                                   "token; remove that key")
+        raise UnsupportedTokenizer(
+            '"split_special_tokens" is set in tokenizer_config.json, so a chat template could write no control '
+            "token; remove that key"
+        )
     kind, raw = str(config.get("tokenizer_class") or "").removesuffix("Fast"), files.get("tokenizer.json")
     listed, extra = config.get("added_tokens_decoder"), _extra_tokens(config)
     if listed is None: config = config | old
-    added = _added_tokens(files, config) if listed is None else {int(i): _added_token(v) for i, v in listed.items()}
-    if raw is not None: (made, defaults), extra = _from_json(raw, kind, config), extra or _extra_tokens(config)
+    added = (
+        _added_tokens(files, config)
+        if listed is None
+        else {int(i): _added_token(v) for i, v in listed.items()}
+    )
+    if raw is not None:
+        (made, defaults), extra = _from_json(raw, kind, config), extra or _extra_tokens(config)
     else:
         made, defaults, own = _from_sentencepiece(files["tokenizer.model"], kind, config)
         extra = extra or old.get("extra_special_tokens") or own
@@ -261,9 +293,11 @@ def sealed(
     new = {token["content"]: mark + token["content"] for token in data["added_tokens"] if token["special"]}
     for token in data["added_tokens"]: token["content"] = new.get(token["content"], token["content"])
     model, data["post_processor"] = data["model"], None
-    if isinstance(model["vocab"], dict): model["vocab"] = {new.get(piece, piece): i for piece, i in model["vocab"].items()}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {new.get(piece, piece): i for piece, i in model["vocab"].items()}
     else: model["vocab"] = [[new.get(piece, piece), score] for piece, score in model["vocab"]]
-    if model.get("unk_token"): model["unk_token"] = new.get(model["unk_token"], model["unk_token"])
+    if model.get("unk_token"):
+        model["unk_token"] = new.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & new.keys()]

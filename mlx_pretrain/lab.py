@@ -43,7 +43,8 @@ from .config import UserError
 from .plot import _smooth
 from .run import Run, checkpoints, is_before, read_metrics
 from .stage import StageTrainer, open_run
-from .trainer import Knobs, ProgressBar, Trainer, TrainingError, save_checkpoint, span, stop_between_steps
+from .trainer import (
+    Knobs, ProgressBar, Trainer, TrainingError, save_checkpoint, span, stop_between_steps)
 
 # %% ../nbs/63_lab.ipynb #2c27de71
 MOST_POINTS = 400 # of a curve, that are drawn
@@ -71,10 +72,13 @@ class LivePlot:
         panels: dict[str, tuple[str, ...]], # title → the metrics below it
     ):
         self.panels, self.history = panels, {}                            # history: metric → (steps, values)
-        self.turns: list[tuple[int, str, float]] = []                     # steps taken when a knob was turned, its name, its new value
+        # steps taken when a knob was turned, its name, its new value
+        self.turns: list[tuple[int, str, float]] = []
         self.figure = Figure(figsize=(3.4 * len(panels), 2.4), dpi=130)
         self.figure.subplots_adjust(0.15 / len(panels), 0.2, 0.995, 0.82, 0.22)
-        self.canvas, self.lines, self.marks = FigureCanvasAgg(self.figure), {}, []
+        self.canvas = FigureCanvasAgg(self.figure)
+        self.lines = {}
+        self.marks = []
         self.head = self.figure.text(0.004, 0.985, "", va="top", fontsize=8, color="0.35")
         self.axes = [*self.figure.subplots(1, len(panels), squeeze=False)[0]]
         for axes, (title, names) in zip(self.axes, panels.items()):
@@ -83,13 +87,20 @@ class LivePlot:
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.3)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            for i, name in enumerate(names): self.lines[name] = self._line(axes, name, f"C{i}")
-        self.drawn, self.cost, self.times = 0.0, 0.0, 0                   # when it was drawn, how many seconds that took, how often
+            for i, name in enumerate(names):
+                self.lines[name] = self._line(axes, name, f"C{i}")
+        self.drawn = 0.0  # when it was drawn, how many seconds that took, how often
+        self.cost = 0.0
+        self.times = 0
 
     def _line(self, axes, name: str, color: str) -> tuple:
         "What a metric is drawn with: a faint line and a smooth one; a validation as dots."
-        if name.startswith("val_"): return tuple(axes.plot([], [], "o--", color=color, markersize=4, linewidth=1, label=name))
-        return (*axes.plot([], [], color=color, alpha=0.25, linewidth=1), *axes.plot([], [], color=color, linewidth=1.4, label=name))
+        if name.startswith("val_"):
+            return tuple(axes.plot([], [], "o--", color=color, markersize=4, linewidth=1, label=name))
+        return (
+            *axes.plot([], [], color=color, alpha=0.25, linewidth=1),
+            *axes.plot([], [], color=color, linewidth=1.4, label=name),
+        )
 
     def add(
         self,
@@ -101,7 +112,8 @@ class LivePlot:
             if name not in self.history: self.history[name] = array("d"), array("d")
             steps, values = self.history[name]
             steps.append(metrics["step"])
-            values.append(value if value is not None and abs(value) < 1e300 else float("nan"))        # what nobody can draw is a gap
+            # what nobody can draw is a gap
+            values.append(value if value is not None and abs(value) < 1e300 else float("nan"))
         self.turns += [(metrics["step"] - 1, name, value) for name, value in (turned or {}).items()]
 
     def read(
@@ -124,7 +136,9 @@ class LivePlot:
 
     def is_due(self) -> bool:
         "Has enough time passed to draw again?"
-        return time.perf_counter() - self.drawn >= min(0.5 * 2**min(self.times, 5), max(0.5, self.cost / SHARE))
+        return time.perf_counter() - self.drawn >= min(
+            0.5 * 2 ** min(self.times, 5), max(0.5, self.cost / SHARE)
+        )
 
     def png(
         self,
@@ -138,38 +152,57 @@ class LivePlot:
             x, y = _thinned(*self[name])
             lines[0].set_data(x, y)
             if len(lines) == 1: continue
-            parts = np.split(y, np.searchsorted(x, [step for step, _, _ in turns], side="right"))      # no effect before its cause
+            # no effect before its cause
+            parts = np.split(y, np.searchsorted(x, [step for step, _, _ in turns], side="right"))
             lines[1].set_data(x, np.concatenate([_smooth(part, len(y) // 40 * 2 + 1) for part in parts]))
         self._mark(turns)
         for axes in self.axes:
             axes.relim()
             axes.autoscale_view()
             axes.tick_params(labelleft=bool(self.history), labelbottom=bool(self.history))
-            labelled = [line for line in axes.get_lines() if line.get_label()[0] != "_" and len(line.get_xdata())]
-            if len(labelled) > 1: axes.legend(handles=labelled, fontsize=7)
+            labelled = [
+                line for line in axes.get_lines() if line.get_label()[0] != "_" and len(line.get_xdata())
+            ]
+            if len(labelled) > 1:
+                axes.legend(handles=labelled, fontsize=7)
         self.canvas.print_png(file)
         took, self.drawn, self.times = time.perf_counter() - start, time.perf_counter(), self.times + 1
-        self.cost = min(took, 0.7 * self.cost + 0.3 * took) if self.cost else took     # one slow drawing is no price to plan by
+        # one slow drawing is no price to plan by
+        self.cost = min(took, 0.7 * self.cost + 0.3 * took) if self.cost else took
         return file.getvalue()
 
     def _turns(self) -> list[tuple[int, str, float]]:
         "The turns of knobs; several of one knob within a short while, as a slider makes them, are one."
         kept, width = [], max((x[-1] for x, _ in self.history.values()), default=0) / 25
         for step, name, value in self.turns:
-            kept = [turn for turn in kept if turn[1] != name or step - turn[0] > width] + [(step, name, value)]
+            kept = [turn for turn in kept if turn[1] != name or step - turn[0] > width] + [
+                (step, name, value)
+            ]
         return kept
 
     def _mark(self, kept: list[tuple[int, str, float]]):
         "A line for each turn."
         for mark in self.marks: mark.remove()
         self.marks, middle = [], max((x[-1] for x, _ in self.history.values()), default=0) / 2
-        for axes in self.axes: self.marks += [axes.axvline(step, color="0.4", linestyle=":", linewidth=1) for step, _, _ in kept]
-        for i, (step, name, value) in enumerate(kept[-6:]):               # names of the last few, below each other
-            late = step > middle                                          # its name stands where there is room
-            self.marks.append(self.axes[0].annotate(
-                f"{name} {value:.3g}", (step, 0.97 - 0.11 * (i % 3)), xycoords=("data", "axes fraction"), xytext=(-3 if late else 3, 0),
-                textcoords="offset points", ha="right" if late else "left", va="top", fontsize=7, color="0.3",
-                bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}))
+        for axes in self.axes:
+            self.marks += [axes.axvline(step, color="0.4", linestyle=":", linewidth=1) for step, _, _ in kept]
+        # names of the last few, below each other
+        for i, (step, name, value) in enumerate(kept[-6:]):
+            late = step > middle  # its name stands where there is room
+            self.marks.append(
+                self.axes[0].annotate(
+                    f"{name} {value:.3g}",
+                    (step, 0.97 - 0.11 * (i % 3)),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(-3 if late else 3, 0),
+                    textcoords="offset points",
+                    ha="right" if late else "left",
+                    va="top",
+                    fontsize=7,
+                    color="0.3",
+                    bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+                )
+            )
 
 # %% ../nbs/63_lab.ipynb #f1db6af2
 def make_slider(
@@ -179,16 +212,23 @@ def make_slider(
 ) -> widgets.Widget: # the slider
     "A slider that turns a knob."
     look = {"layout": {"width": "330px"}, "style": {"description_width": "140px"}, "description": name}
-    if name == "learning_rate_factor": slider = widgets.FloatLogSlider(value, min=-2, max=1, step=0.02, readout_format=".2g", **look)
+    if name == "learning_rate_factor":
+        slider = widgets.FloatLogSlider(value, min=-2, max=1, step=0.02, readout_format=".2g", **look)
     else:
-        least, most = {"clip_range": (0.01, 1), "temperature": (0.1, 2), "target_kl": (0, 0.5)}.get(name, (0, max(0.5, 10 * value)))
-        slider = widgets.FloatSlider(value, min=min(least, value), max=max(most, value), step=0.001, readout_format=".3g", **look)
+        least, most = {"clip_range": (0.01, 1), "temperature": (0.1, 2), "target_kl": (0, 0.5)}.get(
+            name, (0, max(0.5, 10 * value))
+        )
+        slider = widgets.FloatSlider(
+            value, min=min(least, value), max=max(most, value), step=0.001, readout_format=".3g", **look
+        )
     slider.observe(lambda change: turn(name, change.new), "value")
     return slider
 
 # %% ../nbs/63_lab.ipynb #58960b74
-NO_FRONT_END = ("The panel needs the widgets of JupyterLab: pip install ipywidgets where JupyterLab runs, and load the page anew. The "
-                "training goes on without it; in a cell there are live.pause(), live.start(), live.stop(), and trainer.knobs.")
+NO_FRONT_END = (
+    "The panel needs the widgets of JupyterLab: pip install ipywidgets where JupyterLab runs, and load the page anew. The "
+    "training goes on without it; in a cell there are live.pause(), live.start(), live.stop(), and trainer.knobs."
+)
 
 
 class Panel:
@@ -199,23 +239,41 @@ class Panel:
         total: int, # steps of the whole training
         act: Callable[[str], None], # called with "run", "step", "stop", "sample" or "save", on any thread
     ):
-        looks = {"run": ("Run", "play", "success"), "step": ("Step", "step-forward", ""), "stop": ("Stop", "stop", "danger"),
-                 "sample": ("Sample", "comment", ""), "save": ("Save", "save", "")}
-        self.buttons = {name: widgets.Button(description=text, icon=icon, button_style=style, layout={"width": "92px"})
-                        for name, (text, icon, style) in looks.items()}
-        for name, button in self.buttons.items(): button.on_click(lambda _, name=name: act(name))
+        looks = {
+            "run": ("Run", "play", "success"),
+            "step": ("Step", "step-forward", ""),
+            "stop": ("Stop", "stop", "danger"),
+            "sample": ("Sample", "comment", ""),
+            "save": ("Save", "save", ""),
+        }
+        self.buttons = {
+            name: widgets.Button(description=text, icon=icon, button_style=style, layout={"width": "92px"})
+            for name, (text, icon, style) in looks.items()
+        }
+        for name, button in self.buttons.items():
+            button.on_click(lambda _, name=name: act(name))
         self.bar, self.status = widgets.IntProgress(max=total, layout={"width": "200px"}), widgets.Label()
-        self.knobs, self.known = knobs, dict.fromkeys(knobs.snapshot())   # known: how they stood when somebody last looked
-        self.sliders = {name: make_slider(name, value, self._turn) for name, value in knobs.snapshot().items()}
+        self.knobs = knobs  # known: how they stood when somebody last looked
+        self.known = dict.fromkeys(knobs.snapshot())
+        self.sliders = {
+            name: make_slider(name, value, self._turn) for name, value in knobs.snapshot().items()
+        }
         self.message, self.samples = widgets.HTML(), widgets.HTML()
-        rows = [widgets.HBox([*self.buttons.values(), self.bar, self.status], layout={"flex_flow": "row wrap"}),
-                widgets.HBox([*self.sliders.values()], layout={"flex_flow": "row wrap"}), self.message, self.samples]
+        rows = [
+            widgets.HBox([*self.buttons.values(), self.bar, self.status], layout={"flex_flow": "row wrap"}),
+            widgets.HBox([*self.sliders.values()], layout={"flex_flow": "row wrap"}),
+            self.message,
+            self.samples,
+        ]
         self.all = widgets.VBox(rows)
 
-    def _repr_mimebundle_(self, **kwargs) -> dict: return {**self.all._repr_mimebundle_(**kwargs), "text/plain": NO_FRONT_END}
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        return {**self.all._repr_mimebundle_(**kwargs), "text/plain": NO_FRONT_END}
 
     def _turn(self, name: str, value: float):
-        if math.isclose(value, getattr(self.knobs, name), rel_tol=1e-9): return       # a browser has counted logarithms its own way
+        # a browser has counted logarithms its own way
+        if math.isclose(value, getattr(self.knobs, name), rel_tol=1e-9):
+            return
         setattr(self.knobs, name, value)
         self.known[name] = value
 
@@ -227,17 +285,21 @@ class Panel:
         over: bool, # is there nothing left to press?
     ):
         "Show how things stand. A knob that was turned elsewhere takes its slider along."
-        run, self.bar.value, self.status.value = self.buttons["run"], done, status
+        run = self.buttons["run"]
+        self.bar.value = done
+        self.status.value = status
         run.description, run.icon = ("Pause", "pause") if playing else ("Run", "play")
         self.bar.bar_style = "success" if over else "info" if playing else ""
         for name in ("run", "step", "stop"): self.buttons[name].disabled = over
         for name, value in self.knobs.snapshot().items():
-            if value == self.known[name]: continue                        # a slider that is being moved is not held back
+            if value == self.known[name]:  # a slider that is being moved is not held back
+                continue
             slider, at = self.sliders[name], value
-            if isinstance(slider, widgets.FloatLogSlider): at = math.log10(max(value, 1e-6))
+            if isinstance(slider, widgets.FloatLogSlider):
+                at = math.log10(max(value, 1e-6))
             slider.min, slider.max = min(slider.min, at), max(slider.max, at)
             slider.value, self.known[name] = max(value, 10**slider.min) if at != value else value, value
-            setattr(self.knobs, name, value)                              # also where the slider cannot show it, as a factor of 0
+            setattr(self.knobs, name, value)  # also where the slider cannot show it, as a factor of 0
 
     def say(
         self,
@@ -247,7 +309,9 @@ class Panel:
         "Show a message."
         look = "border-left:3px solid #d1495b;padding-left:8px" if bad else "opacity:0.8"
         look += ";max-width:900px;line-height:1.4;white-space:pre-wrap"
-        self.message.value = f'<div style="{look}"><code style="all:unset">{html.escape(text)}</code></div>' if text else ""
+        self.message.value = (
+            f'<div style="{look}"><code style="all:unset">{html.escape(text)}</code></div>' if text else ""
+        )
 
 # %% ../nbs/63_lab.ipynb #1677e649
 def samples_table(
@@ -256,10 +320,16 @@ def samples_table(
 ) -> str: # HTML
     "A table of samples, in which all text is only text."
     worth = any(score is not None for _, _, score in samples)
-    def cell(inside, style): return f'<td style="padding:2px 10px 6px 0;vertical-align:top;text-align:left;{style}">{inside}</td>'
-    def text(words): return f'<code style="all:unset">{html.escape(words).replace(chr(10), "↵<br>")}</code>'      # where a $ is a $
-    rows = [cell("" if score is None else f"{score:.3g}", "text-align:right;font-weight:600") * worth + cell(text(asked), "opacity:0.6") +
-            cell(text(said), "") for asked, said, score in samples]
+    def cell(inside, style):
+        return f'<td style="padding:2px 10px 6px 0;vertical-align:top;text-align:left;{style}">{inside}</td>'
+    def text(words):  # where a $ is a $
+        return f'<code style="all:unset">{html.escape(words).replace(chr(10), "↵<br>")}</code>'
+    rows = [
+        cell("" if score is None else f"{score:.3g}", "text-align:right;font-weight:600") * worth
+        + cell(text(asked), "opacity:0.6")
+        + cell(text(said), "")
+        for asked, said, score in samples
+    ]
     body = "".join(f'<tr style="background:none">{row}</tr>' for row in rows)
     return f'<div style="opacity:0.7">{html.escape(head)}</div><table style="max-width:900px;font-family:monospace">{body}</table>'
 
@@ -267,7 +337,9 @@ def samples_table(
 def kernel_loop() -> asyncio.AbstractEventLoop | None:
     "The event loop of the kernel this runs in; `None` where nobody can press a button."
     kernel = getattr(get_ipython(), "kernel", None)
-    if os.environ.get("IN_TEST") or not getattr(kernel, "_allow_stdin", kernel): return None   # who cannot be asked cannot press
+    # who cannot be asked cannot press
+    if os.environ.get("IN_TEST") or not getattr(kernel, "_allow_stdin", kernel):
+        return None
     try: return asyncio.get_running_loop()
     except RuntimeError: return None                                      # not on the kernel's own thread
 
@@ -283,7 +355,8 @@ class _Waiting(ast.NodeTransformer):
     "Looks at each cell before it runs, and lets those wait that were sent together with the one that started a training, or at its end."
     def __init__(self, live: "Live"):
         now, sent = datetime.now(UTC), _sent() or datetime.min.replace(tzinfo=UTC)
-        took = now - sent if timedelta() < now - sent < timedelta(minutes=10) else timedelta()        # else the clocks disagree
+        # else the clocks disagree
+        took = now - sent if timedelta() < now - sent < timedelta(minutes=10) else timedelta()
         self.live, self.until = weakref.ref(live), sent + took + timedelta(seconds=0.25)
 
     def visit(self, node):
@@ -306,8 +379,12 @@ class StepLoop:
         trainer: Trainer, # of any stage
     ):
         self.trainer, self.playing = trainer, False
-        self._pieces, self._pending_steps, self._actions = None, 0, deque()         # of the step under way; single steps; other wishes
-        self._task, self._loop, self._context = None, None, None
+        self._pieces = None  # of the step under way; single steps; other wishes
+        self._pending_steps = 0
+        self._actions = deque()
+        self._task = None
+        self._loop = None
+        self._context = None
         self._busy, self._asked = False, False                            # for ■
 
     @property
@@ -326,7 +403,8 @@ class StepLoop:
         self._play()
         self._say("Another cell waits for the end. ■ pauses.")
         with self._listening():
-            while self.playing and self._has_work(): self._work()
+            while self.playing and self._has_work():
+                self._work()
         if not self.is_done: self._say("")
         self._settle()
         return self.is_done
@@ -345,7 +423,12 @@ class StepLoop:
     def _play(self, playing: bool = True): self.playing, self._asked = playing and not self.is_done, False
 
     def _has_work(self) -> bool:
-        return self._pieces is not None or bool(self._actions) or bool(self.playing or self._pending_steps) and not self.is_done
+        return (
+            self._pieces is not None
+            or bool(self._actions)
+            or bool(self.playing or self._pending_steps)
+            and not self.is_done
+        )
 
     def _advance(self):
         "One piece of work: the next piece of a step, or, between steps, a wish, or the end."
@@ -362,7 +445,8 @@ class StepLoop:
         except BaseException as e:
             self._pieces, self._pending_steps = None, max(0, self._pending_steps - 1)
             if self.is_done: self._end()
-            elif self.is_over: self._pending_steps = 1                             # the end is still to be written
+            elif self.is_over:  # the end is still to be written
+                self._pending_steps = 1
             if not isinstance(e, StopIteration): raise
             self._stepped()
 
@@ -370,7 +454,11 @@ class StepLoop:
         "A piece of work; if something goes wrong, that is said, and the training pauses."
         try: self._advance()
         except KeyboardInterrupt:
-            how = "ends the step, with the knobs that it began with" if self.trainer.has_partial_step else "goes on"
+            how = (
+                "ends the step, with the knobs that it began with"
+                if self.trainer.has_partial_step
+                else "goes on"
+            )
             self.pause(f"Cut short. Run {how}.")
         except UserError as e: self.pause(str(e), bad=True)
         except Exception as e:
@@ -379,22 +467,26 @@ class StepLoop:
 
     async def _main(self):
         "The task: work, and come up for air."
-        await asyncio.sleep(0.005)                                        # the cell that began this ends first
+        await asyncio.sleep(0.005)  # the cell that began this ends first
         try:
             while self._has_work():
                 StepLoop._interrupt_target, breath = self, time.perf_counter()
-                if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL):      # no cell is running that would hear ■
+                # no cell is running that would hear ■
+                if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL):
                     StepLoop._previous_handler = signal.signal(signal.SIGINT, StepLoop._hear)
-                while self._has_work() and time.perf_counter() - breath < YIELD_EVERY: self._work()
+                while self._has_work() and time.perf_counter() - breath < YIELD_EVERY:
+                    self._work()
                 await asyncio.sleep(0.001)
         finally:
             if StepLoop._interrupt_target is self: StepLoop._interrupt_target = None
-            if StepLoop._interrupt_target is None and signal.getsignal(signal.SIGINT) == StepLoop._hear: signal.signal(signal.SIGINT, StepLoop._previous_handler)
+            if StepLoop._interrupt_target is None and signal.getsignal(signal.SIGINT) == StepLoop._hear:
+                signal.signal(signal.SIGINT, StepLoop._previous_handler)
         self._settle()
 
     def _wake(self):
         "Let the task work, if it is not at it."
-        if self._task is None or self._task.done(): self._task = self._loop.create_task(self._main(), context=self._context)
+        if self._task is None or self._task.done():
+            self._task = self._loop.create_task(self._main(), context=self._context)
 
     @staticmethod
     def _hear(number, frame):
@@ -404,7 +496,9 @@ class StepLoop:
     def _interrupt(self, number=None, frame=None):
         "■, or Ctrl-C."
         if self._asked and self._busy: raise KeyboardInterrupt
-        self.playing, self._pending_steps, self._asked = False, 0, True
+        self.playing = False
+        self._pending_steps = 0
+        self._asked = True
 
     @contextmanager
     def _listening(self):
@@ -431,8 +525,13 @@ class RunRecorder:
         trainer: Trainer, # of any stage
         root: str | Path | None, # directory of all runs; `None`: nothing is written
     ):
-        self.trainer, self.root, self.run, self.finished = trainer, root, None, False
-        self._exit, self._save, self._missed = ExitStack(), None, []      # missed: steps taken while it was closed
+        self.trainer = trainer
+        self.root = root
+        self.run = None
+        self.finished = False
+        self._exit = ExitStack()  # missed: steps taken while it was closed
+        self._save = None
+        self._missed = []
 
     @property
     def is_open(self) -> bool: return self._save is not None
@@ -440,7 +539,11 @@ class RunRecorder:
     @property
     def wanted(self) -> bool:
         "Is there a run directory to look after, or shall there be? Somebody else's is left alone."
-        return self.root is not None and isinstance(self.trainer, StageTrainer) and self.trainer.run_dir is self.run
+        return (
+            self.root is not None
+            and isinstance(self.trainer, StageTrainer)
+            and self.trainer.run_dir is self.run
+        )
 
     def open(self) -> bool: # was the trainer brought to where a checkpoint was?
         "Open it, if it can be. Raises `UserError` as `open_run` does."
@@ -458,7 +561,9 @@ class RunRecorder:
         "What the log has seen since the last checkpoint; that is something if a save has failed, or a knob was turned since."
         if self.run is None: return []
         at = max((int(path.name[5:]) for path in checkpoints(self.run.path)), default=-1)
-        return [row for row in _lines(self.run.path) if not is_before(row, at) and row.get("event") != "resume"]
+        return [
+            row for row in _lines(self.run.path) if not is_before(row, at) and row.get("event") != "resume"
+        ]
 
     def note(
         self,
@@ -476,7 +581,11 @@ class RunRecorder:
         "Save now. `None` if it is closed, for then all is saved."
         if self.is_open: return self._save()
         theirs = self.trainer.run_dir
-        return save_checkpoint(self.trainer, theirs) if isinstance(theirs, Run) and theirs is not self.run else None
+        return (
+            save_checkpoint(self.trainer, theirs)
+            if isinstance(theirs, Run) and theirs is not self.run
+            else None
+        )
 
     def close(self) -> bool: # has the training come to its end just now?
         "Save where it stands, or write the model. Raises whatever writing raises; then it can be opened, and closed, again."
@@ -520,10 +629,16 @@ class Throughput:
         return speed + ([f"{span(float(np.median(self.took)) * left)} left"] if self.took and left else [])
 
 # %% ../nbs/63_lab.ipynb #1765a7aa
-PANELS = { # what is drawn, for each stage
-    "ppo": {"reward": ("reward", "val_reward"), "KL to the reference (nats a response)": ("kl", "val_kl", "row_logratio"),
-            "entropy (nats a token)": ("entropy",)},
-    "reward": {"loss": ("loss", "val_loss"), "accuracy, or correlation": ("accuracy", "val_accuracy", "val_correlation")},
+PANELS = {  # what is drawn, for each stage
+    "ppo": {
+        "reward": ("reward", "val_reward"),
+        "KL to the reference (nats a response)": ("kl", "val_kl", "row_logratio"),
+        "entropy (nats a token)": ("entropy",),
+    },
+    "reward": {
+        "loss": ("loss", "val_loss"),
+        "accuracy, or correlation": ("accuracy", "val_accuracy", "val_correlation"),
+    },
     "": {"loss (nats a token)": ("loss", "val_loss"), "learning rate": ("learning_rate",)},
 }
 logger = logging.getLogger("mlx_pretrain")
@@ -540,7 +655,8 @@ class _Told(logging.Handler):
     def emit(self, record):
         text = record.getMessage()
         self.last[kind := re.sub(r"[\d.]+", "", text)[:40]] = text
-        if len(self.last) > 3: del self.last[next(key for key in self.last if key != kind)]
+        if len(self.last) > 3:
+            del self.last[next(key for key in self.last if key != kind)]
         self.say("\n".join(self.last.values()))
 
 # %% ../nbs/63_lab.ipynb #5ef9a970
@@ -559,16 +675,24 @@ class Live(StepLoop):
         extra_metrics: dict[str, Callable[[Trainer], float]] | None = None, # more metrics, measured after each step: name → function
     ):
         super().__init__(trainer)
-        self.extra_metrics, self.record, self.pace = extra_metrics or {}, RunRecorder(trainer, root), Throughput()
+        self.extra_metrics = extra_metrics or {}
+        self.record = RunRecorder(trainer, root)
+        self.pace = Throughput()
         self.curves = LivePlot(panels or PANELS.get(getattr(trainer, "stage", ""), PANELS[""]))
-        me = weakref.ref(self)                                            # a widget lives as long as the kernel; the trainer need not
-        self.panel = Panel(trainer.knobs, trainer.total_steps, lambda name: (live := me()) and live._act(name))
+        me = weakref.ref(self)  # a widget lives as long as the kernel; the trainer need not
+        self.panel = Panel(
+            trainer.knobs, trainer.total_steps, lambda name: (live := me()) and live._act(name)
+        )
         self._id, self._told = f"mlx-pretrain-{os.getpid()}-{next(_ids)}", _Told(lambda text: self._say(text))
-        self._stood, self._trouble = trainer.last_knobs, ""               # knobs of the last step; an error's sentence
-        self._refreshed, self._drawn, self._gone = 0.0, False, False
+        self._stood = trainer.last_knobs  # knobs of the last step; an error's sentence
+        self._trouble = ""
+        self._refreshed = 0.0
+        self._drawn = False
+        self._gone = False
         earlier = [getattr(callback, "__self__", None) for callback in trainer.callbacks]
         for old in earlier:
-            if isinstance(old, Live): self._follow(old)
+            if isinstance(old, Live):
+                self._follow(old)
         trainer.callbacks.insert(0, self._observe)
 
     def start(self) -> None:
@@ -576,14 +700,20 @@ class Live(StepLoop):
 
         Where there is a panel, it shows what goes wrong.
         """
-        if self._gone: raise TrainingError("another panel shows this training now; show() that one, or make a new one: Live(trainer)")
-        if (loop := kernel_loop()) is None: return self.run()
+        if self._gone:
+            raise TrainingError(
+                "another panel shows this training now; show() that one, or make a new one: Live(trainer)"
+            )
+        if (loop := kernel_loop()) is None:
+            return self.run()
         self._open()
         self._alone()
         self._play()
         self.show()
         shell = get_ipython()
-        shell.ast_transformers[:] = [t for t in shell.ast_transformers if not isinstance(t, _Waiting)] + [_Waiting(self)]
+        shell.ast_transformers[:] = [t for t in shell.ast_transformers if not isinstance(t, _Waiting)] + [
+            _Waiting(self)
+        ]
         loop.call_soon(self._wake, context=self._context)
 
     def show(self) -> None:
@@ -598,14 +728,19 @@ class Live(StepLoop):
         "Train to the end without a panel. Ctrl-C ends it after the step, and saves. Raises whatever the training raises."
         self._open()
         trainer, in_kernel = self.trainer, getattr(get_ipython(), "kernel", None) is not None
-        if kernel_loop() is None: print(NOBODY, file=sys.stdout if in_kernel else sys.stderr)
+        if kernel_loop() is None:
+            print(NOBODY, file=sys.stdout if in_kernel else sys.stderr)
         try:
             with self.record, ExitStack() as stack:
                 if in_kernel: self.show()
-                else: trainer.callbacks.append(stack.enter_context(ProgressBar(trainer.total_steps, trainer.steps_done)))
+                else:
+                    trainer.callbacks.append(
+                        stack.enter_context(ProgressBar(trainer.total_steps, trainer.steps_done))
+                    )
                 stack.enter_context(stop_between_steps(trainer))
                 self._play()
-                while self.playing and self._has_work(): self._advance()
+                while self.playing and self._has_work():
+                    self._advance()
         finally: self.playing = trainer.stop_requested = False
         if not self.is_over: raise KeyboardInterrupt
 
@@ -613,12 +748,14 @@ class Live(StepLoop):
         "End the training here, and save where it stands. `start` goes on from there."
         self.pause()
         if self.record.is_behind: self._open()
-        if self.trainer.has_partial_step:                                        # a checkpoint in the middle of a step is of no use
+        # a checkpoint in the middle of a step is of no use
+        if self.trainer.has_partial_step:
             self._take_piece()
             while self._pieces: self._take_piece()
         self._close()
         where = f" It is saved in {self.record.run.path}." if self.record.run else ""
-        if not self.is_over: self._say(f"Stopped after step {self.trainer.steps_done}.{where} Run goes on from there.")
+        if not self.is_over:
+            self._say(f"Stopped after step {self.trainer.steps_done}.{where} Run goes on from there.")
         self._settle()
 
     @property
@@ -628,7 +765,8 @@ class Live(StepLoop):
 
     def _alone(self):
         "Pause whoever trains now. Until it is done, the last one is kept alive, for perhaps nothing but its buttons knows it."
-        if (other := Live._running) not in (None, self) and other.playing: other.pause("Paused, because another training was started.")
+        if (other := Live._running) not in (None, self) and other.playing:
+            other.pause("Paused, because another training was started.")
         Live._running = self
 
     def _play(self, playing: bool = True):
@@ -650,13 +788,16 @@ class Live(StepLoop):
         self.curves.history, self.curves.turns = old.curves.history, old.curves.turns
 
     def _open(self):
-        if self.record.open(): self.curves.read(self.record.run.path)
+        if self.record.open():
+            self.curves.read(self.record.run.path)
         self._stood = self.trainer.last_knobs
-        self.panel.bar.max = self.trainer.total_steps                     # of a resumed run there may be others
+        self.panel.bar.max = self.trainer.total_steps  # of a resumed run there may be others
 
     def _close(self):
         if not self.record.close(): return
-        self._say("\n".join([*self._told.last.values(), f"Finished. The model is in {self.record.run.path}/model."]))
+        self._say(
+            "\n".join([*self._told.last.values(), f"Finished. The model is in {self.record.run.path}/model."])
+        )
 
     def _end(self):
         super()._end()
@@ -669,7 +810,9 @@ class Live(StepLoop):
         "A button was pressed; perhaps on another thread, so that it only leaves a wish."
         if self._gone: return
         self._asked = False
-        if name == "run" and self.panel.buttons["run"].description == "Pause": self.playing = False   # what it said when it was pressed
+        # what it said when it was pressed
+        if name == "run" and self.panel.buttons["run"].description == "Pause":
+            self.playing = False
         elif name == "run": self._play()
         elif name == "step":
             self._play(False)
@@ -683,12 +826,22 @@ class Live(StepLoop):
         "What was wished for, between two steps."
         if wish == "save" and (self.record.is_behind or self.record.run is None): self._open()
         if wish == "stop": self.stop()
-        elif wish == "save" and (path := self.record.save()): self._say(f"Saved in {path}.")
+        elif wish == "save" and (path := self.record.save()):
+            self._say(f"Saved in {path}.")
         elif wish == "save" and self.record.run: self._say(f"All is saved in {self.record.run.path}.")
-        elif wish == "save": self._say("There is no run directory to save in: give one with Live(trainer, root=…). Only the trainers of "
-                                       "pretraining, fine-tuning, rewards and PPO are recorded.")
-        elif samples := self.trainer.samples(): self.panel.samples.value = samples_table(samples, f"after step {self.trainer.steps_done}")
-        else: self._say("There is nothing to sample yet." if isinstance(self.trainer, StageTrainer) else "This trainer has no samples.")
+        elif wish == "save":
+            self._say(
+                "There is no run directory to save in: give one with Live(trainer, root=…). Only the trainers of "
+                "pretraining, fine-tuning, rewards and PPO are recorded."
+            )
+        elif samples := self.trainer.samples():
+            self.panel.samples.value = samples_table(samples, f"after step {self.trainer.steps_done}")
+        else:
+            self._say(
+                "There is nothing to sample yet."
+                if isinstance(self.trainer, StageTrainer)
+                else "This trainer has no samples."
+            )
 
     def _advance(self):
         if self._pieces is None and not self._actions: self._open()        # again, after a stop
@@ -706,7 +859,8 @@ class Live(StepLoop):
         self._stood = trainer.last_knobs
         self.pace.add(metrics)
         try:
-            for name, look in self.extra_metrics.items(): metrics[name] = float(look(trainer))
+            for name, look in self.extra_metrics.items():
+                metrics[name] = float(look(trainer))
         finally:
             self.curves.add(metrics, turned)
             self.record.note(metrics)
@@ -719,8 +873,10 @@ class Live(StepLoop):
         self._update()
 
     def _update(self):
-        if time.perf_counter() - self._refreshed >= 0.5: self._refresh()
-        if self.curves.is_due(): self._draw()
+        if time.perf_counter() - self._refreshed >= 0.5:
+            self._refresh()
+        if self.curves.is_due():
+            self._draw()
 
     def _settle(self):
         self.pace.pause()
@@ -729,7 +885,8 @@ class Live(StepLoop):
 
     def _say(self, text: str, bad: bool = False):
         if bad: self._trouble = text
-        elif self._trouble: text = f"{self._trouble}\n{text}".strip()     # an error's sentence stays until somebody goes on
+        elif self._trouble:  # an error's sentence stays until somebody goes on
+            text = f"{self._trouble}\n{text}".strip()
         self.panel.say(text, bad=bool(self._trouble))
 
     def line(self) -> str:
@@ -740,7 +897,12 @@ class Live(StepLoop):
         return "  ·  ".join([f"{state}: step {done:,} of {total:,}", *self.pace.told(total - done)])
 
     def _refresh(self):
-        self.panel.refresh(self.trainer.steps_done, "" if self._gone else self.line(), self.playing, self.is_done or self._gone)
+        self.panel.refresh(
+            self.trainer.steps_done,
+            "" if self._gone else self.line(),
+            self.playing,
+            self.is_done or self._gone,
+        )
         self._refreshed = time.perf_counter()
 
     def _draw(self, update: bool = True):
@@ -748,4 +910,6 @@ class Live(StepLoop):
         if get_ipython() is None or update and not self._drawn: return
         picture = {"image/png": self.curves.png(self.line()), "text/plain": self.line()}
         width = int(self.curves.figure.get_figwidth() * 100)
-        display(picture, raw=True, metadata={"image/png": {"width": width}}, display_id=self._id, update=update)
+        display(
+            picture, raw=True, metadata={"image/png": {"width": width}}, display_id=self._id, update=update
+        )

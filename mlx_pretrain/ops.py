@@ -50,9 +50,10 @@ def _exp_by_bits(x: mx.array) -> mx.array:
     """
     x = mx.clip(x.astype(mx.float32), -87.0, 88.0)
     n = mx.round(x * 1.44269504)
-    f = (x - n * 0.693359375) + n * 2.12194440e-4                         # x − n·ln 2, in two parts for accuracy
+    f = (x - n * 0.693359375) + n * 2.12194440e-4  # x − n·ln 2, in two parts for accuracy
     p = 1.9875691500e-4
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1): p = p * f + c
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * f + c
     return (p * (f * f) + f + 1) * ((n.astype(mx.int32) + 127) << 23).view(mx.float32)
 
 
@@ -83,7 +84,9 @@ def swiglu(
 def _swiglu_vjp(primals, cotangent, _):
     gate, up = primals
     s = _sigmoid(gate)
-    return (cotangent * up * s * (1 + gate * (1 - s))).astype(gate.dtype), (cotangent * gate * s).astype(up.dtype)
+    return (cotangent * up * s * (1 + gate * (1 - s))).astype(gate.dtype), (cotangent * gate * s).astype(
+        up.dtype
+    )
 
 # %% ../nbs/16_ops.ipynb #88c7a6f7
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ class Rope:
         offset: int | mx.array = 0, # position of the first token: one for all, or (B,) int32, one a row; may be negative over padding
     ) -> mx.array: # same shape
         "Turn every pair by its position over its period."
-        return mx.fast.rope(x, x.shape[-1], traditional=self.traditional, base=None, scale=1.0, offset=offset, freqs=self.periods)
+        return mx.fast.rope(x, x.shape[-1], traditional=self.traditional, base=None, scale=1.0, offset=offset,
+                            freqs=self.periods)
 
 # %% ../nbs/16_ops.ipynb #16a52c51
 @mx.custom_function
@@ -107,11 +111,11 @@ def _attend(q, k, v, mask):
     "Softmax attention with the quick exponential: q (B, K, H/K·T, head_dim), scaled; k, v (B, K, S, head_dim); mask (…, T, S)"
     B, K, rows, _ = q.shape
     T, S = mask.shape[-2:]
-    s = (q @ k.swapaxes(-1, -2)).reshape(B, K, rows // T, T, S)           # a group of heads as an axis, for the mask
+    s = (q @ k.swapaxes(-1, -2)).reshape(B, K, rows // T, T, S)  # a group of heads as an axis, for the mask
     s = mx.where(mask, s, -mx.inf)
     e = mx.where(mask, _exp(s - s.max(axis=-1, keepdims=True)), 0)
     p = (e / e.sum(axis=-1, keepdims=True)).reshape(B, K, rows, S).astype(v.dtype)
-    return p @ v, p                                                       # (B, K, rows, head_dim), (B, K, rows, S)
+    return p @ v, p  # (B, K, rows, head_dim), (B, K, rows, S)
 
 
 @_attend.vjp
@@ -129,7 +133,9 @@ def _softmax_attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | N
     "Shapes: q (B, H, T, head_dim), k and v (B, K, S, head_dim), mask (B, 1, T, S) or none → (B, H, T, head_dim)"
     scale, (B, H, T, head_dim), (_, K, S, _) = q.shape[-1] ** -0.5, q.shape, k.shape
     if T == 1 or not _slow_exp():
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if mask is None else mask)
+        return mx.fast.scaled_dot_product_attention(
+            q, k, v, scale=scale, mask="causal" if mask is None else mask
+        )
     mask = _causal(T, S) if mask is None else mask[:, :, None]            # (T, S) or (B, 1, 1, T, S)
     return _attend((q * scale).reshape(B, K, -1, head_dim), k, v, mask)[0].reshape(B, H, T, head_dim)
 
@@ -146,11 +152,13 @@ def attention(
     "Rotary, causal, grouped-query attention: softmax(q·k / sqrt(head_dim)) · v."
     q, k, v = (z.swapaxes(1, 2) for z in (q, k, v))                       # (B, heads, T, head_dim)
     q, k = rope(q, offset), rope(k, offset)
-    if cache is not None: k, v = cache.append(k, v)                       # (B, K, S, head_dim): S = all tokens so far
+    if cache is not None:  # (B, K, S, head_dim): S = all tokens so far
+        k, v = cache.append(k, v)
     return _softmax_attention(q, k, v, mask).swapaxes(1, 2)               # (B, T, H, head_dim)
 
 # %% ../nbs/16_ops.ipynb #5b50ada1
-LOGITS = 2**19  # in one chunk: 2 MB, so that they stay in a processor's cache from the exponential to the gradient
+# in one chunk: 2 MB, so that they stay in a processor's cache from the exponential to the gradient
+LOGITS = 2**19
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -166,7 +174,7 @@ def _chunk_loss(h, w, t, m):
     z = e.sum(axis=-1, keepdims=True)                                     # (N, 1)
     t, m = t[:, None], m[:, None]                                         # (N, 1)
     nll = mx.log(z) + top - mx.take_along_axis(logits, t, axis=-1)        # (N, 1)
-    g = mx.where(m, e / z, 0)                                             # (N, V): softmax, nothing for rows that do not count
+    g = mx.where(m, e / z, 0)  # (N, V): softmax, nothing for rows that do not count
     g = mx.put_along_axis(g, t, mx.take_along_axis(g, t, axis=-1) - m, axis=-1).astype(h.dtype)
     return mx.where(m, nll, 0).sum(), g @ w, g.T @ h
 
@@ -175,9 +183,12 @@ def _fused(frozen: bool):
     "Makes the loss as a function of h, w, t, m; with a frozen weight, which gets no gradient, half the work."
     @mx.custom_function
     def loss(h, w, t, m):
-        total, dhs, dw = mx.array(0.0), [], mx.zeros(() if frozen else w.shape)       # float32, also where w is narrower
+        total = mx.array(0.0)  # float32, also where w is narrower
+        dhs = []
+        dw = mx.zeros(() if frozen else w.shape)
         for c in _chunks(h.shape[0], w.shape[0]):
-            rows = mx.depends([h[c]], [total, dw, *dhs[-1:]])[0]          # (rows, D), read only when the chunk before is done
+            # (rows, D), read only when the chunk before is done
+            rows = mx.depends([h[c]], [total, dw, *dhs[-1:]])[0]
             part, dh, dwi = _chunk_loss(rows, w, t[c], m[c])
             total, dw = total + part, dw if frozen else dw + dwi
             dhs.append(dh)
@@ -198,7 +209,11 @@ def _forward_loss(h, w, t, m):
     "The summed loss alone."
     logits = (h @ w.T).astype(mx.float32)                                 # (N, V)
     top = logits.max(axis=-1)                                             # (N,)
-    lse = mx.log(_exp(logits - top[:, None]).sum(axis=-1)) + top if _slow_exp() else mx.logsumexp(logits, axis=-1)
+    lse = (
+        mx.log(_exp(logits - top[:, None]).sum(axis=-1)) + top
+        if _slow_exp()
+        else mx.logsumexp(logits, axis=-1)
+    )
     return mx.where(m, lse - mx.take_along_axis(logits, t[:, None], axis=-1)[:, 0], 0).sum()
 
 
@@ -211,7 +226,9 @@ def head_loss(
     frozen: bool = False, # is the weight not trained? its gradient is zero then, and costs nothing
 ) -> tuple[mx.array, mx.array]: # (summed negative log-likelihood in nats, float32; how many tokens count, int32)
     "Cross-entropy of the next token, some rows at a time, so that memory does not grow with tokens × vocabulary."
-    h, t, m = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), loss_mask.reshape(-1)    # (N, D), (N,), (N,)
+    h = hidden.reshape(-1, hidden.shape[-1])  # (N, D), (N,), (N,)
+    t = targets.reshape(-1)
+    m = loss_mask.reshape(-1)
     if train: return (_fused_loss_frozen if frozen else _fused_loss)(h, weight, t, m)[0], m.sum()
     total = mx.array(0.0)
     for c in _chunks(h.shape[0], weight.shape[0]):

@@ -36,7 +36,9 @@ class SchedulerConfig(ConfigSection):
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("warmup_steps and warmup_ratio are two ways to say the same; keep one of them")
         if self.type == "cosine" and (self.warmup_steps or self.warmup_ratio):
-            raise ValueError("cosine has no warm-up; take cosine_with_warmup, or leave out warmup_steps and warmup_ratio")
+            raise ValueError(
+                "cosine has no warm-up; take cosine_with_warmup, or leave out warmup_steps and warmup_ratio"
+            )
         return self
 
 # %% ../nbs/40_optim.ipynb #fc2b6adb
@@ -57,7 +59,9 @@ def _check_room(cfg: SchedulerConfig, warmup: int, decay: int, total_steps: int)
     if total_steps == 0 or warmup + decay <= total_steps: return
     up = "training.scheduler.warmup_ratio" if cfg.warmup_steps is None else "training.scheduler.warmup_steps"
     down = f' and {decay} of decay ("training.scheduler.decay_ratio")' if cfg.type == "wsd" else ""
-    raise ConfigError(f'"{up}": {warmup} steps of warm-up{down} leave no room in a run of {total_steps}; take fewer')
+    raise ConfigError(
+        f'"{up}": {warmup} steps of warm-up{down} leave no room in a run of {total_steps}; take fewer'
+    )
 
 # %% ../nbs/40_optim.ipynb #baf57763
 def make_schedule(
@@ -70,7 +74,9 @@ def make_schedule(
     Raises `ConfigError` if warm-up and decay leave no room.
     Source: Loshchilov & Hutter 2017, SGDR, eq. 5 (cosine); Hu et al. 2024, MiniCPM, and Hägele et al. 2024 (wsd).
     """
-    warmup, decay, last = _warmup(cfg, total_steps), _decay(cfg, total_steps), max(1, total_steps - 1)
+    warmup = _warmup(cfg, total_steps)
+    decay = _decay(cfg, total_steps)
+    last = max(1, total_steps - 1)
     _check_room(cfg, warmup, decay, total_steps)
     top = last - min(decay, last) if cfg.type == "wsd" else warmup        # from here it comes down
 
@@ -170,7 +176,9 @@ def orthogonalize(
 
     Source: Jordan et al. 2024, Muon; the coefficients are theirs.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a = 3.4445
+    b = -4.7750
+    c = 2.0315
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix         # (short, long)
     x = x / mx.maximum(mx.sqrt(mx.square(x).sum(axis=1).sum()), 1e-7)
     for _ in range(rounds):
@@ -196,7 +204,10 @@ class Muon(optim.Optimizer):
 
     def init_single(self, parameter: mx.array, state: dict):
         "Begin at rest."
-        if parameter.ndim != 2: raise ValueError(f"Muon is for matrices, not for a parameter of shape {parameter.shape}; give it to AdamW")
+        if parameter.ndim != 2:
+            raise ValueError(
+                f"Muon is for matrices, not for a parameter of shape {parameter.shape}; give it to AdamW"
+            )
         state["v"] = mx.zeros_like(parameter)
 
     def apply_single(
@@ -208,7 +219,9 @@ class Muon(optim.Optimizer):
         "One parameter's update."
         state["v"] = v = self.momentum * state["v"] + gradient
         update = orthogonalize(gradient + self.momentum * v) * (0.2 * math.sqrt(max(parameter.shape)))
-        return parameter - self.learning_rate.astype(parameter.dtype) * (update + self.weight_decay * parameter)
+        return parameter - self.learning_rate.astype(parameter.dtype) * (
+            update + self.weight_decay * parameter
+        )
 
 # %% ../nbs/40_optim.ipynb #419d7ce4
 class Optimization(ConfigSection):
@@ -224,7 +237,8 @@ class Optimization(ConfigSection):
 
     @model_validator(mode="after")
     def _memory(self):
-        if not all(0 <= b < 1 for b in self.betas): raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
         if self.momentum is not None and self.optimizer not in ("muon", "sgd"):
             raise ValueError(f"momentum is for muon and sgd; {self.optimizer} has betas instead")
         return self
@@ -258,11 +272,15 @@ def check_optimizer(
     "Raise `ConfigError` if something is not an optimizer, or would not take the learning rate that it is given."
     name = type(optimizer).__name__
     if not isinstance(optimizer, optim.Optimizer):
-        raise ConfigError(f"the optimizer must be one of mlx.optimizers, or a subclass of its Optimizer; this is of the type {name}")
+        raise ConfigError(
+            f"the optimizer must be one of mlx.optimizers, or a subclass of its Optimizer; this is of the type {name}"
+        )
     if isinstance(optimizer, optim.MultiOptimizer):
         for one in optimizer.optimizers: check_optimizer(one)
     elif "learning_rate" in optimizer._schedulers:
-        raise ConfigError(f"{name} has a schedule of its own, which would overwrite the trainer's; give the optimizer a number as its "
-                          "learning rate, and the schedule to the trainer")
+        raise ConfigError(
+            f"{name} has a schedule of its own, which would overwrite the trainer's; give the optimizer a number as its "
+            "learning rate, and the schedule to the trainer"
+        )
     elif getattr(optimizer, "relative_step", False):
         raise ConfigError(f"{name} chooses its own learning rate; give it a number and relative_step=False")

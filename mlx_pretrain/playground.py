@@ -32,22 +32,31 @@ def tokenize_row(
     cfg: SFTConfig, # context size, mask, truncation
 ) -> tuple[Example, range, str]: # the whole row; the places that are cut off; what is to be said about it
     "A row in tokens. Raises `DataError`, in one sentence, if it cannot be used."
-    data, bos, context = cfg.data, len(_begin(tokenizer)), cfg.data.preprocessing.max_context_size
+    data = cfg.data
+    bos = len(_begin(tokenizer))
+    context = cfg.data.preprocessing.max_context_size
     try:
         whole = encode_pieces(tokenizer, [row_pieces(fmt, tokenizer, row.value)])[0]
         fits = truncate(whole, context, data.truncation, bos)
     except DataError as e: raise DataError(f"line {row.line}: {e}") from None
     n, cut = len(whole.ids), range(0)
     if fits is None: cut = range(n)
-    elif n > context: cut = range(bos, bos + n - context) if data.truncation == "keep_end" else range(context, n)
+    elif n > context:
+        cut = range(bos, bos + n - context) if data.truncation == "keep_end" else range(context, n)
     mask, kept = list(whole.loss_mask), [i for i in range(n) if i not in cut]
     for i, trained in zip(kept, fits.loss_mask if fits else ()): mask[i] = trained
     if not data.mask_prompt: mask = [True] * n
     mask[0] = False                                                       # nothing stands before it
     said = f"{n} tokens: {n - sum(mask)} read, {sum(mask)} trained"
     if n <= context: return Example(whole.ids, mask), cut, f"{said}; there is room for {context}."
-    what = "so the row is dropped" if fits is None else f"and cut off; {sum(mask[i] for i in kept)} stay trained"
-    return Example(whole.ids, mask), cut, f"{said}: {n - context} more than max_context_size ({context}), {what}."
+    what = (
+        "so the row is dropped" if fits is None else f"and cut off; {sum(mask[i] for i in kept)} stay trained"
+    )
+    return (
+        Example(whole.ids, mask),
+        cut,
+        f"{said}: {n - context} more than max_context_size ({context}), {what}.",
+    )
 
 # %% ../nbs/64_playground.ipynb #0f1d3b72
 MOST_ROWS = 10_000 # that are read
@@ -56,9 +65,18 @@ KEYS = ("prompt_format", "response_format", "system_prompt")
 
 def _as_yaml(fmt: PromptFormat) -> str:
     "The formats as lines of a configuration; none for rows that are plain texts."
-    by_template = fmt.prompt_format is None and fmt.input_field == fmt.output_field           # which writes the responses as well
-    values = {key: getattr(fmt, key) for key in KEYS if fmt.input_field and not (by_template and key == "response_format")}
-    lines = [f"  {key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items() if value is not None]
+    # which writes the responses as well
+    by_template = fmt.prompt_format is None and fmt.input_field == fmt.output_field
+    values = {
+        key: getattr(fmt, key)
+        for key in KEYS
+        if fmt.input_field and not (by_template and key == "response_format")
+    }
+    lines = [
+        f"  {key}: {json.dumps(value, ensure_ascii=False)}\n"
+        for key, value in values.items()
+        if value is not None
+    ]
     return f"data:\n{''.join(lines)}" if lines else ""
 
 
@@ -74,28 +92,46 @@ class Playground:
         pretrained: Pretrained | None = None, # whose tokenizer and format it is, if it is open already; else `cfg.pretrained_model`
     ):
         path, data = data_file(cfg.data, "input_file"), cfg.data
-        self.cfg, self.pretrained = cfg, load(cfg.pretrained_model) if pretrained is None and cfg.pretrained_model else pretrained
+        self.cfg = cfg
+        self.pretrained = (
+            load(cfg.pretrained_model) if pretrained is None and cfg.pretrained_model else pretrained
+        )
         if self.pretrained: self.cfg = resolve_config(cfg, self.pretrained.model)
         self.tokenizer = self.pretrained.tokenizer if self.pretrained else make_tokenizer(data)
         edit = None if data.preprocess is None else _Preprocess(data.preprocess)
         self.rows = [*islice(_values(path, edit, RowCounts(data.on_bad_row)), MOST_ROWS)]
-        self.start = resolve_format(data, read_first_row(path, data), self.pretrained and self.pretrained.format)
+        self.start = resolve_format(
+            data, read_first_row(path, data), self.pretrained and self.pretrained.format
+        )
         self._build()
         self.update()
 
     def _build(self):
         wide = {"style": {"description_width": "120px"}, "layout": {"width": "430px", "height": "78px"}}
         empty = {"prompt_format": "the chat template of the tokenizer", "system_prompt": "none"}
-        self.texts = {key: widgets.Textarea(getattr(self.start, key) or "", description=key, placeholder=empty.get(key, ""), **wide)
-                      for key in KEYS}
+        self.texts = {
+            key: widgets.Textarea(
+                getattr(self.start, key) or "", description=key, placeholder=empty.get(key, ""), **wide
+            )
+            for key in KEYS
+        }
         of = f"row (of {'the first ' * (len(self.rows) == MOST_ROWS)}{len(self.rows):,})"
-        self.row = widgets.BoundedIntText(1, min=1, max=len(self.rows), description=of, style={"description_width": "max-content"},
-                                          layout={"width": "max-content"})
-        for widget in (*self.texts.values(), self.row): widget.observe(lambda _: self.update(), "value")
+        self.row = widgets.BoundedIntText(
+            1,
+            min=1,
+            max=len(self.rows),
+            description=of,
+            style={"description_width": "max-content"},
+            layout={"width": "max-content"},
+        )
+        for widget in (*self.texts.values(), self.row):
+            widget.observe(lambda _: self.update(), "value")
         self.view, self.seen = widgets.HTML(), ""
         look = {"layout": {"flex": "1 1 420px", "min_width": "0"}}
-        self.all = widgets.HBox([widgets.VBox([*self.texts.values(), self.row]), widgets.Box([self.view], **look)],
-                                layout={"flex_flow": "row wrap"})
+        self.all = widgets.HBox(
+            [widgets.VBox([*self.texts.values(), self.row]), widgets.Box([self.view], **look)],
+            layout={"flex_flow": "row wrap"},
+        )
 
     @property
     def formats(self) -> dict[str, str | None]:
@@ -111,14 +147,20 @@ class Playground:
         try: type(self.cfg.data)(**{**self.cfg.data.model_dump(), **said})
         except ValidationError as e:
             problem = e.errors()[0]
-            raise ConfigError(f'"data.{problem["loc"][0]}": {problem["msg"].removeprefix("Value error, ")}') from None
+            raise ConfigError(
+                f'"data.{problem["loc"][0]}": {problem["msg"].removeprefix("Value error, ")}'
+            ) from None
         return said
 
     def _checked(self) -> tuple[PromptFormat, dict[str, str]]:
         "What makes a prompt and a response of a row; which formats a configuration must name: those it names already, and those edited."
         said = self.formats
         edited = {key for key, value in said.items() if value != getattr(self.start, key)}
-        written = {key: value for key, value in said.items() if key in edited or getattr(self.cfg.data, key) is not None}
+        written = {
+            key: value
+            for key, value in said.items()
+            if key in edited or getattr(self.cfg.data, key) is not None
+        }
         check_format(fmt := self.start.model_copy(update=said), written, self.rows[0].file)
         return fmt, written
 
@@ -133,12 +175,16 @@ class Playground:
             self.view.value = f"<div>{self._head(row)}{self.seen}{below}</div>"
         except UserError as e:
             wrong = f'<p style="border-left:3px solid #d1495b;padding-left:8px"><code style="all:unset">{html.escape(str(e))}</code></p>'
-            self.view.value = f'<div>{self._head(row)}{wrong}<div style="opacity:0.35">{self.seen}</div></div>'
+            self.view.value = (
+                f'<div>{self._head(row)}{wrong}<div style="opacity:0.35">{self.seen}</div></div>'
+            )
 
     def _head(self, row: Row) -> str:
-        return (f'<div style="opacity:0.7">line {row.line} of <code style="all:unset">{html.escape(row.file)}</code>; '
-                '<span style="background:#b7e4c7;color:#081c15">trained</span> '
-                '<span style="background:#e9ecef;color:#6c757d">only read</span></div>')
+        return (
+            f'<div style="opacity:0.7">line {row.line} of <code style="all:unset">{html.escape(row.file)}</code>; '
+            '<span style="background:#b7e4c7;color:#081c15">trained</span> '
+            '<span style="background:#e9ecef;color:#6c757d">only read</span></div>'
+        )
 
     def yaml(self) -> str: # lines
         "The formats as lines of a configuration; none for rows that are plain texts. Raises `ConfigError` as `config` does."

@@ -36,9 +36,9 @@ from .pretrained import Pretrained, open_checkpoint
 from .rows import PromptConfig, read_first_row, resolve_format
 from .run import LoggingConfig, RunError, StepsConfig
 from .score import check_row, find_reward, reward_name, score
-from mlx_pretrain.stage import (
-    LoRATrainingConfig, StageTrainer, FinetuneConfig, open_base_model, check_not_overwriting_base, resolve_config, data_file, keep_date, run_stage,
-    add_lora)
+from .stage import (
+    LoRATrainingConfig, StageTrainer, FinetuneConfig, open_base_model, check_not_overwriting_base,
+    resolve_config, data_file, keep_date, run_stage, add_lora)
 from .tokenizer import Tokenizer
 from .trainer import Hyperparameters, Knobs, Stopwatch, TrainingError, with_precision
 
@@ -52,7 +52,8 @@ def log_probs(
 ) -> tuple[mx.array, mx.array]: # (log-probability of each response token, entropy at its place), in nats, (B, R) float32
     "How likely a model finds what was said: one pass over prompt and response. What stands in the padding has no say."
     start = tokens.shape[1] - length                                      # P
-    hidden = model.hidden(tokens[:, :-1], pad=pad)[:, start - 1:]         # (B, R, D): what was known before each response token
+    # (B, R, D): what was known before each response token
+    hidden = model.hidden(tokens[:, :-1], pad=pad)[:, start - 1:]
     return model.logprobs(hidden, tokens[:, start:], temperature)
 
 # %% ../nbs/04_ppo.ipynb #57c378e7
@@ -87,7 +88,9 @@ def gae(
     lam: float = 0.95, # 1: believe what was earned; 0: believe the critic
 ) -> tuple[np.ndarray, np.ndarray]: # (advantages, returns), (B, R) float32 each, zero where there is no token
     "How much better each token was than expected. Source: Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, eq. 16."
-    advantages, after, expected = np.zeros(rewards.shape), 0.0, 0.0       # nothing comes after the last token
+    advantages = np.zeros(rewards.shape)  # nothing comes after the last token
+    after = 0.0
+    expected = 0.0
     for t in reversed(range(rewards.shape[1])):
         surprise = rewards[:, t] + gamma * expected - values[:, t]        # (B,)
         after = np.where(mask[:, t], surprise + gamma * lam * after, 0)   # (B,)
@@ -157,7 +160,9 @@ def value_loss(
 ) -> tuple[mx.array, mx.array]: # (sum, count)
     "Half the squared error, the larger one of the value and of the value kept near the old one. Source: OpenAI Baselines, ppo2."
     near = mx.clip(values, old_values - cliprange_value, old_values + cliprange_value)
-    return 0.5 * mx.where(mask, mx.maximum(mx.square(values - returns), mx.square(near - returns)), 0).sum(), mask.sum()
+    return 0.5 * mx.where(
+        mask, mx.maximum(mx.square(values - returns), mx.square(near - returns)), 0
+    ).sum(), mask.sum()
 
 # %% ../nbs/04_ppo.ipynb #4f2ec065
 class Rollout(NamedTuple):
@@ -194,7 +199,9 @@ def ppo_loss(
     def loss(model, batch):
         rows, length = batch.rows, batch.rows.response_mask.shape[1]
         logp, _ = log_probs(model.policy, rows.tokens, rows.pad, length, batch.temperature)
-        policy, count, seen = policy_loss(logp, rows.logp, rows.advantages, rows.response_mask, batch.clip_range)
+        policy, count, seen = policy_loss(
+            logp, rows.logp, rows.advantages, rows.response_mask, batch.clip_range
+        )
         values = critic_values(model.critic, rows.tokens, rows.pad, length)
         value, _ = value_loss(values, rows.values, rows.returns, rows.response_mask, cliprange_value)
         return policy + vf_coef * value, count, {"policy_loss": policy, "value_loss": value, **seen}
@@ -272,7 +279,10 @@ class PPOTraining(LoRATrainingConfig):
 
     @model_validator(mode="after")
     def _nothing_at_random(self):
-        if self.lora.dropout: raise ValueError("PPO compares probabilities of one response, so nothing may drop out; take lora.dropout out")
+        if self.lora.dropout:
+            raise ValueError(
+                "PPO compares probabilities of one response, so nothing may drop out; take lora.dropout out"
+            )
         return self
 
 
@@ -339,11 +349,16 @@ def sample_responses(
     asked = [tokenizer.decode(prompt) for prompt in prompts]
     if episodes.responses is not None: responses = [episodes.responses[i] for i in indices]
     else:
-        out = generate(model, prompts, episodes.response_length, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
-                       temperature=temperature, seed=seed, step=step, batch_size=batch_size)
-        responses = [row[mask].tolist() for row, mask in zip(np.array(out.tokens), np.array(out.response_mask))]
+        out = generate(model, prompts, episodes.response_length, eos_ids=tokenizer.eos_ids,
+                       pad_id=tokenizer.pad_id, temperature=temperature, seed=seed, step=step,
+                       batch_size=batch_size)
+        responses = [
+            row[mask].tolist() for row, mask in zip(np.array(out.tokens), np.array(out.response_mask))
+        ]
     said = [fmt.parse_response(text_after(tokenizer, p, r)) for p, r in zip(prompts, responses)]
-    scores = episodes.rewards[indices] if reward is None else score(reward, asked, said, episodes.columns(indices))
+    scores = (
+        episodes.rewards[indices] if reward is None else score(reward, asked, said, episodes.columns(indices))
+    )
     return Samples(prompts, responses, asked, said, scores)
 
 # %% ../nbs/04_ppo.ipynb #696f7725
@@ -384,8 +399,9 @@ def make_rollout(
     if ppo.whiten_rewards: rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, ppo.gamma, ppo.lam)
     kl = np.where(mask, kl_estimate(logp, ref_logp, ppo.kl_estimator), 0).sum(axis=1)        # (B,)
-    metrics = {"reward": sampled.scores.mean(), "reward_std": sampled.scores.std(), "kl": kl.mean(), "entropy": entropy[mask].mean(),
-               "advantage_std": advantages[mask].std(), "eos_fraction": ended.mean(), "response_length": mask.sum(axis=1).mean()}
+    metrics = {"reward": sampled.scores.mean(), "reward_std": sampled.scores.std(), "kl": kl.mean(),
+               "entropy": entropy[mask].mean(), "advantage_std": advantages[mask].std(),
+               "eos_fraction": ended.mean(), "response_length": mask.sum(axis=1).mean()}
     arrays = tokens, pad, mask, logp, ref_logp, values, rewards, whiten(advantages, mask), returns
     return Rollout(*map(mx.array, arrays)), {key: float(value) for key, value in metrics.items()}
 
@@ -401,9 +417,14 @@ def minibatches(
     pad, lengths = np.array(rollout.pad), np.array(rollout.response_mask.sum(axis=1))
     P, R = rollout.tokens.shape[1] - rollout.response_mask.shape[1], rollout.response_mask.shape[1]
     for rows in (order[i:i + size] for i in range(0, len(order), size)):
-        left, right = max(0, P - bucket_size(int(P - pad[rows].min()))), min(R, bucket_size(int(lengths[rows].max())))
+        left = max(0, P - bucket_size(int(P - pad[rows].min())))
+        right = min(R, bucket_size(int(lengths[rows].max())))
         tokens, pads, *others = (x[mx.array(rows)] for x in rollout)
-        parts.append(Minibatch(Rollout(tokens[:, left:P + right], pads - left, *(x[:, :right] for x in others)), *scalars))
+        parts.append(
+            Minibatch(
+                Rollout(tokens[:, left : P + right], pads - left, *(x[:, :right] for x in others)), *scalars
+            )
+        )
     return parts
 
 # %% ../nbs/04_ppo.ipynb #4a32ffa5
@@ -436,7 +457,10 @@ class _Step:
 
 def _shown(sampled: Samples, which: list[int], what: str) -> str:
     "Some responses with their rewards, for the log."
-    return "\n".join(f"{what}, reward {sampled.scores[i]:.4g}: {sampled.prompt_texts[i]!r} → {sampled.response_texts[i]!r}" for i in which)
+    return "\n".join(
+        f"{what}, reward {sampled.scores[i]:.4g}: {sampled.prompt_texts[i]!r} → {sampled.response_texts[i]!r}"
+        for i in which
+    )
 
 
 def _mean(updates: list[dict[str, float]], key: str) -> float:
@@ -447,9 +471,11 @@ def _mean(updates: list[dict[str, float]], key: str) -> float:
 # %% ../nbs/04_ppo.ipynb #bbc13216
 logger = logging.getLogger("mlx_pretrain")
 MAX_HELD_OUT = 256 # held-out prompts that a validation asks; of more, as many, spread evenly
-_OFF_POLICY = ("%s: the rewards are those of the rows, and so are the responses. That is off-policy: the model learns from what others "
-               "said, and `row_logratio`, how much likelier it finds that than the reference does, is no KL. To sample, give a "
-               "reward_model.")
+_OFF_POLICY = (
+    "%s: the rewards are those of the rows, and so are the responses. That is off-policy: the model learns from what others "
+    "said, and `row_logratio`, how much likelier it finds that than the reference does, is no KL. To sample, give a "
+    "reward_model."
+)
 
 
 class PPOTrainer(StageTrainer):
@@ -462,7 +488,9 @@ class PPOTrainer(StageTrainer):
     accumulates_rows = False # mini-batches are accumulated instead
     _in_order: int | None = None # the last step before a guard stopped the training
     n_timing_steps = 2 # steps that a forecast times; the reward is asked in them too
-    metric_for_best, greater_is_better, shown = "val_reward", True, ("reward", "kl", "row_logratio", "val_reward")
+    metric_for_best = "val_reward"
+    greater_is_better = True
+    progress_metrics = ("reward", "kl", "row_logratio", "val_reward")
 
     def __init__(
         self,
@@ -474,48 +502,70 @@ class PPOTrainer(StageTrainer):
         path, reward = data_file(cfg.data, "input_file"), cfg.reward_model if reward is None else reward
         self.reward = None if reward is None else find_reward(reward)
         self.rewarded_by = None if self.reward is None else reward_name(self.reward)
-        self.distance = "row_logratio" if self.reward is None else "kl"   # what the log-ratio to the reference may be called
+        # what the log-ratio to the reference may be called
+        self.distance = "row_logratio" if self.reward is None else "kl"
         if (pretrained := open_base_model(cfg, pretrained)) is None:
-            raise ConfigError('"pretrained_model" is missing; PPO begins with a model that can answer: name a run, such as that of sft.py')
+            raise ConfigError(
+                '"pretrained_model" is missing; PPO begins with a model that can answer: name a run, such as that of sft.py'
+            )
         pretrained, answered = pretrained._replace(model=merge(pretrained.model)), self.reward is None
         policy, tokenizer = pretrained.model, pretrained.tokenizer
         cfg = resolve_config(cfg, policy)
         row = read_first_row(path, cfg.data, answered and cfg.data.on_bad_row == "skip")
-        if answered and (key := cfg.data.reward_field) not in row.value and cfg.data.on_bad_row == "error": raise no_reward(row, key)
+        if answered and (key := cfg.data.reward_field) not in row.value and cfg.data.on_bad_row == "error":
+            raise no_reward(row, key)
         fmt = dated(resolve_format(cfg.data, row, pretrained.format, answered), tokenizer)
-        if not fmt.input_field: raise ConfigError(f'the rows of {path} have no prompt; name its column in "data.input_field"')
+        if not fmt.input_field:
+            raise ConfigError(f'the rows of {path} have no prompt; name its column in "data.input_field"')
         cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
-        if hasattr(self.reward, "check_asked"): self.reward.check_asked(fmt, cfg.data.preprocessing.max_context_size)
+        if hasattr(self.reward, "check_asked"):
+            self.reward.check_asked(fmt, cfg.data.preprocessing.max_context_size)
         data, held_out = (self._episodes(cfg, key, tokenizer) for key in ("input_file", "validation_file"))
-        self.ppo, self.guards, self.now, self.rollout, self.sampled = cfg.ppo, Guards(), None, None, None
-        if answered: self.ppo = self.ppo.model_copy(update={"kl_estimator": "k1"})       # a log-ratio is what it is
+        self.ppo = cfg.ppo
+        self.guards = Guards()
+        self.now = None
+        self.rollout = None
+        self.sampled = None
+        if answered:  # a log-ratio is what it is
+            self.ppo = self.ppo.model_copy(update={"kl_estimator": "k1"})
         self.reference = _around(policy.args, dict(tree_flatten(policy.parameters())))
         self.reference.freeze()
         critic = ScalarLlama.from_llama(policy)
         critic.model.checkpointing = cfg.system.gradient_checkpointing
-        if cfg.training.lora.rank:                                        # beside weights that policy, critic and reference share
+        # beside weights that policy, critic and reference share
+        if cfg.training.lora.rank:
             policy, self.base = add_lora(cfg, pretrained)
             add_adapters(critic, cfg.training.lora, cfg.system.seed)
             critic.score.unfreeze()
         actor_critic = ActorCritic(policy, critic)
-        super().__init__(cfg, policy, tokenizer, ppo_loss(self.ppo.vf_coef, self.ppo.cliprange_value), data, held_out and
-                         held_out.evenly(MAX_HELD_OUT), trained=actor_critic, **kwargs)
-        self.configured = {"kl_coef": self.ppo.kl_coef, "clip_range": self.ppo.clip_range, "temperature": self.ppo.temperature,
-                           "target_kl": self.ppo.target_kl or 0.0}
+        super().__init__(cfg, policy, tokenizer, ppo_loss(self.ppo.vf_coef, self.ppo.cliprange_value), data,
+                         held_out and held_out.evenly(MAX_HELD_OUT), trained=actor_critic, **kwargs)
+        self.configured = {
+            "kl_coef": self.ppo.kl_coef,
+            "clip_range": self.ppo.clip_range,
+            "temperature": self.ppo.temperature,
+            "target_kl": self.ppo.target_kl or 0.0,
+        }
         least = {"kl_coef": 0, "target_kl": 0, "clip_range": 1e-6, "temperature": 1e-6}
         self.knobs = Knobs(least, learning_rate_factor=1.0, **self.configured)
-        self.last_knobs, self.read = self.knobs.snapshot(), make_forward(policy, self.reference, critic, cfg.system.precision)
-        if held_out is None: self.validate, self.metric_for_best = dict, "mean_reward"         # nothing to measure; what the steps saw must do
+        self.last_knobs = self.knobs.snapshot()
+        self.read = make_forward(policy, self.reference, critic, cfg.system.precision)
+        if held_out is None:  # nothing to measure; what the steps saw must do
+            self.validate, self.metric_for_best = dict, "mean_reward"
         if answered: logger.warning(_OFF_POLICY, path)
-        else: self.probe_message = "Trying a step or two, to see how long they take; the reward is asked in them too."
-        self.rewards: list[float] = []                                    # of the last steps, when there is nothing held out
+        else:
+            self.probe_message = (
+                "Trying a step or two, to see how long they take; the reward is asked in them too."
+            )
+        self.rewards: list[float] = []  # of the last steps, when there is nothing held out
 
     def _episodes(self, cfg: PPOConfig, key: str, tokenizer) -> PromptDataset | None:
         "The rows of one of the two files; `None` if there is none."
         if (path := data_file(cfg.data, key)) is None: return None
         d, check = cfg.data, None if self.reward is None else partial(check_row, self.reward)
         return read_prompts(path, tokenizer, self.format, d.preprocessing.max_context_size, d.response_length,
-                             d.reward_field if self.reward is None else None, d.on_bad_row, d.preprocess, check)
+                            d.reward_field if self.reward is None else None, d.on_bad_row, d.preprocess,
+                            check)
 
     def draw(
         self,
@@ -535,9 +585,12 @@ class PPOTrainer(StageTrainer):
         "What the policy says now, with its rewards."
         def answer(model, batch_size):
             now = Pretrained(model, self.tokenizer, Path(), self.format)
-            return sample_responses(now, episodes, indices, self.reward, knobs["temperature"], self.seed, step, batch_size)
+            return sample_responses(
+                now, episodes, indices, self.reward, knobs["temperature"], self.seed, step, batch_size
+            )
         size = self.cfg.training.hyperparameters.batch_size
-        with self.rollback_on_error(): return with_precision(self.cfg.system.precision, answer)(self.model, size)
+        with self.rollback_on_error():
+            return with_precision(self.cfg.system.precision, answer)(self.model, size)
 
     def score_samples(
         self,
@@ -545,7 +598,8 @@ class PPOTrainer(StageTrainer):
         knobs: dict[str, float], # kl_coef and temperature
     ) -> tuple[Rollout, dict[str, float]]: # what to learn from, and metrics of it
         "`make_rollout`; without a reward model the distance to the reference is no KL, and is not called so."
-        with self.rollback_on_error(): rollout, seen = make_rollout(sampled, self.read, self.ppo, self.tokenizer, knobs)
+        with self.rollback_on_error():
+            rollout, seen = make_rollout(sampled, self.read, self.ppo, self.tokenizer, knobs)
         return rollout, {self.distance if key == "kl" else key: value for key, value in seen.items()}
 
     def _work(self, now: _Step) -> Generator[str, None, None]:
@@ -556,7 +610,9 @@ class PPOTrainer(StageTrainer):
         if now.rollout is None:
             now.rollout, now.seen = self.score_samples(now.sampled, now.knobs)
             yield "score"
-        rate, together, done = self._rate(now), self.cfg.training.hyperparameters.gradient_accumulation_steps, 0
+        rate = self._rate(now)
+        together = self.cfg.training.hyperparameters.gradient_accumulation_steps
+        done = 0
         for epoch in range(self.ppo.ppo_epochs):
             order = rng_for(self.seed, now.number, f"minibatches {epoch}").permutation(len(now.rollout.pad))
             all, first = minibatches(now.rollout, order, self.ppo.ppo_mini_batch_size, now.knobs), done
@@ -566,7 +622,8 @@ class PPOTrainer(StageTrainer):
                 yield "update"
             if 0 < now.knobs["target_kl"] < _mean(now.updates[first:done], "approx_kl"): return
 
-    def _rate(self, now: _Step) -> float: return float(self.schedule(now.number)) * now.knobs["learning_rate_factor"]
+    def _rate(self, now: _Step) -> float:
+        return float(self.schedule(now.number)) * now.knobs["learning_rate_factor"]
 
     def _one_update(self, now: _Step, batches: list[Minibatch], rate: float):
         "Change the weights, and note it; both happen, or neither."
@@ -579,28 +636,35 @@ class PPOTrainer(StageTrainer):
 
     def phases(self) -> Generator[str, None, dict]:
         "One step in pieces: the samples, what is known about them, and each update. If it was cut short before, what is left of it."
-        if self.now is None or self.now.sampled is None: self.now = _Step(self.steps_done, self.knobs.snapshot())
+        if self.now is None or self.now.sampled is None:
+            self.now = _Step(self.steps_done, self.knobs.snapshot())
         now = self.now
         yield from self._work(now)
-        keys = ("policy_loss", "value_loss", "total_loss", "approx_kl", "clip_fraction", "ratio_outlier_fraction", "grad_norm")
+        keys = ("policy_loss", "value_loss", "total_loss", "approx_kl", "clip_fraction",
+                "ratio_outlier_fraction", "grad_norm")
         means, tokens = {key: _mean(now.updates, key) for key in keys}, now.tokens
         self.sampled, self.rollout = now.sampled, now.rollout
         self.now, self.tokens, self.steps_done = None, self.tokens + tokens, self.steps_done + 1
         self.log_knob_changes(now.number, now.knobs)
         if bad := [u for u in now.updates if not u["good"]]:
-            self.report(bad[0]["total_loss"], bad[0]["grad_norm"], f"had {len(now.updates)} updates, of which {len(bad)} were skipped")
+            self.report(
+                bad[0]["total_loss"],
+                bad[0]["grad_norm"],
+                f"had {len(now.updates)} updates, of which {len(bad)} were skipped",
+            )
         self.record_step(len(bad) < len(now.updates), means["total_loss"], means["grad_norm"])
         self.rewards = [*self.rewards, now.seen["reward"]][-self.validation_interval:]
         average = {} if self.held_out else {"mean_reward": float(np.mean(self.rewards))}
-        metrics = {"step": self.steps_done, **now.seen, **average, **means, "learning_rate": self._rate(now), "tokens": self.tokens,
-                   "tokens_per_second": tokens / now.watch.seconds()}
+        metrics = {"step": self.steps_done, **now.seen, **average, **means, "learning_rate": self._rate(now),
+                   "tokens": self.tokens, "tokens_per_second": tokens / now.watch.seconds()}
         self._guard(metrics)
         return metrics
 
     def _guard(self, metrics: dict):
         "Let the guards look at a step. Raises `TrainingError`, with the step in the log, if one of them stops it."
         for trip in self.guards.check(metrics, self.last_knobs):
-            if self.run_dir: self.run_dir.log_event("guard", self.steps_done - 1, which=trip.kind, text=trip.text)
+            if self.run_dir:
+                self.run_dir.log_event("guard", self.steps_done - 1, which=trip.kind, text=trip.text)
             if trip.stop and self.cfg.data.guards == "stop":
                 if self.run_dir: self.run_dir.log(metrics)
                 self._in_order = self.steps_done - trip.since
@@ -612,17 +676,24 @@ class PPOTrainer(StageTrainer):
 
         Raises `ConfigError` if there are none.
         """
-        if self.held_out is None: raise ConfigError('"data.validation_file" is missing; name the file with prompts to measure on')
+        if self.held_out is None:
+            raise ConfigError('"data.validation_file" is missing; name the file with prompts to measure on')
         sampled = self.sample(self.held_out, np.arange(len(self.held_out)), self.last_knobs, -1)
         rollout, seen = self.score_samples(sampled, self.last_knobs)
-        if self.run_dir: self.run_dir.log_text(_shown(sampled, range(min(3, len(sampled.response_texts))), "held out"))
+        if self.run_dir:
+            self.run_dir.log_text(_shown(sampled, range(min(3, len(sampled.response_texts))), "held out"))
         errors = 0.5 * np.square(np.array(rollout.values - rollout.returns))[np.array(rollout.response_mask)]
         reward = seen["reward"]
         if self.reward is None:
-            drift = (rollout.logp - rollout.ref_logp).sum(axis=1) / rollout.response_mask.sum(axis=1)      # nats a token, (n,)
+            # nats a token, (n,)
+            drift = (rollout.logp - rollout.ref_logp).sum(axis=1) / rollout.response_mask.sum(axis=1)
             reward = weighted_reward(sampled.scores, np.array(drift))
         distance = self.distance
-        return {"val_reward": reward, f"val_{distance}": seen[distance], "val_loss": self.ppo.vf_coef * float(errors.mean())}
+        return {
+            "val_reward": reward,
+            f"val_{distance}": seen[distance],
+            "val_loss": self.ppo.vf_coef * float(errors.mean()),
+        }
 
     def _stepping(self):
         if self.steps_done == 0 and self.held_out and self.run_dir and self.initial_metric is None:
@@ -631,15 +702,22 @@ class PPOTrainer(StageTrainer):
             self.run_dir.log({"step": 0, **before})
         metrics = yield from super()._stepping()
         every = self.cfg.logging.steps.logging_interval
-        if self.run_dir and self.sampled and (self.steps_done in (1, self.total_steps) or self.steps_done % every == 0):
+        if (
+            self.run_dir
+            and self.sampled
+            and (self.steps_done in (1, self.total_steps) or self.steps_done % every == 0)
+        ):
             best, worst = np.argmax(self.sampled.scores), np.argmin(self.sampled.scores)
-            self.run_dir.log_text(_shown(self.sampled, [best] if best == worst else [best, worst], f"step {self.steps_done}"))
+            self.run_dir.log_text(
+                _shown(self.sampled, [best] if best == worst else [best, worst], f"step {self.steps_done}")
+            )
         return metrics
 
     def samples(self, n: int = 3) -> list[tuple[str, str, float | None]]:
         "What the policy says now to held-out prompts, or else what it said in the last step, with its reward."
         if self.held_out is None: now = self.sampled
-        else: now = self.sample(self.held_out, np.arange(min(n, len(self.held_out))), self.knobs.snapshot(), -1)
+        else:
+            now = self.sample(self.held_out, np.arange(min(n, len(self.held_out))), self.knobs.snapshot(), -1)
         return [] if now is None else [*zip(now.prompt_texts[:n], now.response_texts, map(float, now.scores))]
 
     def last_good(self) -> int:
@@ -661,7 +739,8 @@ class PPOTrainer(StageTrainer):
 
     def checkpoint_trees(self) -> dict[str, dict | list]:
         "Where the arrays of a checkpoint belong."
-        reference = {} if self.base else {"reference": self.reference}    # beside adapters it is what they stand beside
+        # beside adapters it is what they stand beside
+        reference = {} if self.base else {"reference": self.reference}
         return {**super().checkpoint_trees(), "critic": self.trained.critic, **reference}
 
     @property
@@ -672,9 +751,11 @@ class PPOTrainer(StageTrainer):
     def state(self) -> dict:
         "The rest of a checkpoint. Raises `TrainingError` in the middle of a step."
         if self.has_partial_step:
-            raise TrainingError("a step is under way, and a checkpoint in the middle of it would be of no use; end the step first")
-        return {**super().state(), "configured": self.configured, "guards": self.guards.state(), "rewards": self.rewards,
-                "initial_metric": self.initial_metric, "reward": self.rewarded_by}
+            raise TrainingError(
+                "a step is under way, and a checkpoint in the middle of it would be of no use; end the step first"
+            )
+        return {**super().state(), "configured": self.configured, "guards": self.guards.state(),
+                "rewards": self.rewards, "initial_metric": self.initial_metric, "reward": self.rewarded_by}
 
     def load(self, saved, reset_optimizer: bool = False):
         """Go on from a checkpoint; a knob stands as it stood, unless the configuration says something new.
@@ -682,15 +763,20 @@ class PPOTrainer(StageTrainer):
         Raises `RunError` as `Trainer.load` does, or if there was a reward and now there is none.
         """
         if saved.state["reward"] and self.reward is None:
-            raise RunError(f'{saved.path} was trained with the reward {saved.state["reward"]}; give it again as "reward_model"')
+            raise RunError(
+                f'{saved.path} was trained with the reward {saved.state["reward"]}; give it again as "reward_model"'
+            )
         super().load(saved, reset_optimizer)
         self.now, self.guards = None, Guards(**saved.state["guards"])
         self.rewards, self.initial_metric = saved.state["rewards"], saved.state["initial_metric"]
         for name, value in self.configured.items():
-            if saved.state["configured"].get(name) != value: setattr(self.knobs, name, value)
+            if saved.state["configured"].get(name) != value:
+                setattr(self.knobs, name, value)
         if saved.state["reward"] != self.rewarded_by:
             logger.warning("The reward is another one than it was; the best validation is counted anew.")
-            self.best, self.initial_metric, self.rewards = None, None, []
+            self.best = None
+            self.initial_metric = None
+            self.rewards = []
 
 # %% ../nbs/04_ppo.ipynb #2b11d923
 def ppo(
@@ -704,6 +790,6 @@ def ppo(
     """
     def build(saved):
         for key in ("pretrained_model", "reward_model"): check_not_overwriting_base(cfg, saved, root, key)
-        whole = saved and not saved.state.get("base")                     # it holds all that the pretrained model gave
+        whole = saved and not saved.state.get("base")  # it holds all that the pretrained model gave
         return PPOTrainer(keep_date(cfg, saved), open_checkpoint(saved) if whole else None, **kwargs)
     return run_stage(cfg, build, root)

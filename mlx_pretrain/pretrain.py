@@ -41,7 +41,9 @@ def read_windows(
     Raises `ConfigError` if there is no file to train on; `DataError` for whatever is wrong in a file.
     """
     if (path := data_file(cfg, key)) is None: return None
-    return cached_windows(path, tokenizer, cfg.preprocessing.max_context_size, cfg.preprocessing.chunk_overlap, cfg.preprocess)
+    return cached_windows(
+        path, tokenizer, cfg.preprocessing.max_context_size, cfg.preprocessing.chunk_overlap, cfg.preprocess
+    )
 
 # %% ../nbs/02_pretrain.ipynb #f05ff502
 class PretrainTrainer(StageTrainer):
@@ -59,8 +61,10 @@ class PretrainTrainer(StageTrainer):
         tokenizer, context = make_tokenizer(cfg.data), cfg.data.preprocessing.max_context_size
         args = cfg.model.args(tokenizer.vocab_size, context)
         if args.max_position_embeddings < context:
-            raise ConfigError(f'"data.preprocessing.max_context_size" ({context}) is larger than "model.attention.max_position_embeddings" '
-                              f"({args.max_position_embeddings}); make one fit the other")
+            raise ConfigError(
+                f'"data.preprocessing.max_context_size" ({context}) is larger than "model.attention.max_position_embeddings" '
+                f"({args.max_position_embeddings}); make one fit the other"
+            )
         held_out, data = (read_windows(cfg.data, tokenizer, key) for key in ("validation_file", "input_file"))
         model = Llama(args, cfg.system.seed)
         super().__init__(cfg, model, tokenizer, next_token_loss, data, held_out, **kwargs)
@@ -73,19 +77,27 @@ class PretrainTrainer(StageTrainer):
 
     def evaluate(self) -> dict[str, float]:
         "Loss, perplexity and bits per byte of the whole held-out text."
-        return loss_metrics(super().evaluate()["val_loss"], "val_", self.held_out.n_targets / self.held_out.n_bytes)
+        return loss_metrics(
+            super().evaluate()["val_loss"], "val_", self.held_out.n_targets / self.held_out.n_bytes
+        )
 
     def samples(self, n: int = 3) -> list[tuple[str, str, float | None]]:
         "How the model would go on now, from beginnings that lie spread over the held-out text."
         data = self.held_out or self.data
-        begins = np.array(data.batch(np.arange(n) * len(data) // n).inputs)[:, :data.context // 4]         # (n, T / 4)
-        said = generate_text(self.model, self.tokenizer, begins.tolist(), data.context - data.context // 4, 0.8, seed=self.seed)
+        # (n, T / 4)
+        begins = np.array(data.batch(np.arange(n) * len(data) // n).inputs)[:, :data.context // 4]
+        said = generate_text(
+            self.model, self.tokenizer, begins.tolist(), data.context - data.context // 4, 0.8, seed=self.seed
+        )
         return [(self.tokenizer.decode(ids), text, None) for ids, text in zip(begins.tolist(), said)]
 
     def phases(self):
         "One step; its loss in three units."
         metrics = yield from super().phases()
-        return {**metrics, **loss_metrics(metrics["loss"], tokens_per_byte=self.data.n_targets / self.data.n_bytes)}
+        return {
+            **metrics,
+            **loss_metrics(metrics["loss"], tokens_per_byte=self.data.n_targets / self.data.n_bytes),
+        }
 
 # %% ../nbs/02_pretrain.ipynb #bdeabc3e
 def pretrain(

@@ -26,8 +26,10 @@ from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_spl
 from .model import Llama, LlamaArgs, ScalarLlama
 from .prompt import PromptFormat
 from .run import (
-    _HASHES, Checkpoint, _hash_problem, _not_utf8, replace_dir, _write_hashes, _writing, checkpoints, is_run, load_checkpoint, read_metadata)
-from .tokenizer import DataError, Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer
+    _HASHES, Checkpoint, _hash_problem, _not_utf8, replace_dir, _write_hashes, _writing, checkpoints, is_run,
+    load_checkpoint, read_metadata)
+from .tokenizer import (
+    DataError, Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer)
 
 # %% ../nbs/32_pretrained.ipynb #f95ed538
 class PretrainedError(UserError):
@@ -41,7 +43,10 @@ def _rope_to_hf(args: LlamaArgs) -> dict[str, Any]:
     "How positions are scaled, without theta."
     s = args.rope_scaling
     if s.type == "none": return {"rope_type": "default"}
-    return {"rope_type": s.type, **s.model_dump(exclude={"type"} if s.type == "llama3" else set(s.model_dump()) - {"factor"})}
+    return {
+        "rope_type": s.type,
+        **s.model_dump(exclude={"type"} if s.type == "llama3" else set(s.model_dump()) - {"factor"}),
+    }
 
 
 def args_to_hf(
@@ -70,7 +75,11 @@ def _one_label(tokenizer: Tokenizer) -> dict[str, Any]:
 def _control_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
     "Which tokens begin, end and pad a text; a list if several end it."
     stops = tokenizer.eos_ids
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else [*stops], "pad_token_id": tokenizer.pad_id}
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else [*stops],
+        "pad_token_id": tokenizer.pad_id,
+    }
 
 # %% ../nbs/32_pretrained.ipynb #cca308b3
 def _scaling_from_hf(rope: dict[str, Any]) -> dict[str, Any]: # as `RopeScaling` takes it
@@ -78,21 +87,32 @@ def _scaling_from_hf(rope: dict[str, Any]) -> dict[str, Any]: # as `RopeScaling`
     kind, wanted = rope.get("rope_type") or rope.get("type") or "default", ["factor"]
     if kind == "default": return {"type": "none"}
     if kind == "llama3": wanted += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    elif kind != "linear": raise PretrainedError(f"positions are scaled by {kind!r}; this library knows default, linear and llama3")
-    if missing := [key for key in wanted if rope.get(key) is None]: raise PretrainedError(f"rope type {kind!r} lacks {', '.join(missing)}")
+    elif kind != "linear":
+        raise PretrainedError(
+            f"positions are scaled by {kind!r}; this library knows default, linear and llama3"
+        )
+    if missing := [key for key in wanted if rope.get(key) is None]:
+        raise PretrainedError(f"rope type {kind!r} lacks {', '.join(missing)}")
     return {"type": kind, **{key: rope[key] for key in wanted}}
 
 
 def _rope_from_hf(config: dict[str, Any]) -> dict[str, Any]: # `rope_theta` and `rope_scaling`
     "Read both spellings; they must not contradict each other."
     found = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
-    if not all(isinstance(rope, dict) for rope in found): raise PretrainedError("rope_scaling and rope_parameters must be objects")
+    if not all(isinstance(rope, dict) for rope in found):
+        raise PretrainedError("rope_scaling and rope_parameters must be objects")
     if any(where.get("partial_rotary_factor") not in (None, 1) for where in [config, *found]):
-        raise PretrainedError("only a part of each head is rotated (partial_rotary_factor); this library rotates all of it")
+        raise PretrainedError(
+            "only a part of each head is rotated (partial_rotary_factor); this library rotates all of it"
+        )
     scalings = [_scaling_from_hf(rope) for rope in found] or [{"type": "none"}]
-    thetas = [where["rope_theta"] for where in [config, *found] if where.get("rope_theta") is not None] or [10_000.0]
+    thetas = [where["rope_theta"] for where in [config, *found] if where.get("rope_theta") is not None] or [
+        10_000.0
+    ]
     if any(s != scalings[0] for s in scalings) or any(t != thetas[0] for t in thetas):
-        raise PretrainedError("rope_scaling with rope_theta and rope_parameters contradict each other; correct or delete one of them")
+        raise PretrainedError(
+            "rope_scaling with rope_theta and rope_parameters contradict each other; correct or delete one of them"
+        )
     return {"rope_theta": thetas[0], "rope_scaling": scalings[0]}
 
 # %% ../nbs/32_pretrained.ipynb #6d2798bb
@@ -110,37 +130,51 @@ def args_from_hf(
         theirs = config.get(key, "silu" if key == "hidden_act" else None)
         if theirs != ours: raise PretrainedError(f"{key} is {theirs!r}; this library reads {ours!r} only")
     given = {key: config[key] for key in LlamaArgs.model_fields if config.get(key) is not None}
-    if missing := [key for key in _REQUIRED if key not in given]: raise PretrainedError(f"{', '.join(missing)} missing")
+    if missing := [key for key in _REQUIRED if key not in given]:
+        raise PretrainedError(f"{', '.join(missing)} missing")
     heads, width = given["num_attention_heads"], given["hidden_size"]
     head_dim = width // heads if isinstance(width, int) and isinstance(heads, int) and heads > 0 else None
-    defaults = {"num_key_value_heads": heads, "head_dim": head_dim, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    defaults = {
+        "num_key_value_heads": heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
     try: return LlamaArgs(**{**defaults, **given, **_rope_from_hf(config)})
     except ValidationError as e:
-        raise PretrainedError("; ".join(f"{'.'.join(map(str, d['loc'])) or 'sizes'}: {d['msg']}" for d in e.errors())) from None
+        raise PretrainedError(
+            "; ".join(f"{'.'.join(map(str, d['loc'])) or 'sizes'}: {d['msg']}" for d in e.errors())
+        ) from None
 
 # %% ../nbs/32_pretrained.ipynb #9f8ed156
 def _usual_layout(model: nn.Module) -> dict[str, mx.array]: # name → float32 weight
     "The model's weights in the half-split layout."
     args, weights = model.args, {}
     for name, w in tree_flatten(merge(model).parameters()):
-        if args.rope_traditional and re.search(r"self_attn\.[qk]_proj\.", name): w = half_split(w, args.head_dim)
+        if args.rope_traditional and re.search(r"self_attn\.[qk]_proj\.", name):
+            w = half_split(w, args.head_dim)
         weights[name] = w.astype(mx.float32)
     return weights
 
 # %% ../nbs/32_pretrained.ipynb #3b52087e
 _FORMAT = "mlx_pretrain_format" # a key of config.json that other programs pass over
-_OURS = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", _HASHES}
+_OURS = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model",
+         "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+         _HASHES}
 
 
 def _check_target(directory: Path):
     "Raise `PretrainedError` if something else than an export stands there, or MLX cannot write to such a path."
-    if problem := _not_utf8(directory): raise PretrainedError(problem)
+    if problem := _not_utf8(directory):
+        raise PretrainedError(problem)
     if not os.path.lexists(directory): return
-    if not directory.is_dir(): raise PretrainedError(f"{directory} is a file; give a directory to write the model to")
+    if not directory.is_dir():
+        raise PretrainedError(f"{directory} is a file; give a directory to write the model to")
     if other := sorted({path.name for path in directory.iterdir()} - _OURS):
-        raise PretrainedError(f"{directory} holds {other[0]}, which is not a part of a model, and would be replaced as a whole; "
-                              "choose another place")
+        raise PretrainedError(
+            f"{directory} holds {other[0]}, which is not a part of a model, and would be replaced as a whole; "
+            "choose another place"
+        )
 
 # %% ../nbs/32_pretrained.ipynb #8ed2b50e
 def _write_json(file: Path, value: dict[str, Any]): file.write_text(json.dumps(value, indent=2) + "\n")
@@ -165,17 +199,26 @@ def export(
     with _writing(directory):
         try:
             new.mkdir(parents=True)
-            mx.save_safetensors(str(new / "model.safetensors"), _usual_layout(model), metadata={"format": "pt"})
-            config = args_to_hf(model.args, tokenizer, ScalarLlama if isinstance(model, ScalarLlama) else Llama)
-            _write_json(new / "config.json", {**config, **({_FORMAT: fmt.model_dump()} if fmt else {}), **(more or {})})
+            mx.save_safetensors(
+                str(new / "model.safetensors"), _usual_layout(model), metadata={"format": "pt"}
+            )
+            config = args_to_hf(
+                model.args, tokenizer, ScalarLlama if isinstance(model, ScalarLlama) else Llama
+            )
+            _write_json(
+                new / "config.json",
+                {**config, **({_FORMAT: fmt.model_dump()} if fmt else {}), **(more or {})},
+            )
             _write_json(new / "generation_config.json", _control_ids(tokenizer))
             tokenizer.save(new)
             template = fmt and chat_template(fmt, tokenizer)
-            if template or fmt and fmt.prompt_format is not None:         # the template that came along asks in another form
+            # the template that came along asks in another form
+            if template or fmt and fmt.prompt_format is not None:
                 _write_files(new, _without_chat(tokenizer._files))
             if template: (new / "chat_template.jinja").write_text(template, encoding="utf-8")
             _write_hashes(new, [path.name for path in new.iterdir()])
-            for path in [*new.iterdir(), new]: fsync(path)
+            for path in [*new.iterdir(), new]:
+                fsync(path)
             replace_dir(new, directory)
         finally: shutil.rmtree(new, ignore_errors=True)
 
@@ -194,12 +237,18 @@ def _weight_files(directory: Path) -> list[Path]:
         if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
             raise PretrainedError(f"{index} does not name the files with the weights; download it again")
         if missing := sorted(name for name in names if not (directory / name).is_file()):
-            raise PretrainedError(f"{directory / missing[0]} is missing, but {index.name} names it; download it again")
+            raise PretrainedError(
+                f"{directory / missing[0]} is missing, but {index.name} names it; download it again"
+            )
         return sorted(directory / name for name in names)
     if files := sorted(directory.glob("*.safetensors")): return files
-    if other := sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in directory.glob(pattern)):
-        raise PretrainedError(f"{directory} holds its weights as {other[0]}; this library reads safetensors: "
-                              "open the model with transformers and `save_pretrained` it, or download it in that form")
+    if other := sorted(
+        path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in directory.glob(pattern)
+    ):
+        raise PretrainedError(
+            f"{directory} holds its weights as {other[0]}; this library reads safetensors: "
+            "open the model with transformers and `save_pretrained` it, or download it in that form"
+        )
     raise PretrainedError(f"{directory} holds no *.safetensors file with weights; download it again")
 
 
@@ -208,18 +257,27 @@ def _read_weights(files: list[Path]) -> dict[str, mx.array]:
     weights = {}
     for file in files:
         try: mx.eval(found := mx.load(str(file)))
-        except Exception as e: raise PretrainedError(f"{file} is damaged or incomplete ({e}); copy or download it again") from None
-        if double := sorted(found.keys() & weights.keys()): raise PretrainedError(f"{file} holds {double[0]}, which another file holds too")
+        except Exception as e:
+            raise PretrainedError(
+                f"{file} is damaged or incomplete ({e}); copy or download it again"
+            ) from None
+        if double := sorted(found.keys() & weights.keys()):
+            raise PretrainedError(f"{file} holds {double[0]}, which another file holds too")
         weights |= found
     return weights
 
 # %% ../nbs/32_pretrained.ipynb #0147632f
 def _usual_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     "Weights by Hugging Face's names: without what `torch.compile` and DDP put in front, with what a bare `LlamaModel` leaves out."
-    while prefix := next((p for p in ("_orig_mod.", "module.") if weights and all(name.startswith(p) for name in weights)), None):
+    while prefix := next(
+        (p for p in ("_orig_mod.", "module.") if weights and all(name.startswith(p) for name in weights)),
+        None,
+    ):
         weights = {name.removeprefix(prefix): w for name, w in weights.items()}
     if "embed_tokens.weight" not in weights: return weights
-    return {name if name.startswith(("lm_head.", "score.")) else f"model.{name}": w for name, w in weights.items()}
+    return {
+        name if name.startswith(("lm_head.", "score.")) else f"model.{name}": w for name, w in weights.items()
+    }
 
 
 def _fill(
@@ -230,32 +288,50 @@ def _fill(
     "Put weights into a model. Raises `PretrainedError` if they are not exactly its own."
     expected, tied = dict(tree_flatten(model.parameters())), model.args.tie_word_embeddings
     weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-    if tied and mx.array_equal(weights.get("lm_head.weight", 0), weights.get("model.embed_tokens.weight", 1)): del weights["lm_head.weight"]
-    for problem, names in (("lacks", expected.keys() - weights.keys()), ("holds the unknown", weights.keys() - expected.keys())):
+    if tied and mx.array_equal(weights.get("lm_head.weight", 0), weights.get("model.embed_tokens.weight", 1)):
+        del weights["lm_head.weight"]
+    for problem, names in (
+        ("lacks", expected.keys() - weights.keys()),
+        ("holds the unknown", weights.keys() - expected.keys()),
+    ):
         if not names: continue
-        hint = 'is "tie_word_embeddings" in its config.json right?' if "lm_head.weight" in names else "does its config.json belong to it?"
+        hint = (
+            'is "tie_word_embeddings" in its config.json right?'
+            if "lm_head.weight" in names
+            else "does its config.json belong to it?"
+        )
         raise PretrainedError(f"{source} {problem} {_some(sorted(names))}; {hint}")
     for name, w in weights.items():
         shape = expected[name].shape
-        if w.shape != shape: raise PretrainedError(f"{source}: {name} is {w.shape}, but config.json asks for {shape}")
-        if not mx.issubdtype(w.dtype, mx.floating): raise PretrainedError(f"{source}: {name} holds {w.dtype}, not floating-point numbers")
-        if not mx.isfinite(w).all(): raise PretrainedError(f"{source}: {name} holds NaN or infinity; this model is broken")
+        if w.shape != shape:
+            raise PretrainedError(f"{source}: {name} is {w.shape}, but config.json asks for {shape}")
+        if not mx.issubdtype(w.dtype, mx.floating):
+            raise PretrainedError(f"{source}: {name} holds {w.dtype}, not floating-point numbers")
+        if not mx.isfinite(w).all():
+            raise PretrainedError(f"{source}: {name} holds NaN or infinity; this model is broken")
     model.update(tree_unflatten([(name, w.astype(mx.float32)) for name, w in weights.items()]))
     mx.eval(model.parameters())
     return model
 
 
-def _some(names: list[str]) -> str: return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 # %% ../nbs/32_pretrained.ipynb #c9efa3aa
 def _refuse_quantised(directory: Path, config: dict[str, Any], names: list[str]):
     "Raise `PretrainedError` with the command that helps, if a model is quantised."
     keys = [key for key in ("quantization", "quantization_config") if config.get(key)]
-    scales = [name for name in names if name.endswith((".scales", ".qweight", ".weight_scale", "_packed", ".absmax"))]
+    scales = [
+        name
+        for name in names
+        if name.endswith((".scales", ".qweight", ".weight_scale", "_packed", ".absmax"))
+    ]
     if not keys and not scales: return
     sign = f'"{keys[0]}" in {directory / "config.json"}' if keys else f"{scales[0]} among its weights"
-    raise PretrainedError(f"{directory} is quantised ({sign}): make plain weights of it with "
-                          f"`mlx_lm.convert --hf-path '{directory}' --mlx-path OUT --dequantize`, or use the original model")
+    raise PretrainedError(
+        f"{directory} is quantised ({sign}): make plain weights of it with "
+        f"`mlx_lm.convert --hf-path '{directory}' --mlx-path OUT --dequantize`, or use the original model"
+    )
 
 # %% ../nbs/32_pretrained.ipynb #8774e78d
 class Pretrained(NamedTuple):
@@ -273,21 +349,30 @@ class Pretrained(NamedTuple):
 def _read_format(saved: dict | None, file: Path) -> PromptFormat | None:
     "How a model wants to be asked. Raises `PretrainedError` if that was written by somebody else."
     try: return None if saved is None else PromptFormat.model_validate_json(json.dumps(saved))
-    except ValidationError: raise PretrainedError(f'{file}: its prompt format cannot be read; copy it again, or take the key out') from None
+    except ValidationError:
+        raise PretrainedError(
+            f"{file}: its prompt format cannot be read; copy it again, or take the key out"
+        ) from None
 
 
 def _check_kind(found: str | None, kind: type, path: Path):
     "Raise `PretrainedError` if a model has another head than is needed."
     if found == _ARCHITECTURES[kind] or found not in _ARCHITECTURES.values(): return
-    if kind is Llama: raise PretrainedError(f'{path} is a reward model, which gives numbers and writes nothing; give it as "reward_model"')
-    raise PretrainedError(f"{path} is a model that writes, and no reward model; train one with `mlx-pretrain reward`, or name a function "
-                          "in a file: file.py:Name")
+    if kind is Llama:
+        raise PretrainedError(
+            f'{path} is a reward model, which gives numbers and writes nothing; give it as "reward_model"'
+        )
+    raise PretrainedError(
+        f"{path} is a model that writes, and no reward model; train one with `mlx-pretrain reward`, or name a function "
+        "in a file: file.py:Name"
+    )
 
 
 def _load_hf(directory: Path, kind: type = Llama) -> Pretrained:
     "A directory in Hugging Face's layout."
     config = _read_object(directory / "config.json")
-    if problem := _hash_problem(directory): raise PretrainedError(problem)
+    if problem := _hash_problem(directory):
+        raise PretrainedError(problem)
     files = _weight_files(directory)
     _check_kind((config.get("architectures") or [None])[0], kind, directory)
     _refuse_quantised(directory, config, [])
@@ -299,7 +384,9 @@ def _load_hf(directory: Path, kind: type = Llama) -> Pretrained:
     _check_sizes(args, tokenizer, directory)
     fmt = _read_format(config.get(_FORMAT), directory / "config.json")
     if fmt is None and tokenizer.chat_template is not None: fmt = PromptFormat(prompt_format=None)
-    return Pretrained(_fill(kind(args), weights, files[0] if len(files) == 1 else directory), tokenizer, directory, fmt)
+    return Pretrained(
+        _fill(kind(args), weights, files[0] if len(files) == 1 else directory), tokenizer, directory, fmt
+    )
 
 
 def open_checkpoint(
@@ -310,12 +397,19 @@ def open_checkpoint(
     _check_kind(_ARCHITECTURES[ScalarLlama] if state.get("stage") == "reward" else None, Llama, directory)
     try: args = LlamaArgs.model_validate_json(json.dumps(state["args"]))
     except (KeyError, ValidationError):
-        raise PretrainedError(f"{directory / 'state.json'} does not hold the model's sizes (args); use another checkpoint") from None
+        raise PretrainedError(
+            f"{directory / 'state.json'} does not hold the model's sizes (args); use another checkpoint"
+        ) from None
     place = directory.resolve().parent.parent / "tokenizer"
-    if not place.is_dir(): raise PretrainedError(f"{directory} needs its run directory around it, for the tokenizer; copy the whole run")
+    if not place.is_dir():
+        raise PretrainedError(
+            f"{directory} needs its run directory around it, for the tokenizer; copy the whole run"
+        )
     tokenizer = load_tokenizer(place)
     if state.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise PretrainedError(f"{place} is damaged or replaced: {directory} was trained with another tokenizer; copy the whole run again")
+        raise PretrainedError(
+            f"{place} is damaged or replaced: {directory} was trained with another tokenizer; copy the whole run again"
+        )
     _check_sizes(args, tokenizer, directory)
     fmt = _read_format(state.get("format"), directory / "state.json")
     weights, file = arrays.get("model", {}), directory / "model.safetensors"
@@ -328,10 +422,15 @@ def _with_adapters(saved: Checkpoint, weights: dict[str, mx.array], file: Path) 
     path, identity = (saved.state["base"].get(key, "") for key in ("path", "identity"))
     tails = [Path(*Path(path).parts[n:]) for n in range(1, len(Path(path).parts) - 1)]   # such as base/model
     moved = (place / tail for tail in tails for place in saved.path.resolve().parents)
-    path = next(filter(Path.is_dir, (Path(path), *moved)), path)          # where it was, or beside the run when both were moved
-    if not Path(path).is_dir(): raise PretrainedError(f"{file} holds adapters to the model in {path}, which is not there; bring it back")
+    # where it was, or beside the run when both were moved
+    path = next(filter(Path.is_dir, (Path(path), *moved)), path)
+    if not Path(path).is_dir():
+        raise PretrainedError(
+            f"{file} holds adapters to the model in {path}, which is not there; bring it back"
+        )
     model = load(path).model
-    if base_identity(model) != identity: raise PretrainedError(f"{file} holds adapters to another model than that in {path} now")
+    if base_identity(model) != identity:
+        raise PretrainedError(f"{file} holds adapters to another model than that in {path} now")
     model = apply_lora(model, LoRAConfig.model_validate_json(json.dumps(saved.state["base"]["lora"])))
     fill_adapters(model, weights, file)
     return merge(model)
@@ -342,7 +441,8 @@ def find_model(
 ) -> Path: # a path, which may lead nowhere
     "Where a model is meant to be. Raises `PretrainedError` for a path that MLX cannot open."
     path = Path(path).expanduser()
-    if problem := _not_utf8(path): raise PretrainedError(problem)
+    if problem := _not_utf8(path):
+        raise PretrainedError(problem)
     return path if path.exists() or not (Path("runs") / path).exists() else Path("runs") / path
 
 
@@ -355,42 +455,66 @@ def load(
     Raises `PretrainedError`, `RunError` or `DataError`, naming the file, if there is none, or it cannot be used as it is.
     """
     path = find_model(path)
-    if not path.is_dir(): raise _nothing_there(path)
+    if not path.is_dir():
+        raise _nothing_there(path)
     if (path / "manifest.json").is_file() or re.fullmatch(r"step_\d+", path.resolve().name):
-        if kind is ScalarLlama: raise PretrainedError(f"{path} is a checkpoint; give the run that it belongs to, when that is finished")
+        if kind is ScalarLlama:
+            raise PretrainedError(
+                f"{path} is a checkpoint; give the run that it belongs to, when that is finished"
+            )
         return open_checkpoint(Checkpoint(path, *load_checkpoint(path)))
-    if (path / "config.json").is_file(): return _load_hf(path, kind)
-    if (path / "adapter_config.json").is_file(): raise _adapters_alone(path)
+    if (path / "config.json").is_file():
+        return _load_hf(path, kind)
+    if (path / "adapter_config.json").is_file():
+        raise _adapters_alone(path)
     saved = checkpoints(path)
     if is_run(path) and saved and read_metadata(path).get("outcome") != "finished":
         remedy = f"give a checkpoint, the latest is {saved[-1]}" if kind is Llama else "train it to its end"
         raise PretrainedError(f"{path} has no finished model yet; {remedy}")
-    if (path / "model" / "config.json").is_file(): return _load_hf(path / "model", kind)
+    if (path / "model" / "config.json").is_file():
+        return _load_hf(path / "model", kind)
     if saved: raise PretrainedError(f"{path} holds no model; give a checkpoint, the latest is {saved[-1]}")
-    raise PretrainedError(f"{path} holds no model: there is no config.json, no model/ and no checkpoint in it")
+    raise PretrainedError(
+        f"{path} holds no model: there is no config.json, no model/ and no checkpoint in it"
+    )
 
 
 def _adapters_alone(path: Path) -> PretrainedError:
     "What to say about a directory of adapters: which run has them in, or how to put them into their model."
-    if is_run(path.parent): return PretrainedError(f"{path} holds adapters alone; give the run that they belong to, {path.parent}")
+    if is_run(path.parent):
+        return PretrainedError(
+            f"{path} holds adapters alone; give the run that they belong to, {path.parent}"
+        )
     about, new = _read_object(path / "adapter_config.json"), path.with_name(f"{path.name}-merged")
     base = about.get("base_model_name_or_path") or about.get("model") or "BASE"
     if "peft_type" not in about:
-        return PretrainedError(f"{path} holds adapters of mlx-lm alone; make one model of both with `mlx_lm.fuse --model "
-                               f"{shlex.quote(str(base))} --adapter-path {shlex.quote(str(path))} --save-path {shlex.quote(str(new))}` and "
-                               f"give {new}")
-    code = ("import sys,peft,transformers as t;a,b,o=sys.argv[1:];peft.PeftModel.from_pretrained(t.AutoModelForCausalLM.from_pretrained(b),"
-            "a).merge_and_unload().save_pretrained(o);t.AutoTokenizer.from_pretrained(b).save_pretrained(o)")
-    return PretrainedError(f"{path} holds adapters of PEFT alone; make one model of both with `python -c \"{code}\" "
-                           f"{shlex.quote(str(path))} {shlex.quote(str(base))} {shlex.quote(str(new))}` and give {new}")
+        return PretrainedError(
+            f"{path} holds adapters of mlx-lm alone; make one model of both with `mlx_lm.fuse --model "
+            f"{shlex.quote(str(base))} --adapter-path {shlex.quote(str(path))} --save-path {shlex.quote(str(new))}` and "
+            f"give {new}"
+        )
+    code = (
+        "import sys,peft,transformers as t;a,b,o=sys.argv[1:];peft.PeftModel.from_pretrained(t.AutoModelForCausalLM.from_pretrained(b),"
+        "a).merge_and_unload().save_pretrained(o);t.AutoTokenizer.from_pretrained(b).save_pretrained(o)"
+    )
+    return PretrainedError(
+        f'{path} holds adapters of PEFT alone; make one model of both with `python -c "{code}" '
+        f"{shlex.quote(str(path))} {shlex.quote(str(base))} {shlex.quote(str(new))}` and give {new}"
+    )
 
 
 def _nothing_there(path: Path) -> PretrainedError:
     "What to say when a path is not a directory."
-    if (hint := where_from(path)) != "check the path": return PretrainedError(f"{path} does not exist; {hint}")
-    if path.exists(): return PretrainedError(f"{path} is a file; give the directory that holds the model")
+    if (hint := where_from(path)) != "check the path":
+        return PretrainedError(f"{path} does not exist; {hint}")
+    if path.exists():
+        return PretrainedError(f"{path} is a file; give the directory that holds the model")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
-        return PretrainedError(f"{path} is not a directory here; if it is the name of a model on Hugging Face, download it first with "
-                               f"`hf download {path} --local-dir {path.name}` and give {path.name}")
-    return PretrainedError(f"{path} does not exist; give a run directory such as runs/NAME, one of its checkpoints, "
-                           "or a directory in Hugging Face's layout")
+        return PretrainedError(
+            f"{path} is not a directory here; if it is the name of a model on Hugging Face, download it first with "
+            f"`hf download {path} --local-dir {path.name}` and give {path.name}"
+        )
+    return PretrainedError(
+        f"{path} does not exist; give a run directory such as runs/NAME, one of its checkpoints, "
+        "or a directory in Hugging Face's layout"
+    )

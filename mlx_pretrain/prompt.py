@@ -45,7 +45,8 @@ def fill_format(
     return "".join(text + ("" if name is None else _field(row, name)) for text, name in pieces)
 
 # %% ../nbs/23_prompt.ipynb #7d945738
-def _names(template: str, key: str) -> set[str]: return {name for _, name in split_format(template, key)} - {None}
+def _names(template: str, key: str) -> set[str]:
+    return {name for _, name in split_format(template, key)} - {None}
 
 
 INSTRUCTION, VERBATIM = "### Instruction:\n{instruction}\n\n### Response:", "{instruction}"
@@ -75,17 +76,22 @@ class PromptFormat(ConfigSection):
         row: dict[str, Any], # column → value
     ) -> str: # what stands before the response
         "The prompt of a row. Raises `DataError` if a column is missing or holds no text, or there is no template."
-        if self.prompt_format is None: raise DataError("prompts are made by the chat template; see `mlx_pretrain.chat`")
+        if self.prompt_format is None:
+            raise DataError("prompts are made by the chat template; see `mlx_pretrain.chat`")
         pieces, system = split_format(self.prompt_format, "data.prompt_format"), self.system(row)
         names, extra = {name for _, name in pieces} - {None}, self._extra(row)
         values = {**row, **extra}
         if "instruction" in names: values["instruction"] = self.instruction(row, not names & extra.keys())
         if "system_prompt" in names:
             if system is None:
-                raise DataError('"data.prompt_format" has {system_prompt}; set "data.system_prompt", or name the column that holds it in '
-                                '"data.system_field"')
+                raise DataError(
+                    '"data.prompt_format" has {system_prompt}; set "data.system_prompt", or name the column that holds it in '
+                    '"data.system_field"'
+                )
             values["system_prompt"] = system
-        return (f"{system}\n\n" if system and "system_prompt" not in names else "") + fill_format(pieces, values)
+        return (f"{system}\n\n" if system and "system_prompt" not in names else "") + fill_format(
+            pieces, values
+        )
 
     def instruction(
         self,
@@ -101,9 +107,12 @@ class PromptFormat(ConfigSection):
         row: dict[str, Any], # column → value
     ) -> str: # what the model shall say
         "The response of a row. Raises `DataError` if a column is missing or holds no text, or there is no response."
-        if not (said := _field(row, self.output_field)).strip(): raise DataError(f'"{self.output_field}" is empty; write a response')
-        pieces, values = split_format(self.response_format, "data.response_format"), {**row, **self._extra(row), "response": said}
-        if "instruction" in {name for _, name in pieces}: values["instruction"] = _field(row, self.input_field)
+        if not (said := _field(row, self.output_field)).strip():
+            raise DataError(f'"{self.output_field}" is empty; write a response')
+        pieces = split_format(self.response_format, "data.response_format")
+        values = {**row, **self._extra(row), "response": said}
+        if "instruction" in {name for _, name in pieces}:
+            values["instruction"] = _field(row, self.input_field)
         return fill_format(pieces, values)
 
     def system(
@@ -111,15 +120,29 @@ class PromptFormat(ConfigSection):
         row: dict[str, Any], # column → value
     ) -> str | None: # what is said before everything else
         "The system prompt of a row: its own, else that of the format. Raises `DataError` if it is no text."
-        own = None if self.system_field is None or row.get(self.system_field) is None else _field(row, self.system_field)
+        own = (
+            None
+            if self.system_field is None or row.get(self.system_field) is None
+            else _field(row, self.system_field)
+        )
         return own if own and own.strip() else self.system_prompt
 
     @property
     def columns(self) -> set[str]:
         "The columns that are read of a row with a prompt and a response."
-        asks = {"instruction"} if self.prompt_format is None else _names(self.prompt_format, "data.prompt_format")
-        column = {"instruction": self.input_field, "response": self.output_field, "system_prompt": self.system_field}
-        names = {column.get(name, name) for name in asks | _names(self.response_format, "data.response_format")}
+        asks = (
+            {"instruction"}
+            if self.prompt_format is None
+            else _names(self.prompt_format, "data.prompt_format")
+        )
+        column = {
+            "instruction": self.input_field,
+            "response": self.output_field,
+            "system_prompt": self.system_field,
+        }
+        names = {
+            column.get(name, name) for name in asks | _names(self.response_format, "data.response_format")
+        }
         optional = self.input_field_optional if "instruction" in asks else None
         return (names | {self.output_field, self.system_field, optional}) - {None, ""}
 
@@ -151,8 +174,10 @@ class PromptFormat(ConfigSection):
         names, asks = _names(self.prompt_format, "data.prompt_format"), {"instruction", self.input_field}
         if names & asks and names <= {*asks, self.input_field_optional, "system_prompt"}:
             return self.prompt({self.input_field: instruction})
-        raise DataError(f"the prompts of this model are made from {self.prompt_format!r}, not from an instruction alone; "
-                        "write the whole prompt yourself")
+        raise DataError(
+            f"the prompts of this model are made from {self.prompt_format!r}, not from an instruction alone; "
+            "write the whole prompt yourself"
+        )
 
     def _extra(self, row: dict[str, Any]) -> dict[str, str]:
         "The optional column, if there is one in this format."
@@ -202,8 +227,17 @@ def pair_pieces(
     response: str, # what shall be said
 ) -> list[Piece]: # in order
     "The pieces of a prompt and its response; without a prompt it is a plain text, which begins as the tokenizer begins texts."
-    if not prompt: return [*map(Piece, _begin(tokenizer)), *(Piece(i, True) for i in [*tokenizer.encode(response), tokenizer.eos_id])]
-    return [*map(Piece, _begin(tokenizer)), Piece(prompt), Piece(response, True, cut=True), Piece(tokenizer.eos_id, True)]
+    if not prompt:
+        return [
+            *map(Piece, _begin(tokenizer)),
+            *(Piece(i, True) for i in [*tokenizer.encode(response), tokenizer.eos_id]),
+        ]
+    return [
+        *map(Piece, _begin(tokenizer)),
+        Piece(prompt),
+        Piece(response, True, cut=True),
+        Piece(tokenizer.eos_id, True),
+    ]
 
 
 def encode_pieces(
@@ -215,7 +249,9 @@ def encode_pieces(
     parts = [[piece.what for piece in row] for row in rows]
     encoded = tokenizer.encode_parts(parts + [parts[r][:n] for r, n in cuts])
     across = {r for (r, _), (head, _) in zip(cuts, encoded[len(rows):]) if encoded[r][0][:len(head)] != head}
-    return [_cut_apart(tokenizer, row) if r in across else _masked(row, *encoded[r]) for r, row in enumerate(rows)]
+    return [
+        _cut_apart(tokenizer, row) if r in across else _masked(row, *encoded[r]) for r, row in enumerate(rows)
+    ]
 
 
 def _masked(row: list[Piece], ids: list[int], where: list[range]) -> Example:
@@ -254,17 +290,23 @@ class TokenView:
         example: Example, # what to show
         cut: range = range(0), # the places that are cut off
     ):
-        self.tokenizer, self.example, self.cut = tokenizer, example, cut
+        self.tokenizer = tokenizer
+        self.example = example
+        self.cut = cut
 
     def _repr_html_(self) -> str:
-        spans, n, most = [], len(self.example.ids), MOST_TOKENS
+        spans = []
+        n = len(self.example.ids)
+        most = MOST_TOKENS
         for place, (id, trained) in enumerate(zip(*self.example)):
             if n > most and place == most // 2: spans.append(f"<em>… {n - most:,} tokens …</em>")
             if n > most and most // 2 <= place < n - most // 2: continue
             look = "background:#b7e4c7;color:#081c15" if trained else "background:#e9ecef;color:#6c757d"
             if place in self.cut: look += ";opacity:0.45;text-decoration:line-through"
             name = html.escape(self.tokenizer.piece(id)).replace("\n", "↵<br>").replace(" ", "&nbsp;")
-            spans.append(f'<span style="{look};padding:0 1px;border-radius:2px;margin-right:1px" title="{id}">{name}</span>')
+            spans.append(
+                f'<span style="{look};padding:0 1px;border-radius:2px;margin-right:1px" title="{id}">{name}</span>'
+            )
         inside = f'<code style="all:unset">{"<wbr>".join(spans)}</code>'   # in code a $ begins no formula
         return f'<div style="font-family:monospace;line-height:1.7">{inside}</div>'
 

@@ -84,7 +84,11 @@ class PromptDataset:
         s, longest = self.source, max(map(len, self.prompts))
         reasons = {"dropped": "dropped (too long)", "filtered": "left out", "skipped": "bad"}
         less = "".join(f", {s[key]:,} {why}" for key, why in reasons.items() if s.get(key))
-        said = "" if self.rewards is None else f", with responses and rewards from {self.rewards.min():g} to {self.rewards.max():g}"
+        said = (
+            ""
+            if self.rewards is None
+            else f", with responses and rewards from {self.rewards.min():g} to {self.rewards.max():g}"
+        )
         n, kept = s.get("rows", len(self)), s.get("kept", len(self))
         some = "" if len(self) == kept else f", {len(self):,} of them taken"
         return f"{n:,} rows, {kept:,} kept{less}{some}; prompts of up to {longest} tokens{said}."
@@ -107,8 +111,10 @@ def no_reward(
     key: str, # the column of the reward
 ) -> DataError: # to be raised
     "What to say about a row without a reward."
-    return DataError(f'{row.file}, line {row.line}: there is no field "{key}"; each row needs a response and its reward, or set '
-                     '"reward_model" to what scores responses')
+    return DataError(
+        f'{row.file}, line {row.line}: there is no field "{key}"; each row needs a response and its reward, or set '
+        '"reward_model" to what scores responses'
+    )
 
 
 def _reward(row: Row, key: str) -> float:
@@ -124,7 +130,9 @@ def _read(path, fmt: PromptFormat, tokenizer: Tokenizer, key: str | None, edit, 
         try:
             pieces = (ask_pieces if key is None else row_pieces)(fmt, tokenizer, row.value)
             columns = check(row.value, asked_messages(fmt, row.value)) if check else []
-            tally.unread.count(row, fmt, tokenizer, edit is not None, columns if key is None else (key, *columns))
+            tally.unread.count(
+                row, fmt, tokenizer, edit is not None, columns if key is None else (key, *columns)
+            )
         except DataError as e: tally.bad(DataError(f"{row.file}, line {row.line}: {e}"))
         else:
             try: yield row, pieces, 0.0 if key is None else _reward(row, key)
@@ -133,11 +141,16 @@ def _read(path, fmt: PromptFormat, tokenizer: Tokenizer, key: str | None, edit, 
 
 def _check_room(prompt: list[int], response_length: int, context: int):
     "Raise `DataError` if a prompt is nothing, or leaves no room."
-    if not prompt: raise DataError("the prompt is empty, and the tokenizer has no token that begins a text; write a prompt")
+    if not prompt:
+        raise DataError(
+            "the prompt is empty, and the tokenizer has no token that begins a text; write a prompt"
+        )
     if len(prompt) + response_length > context:
-        raise DataError(f'the prompt has {len(prompt)} tokens, which with "data.response_length" ({response_length}) is more than '
-                        f'"data.preprocessing.max_context_size" ({context}); shorten the prompt, lower the one or raise the other, or set '
-                        '"data.on_bad_row: skip"')
+        raise DataError(
+            f'the prompt has {len(prompt)} tokens, which with "data.response_length" ({response_length}) is more than '
+            f'"data.preprocessing.max_context_size" ({context}); shorten the prompt, lower the one or raise the other, or set '
+            '"data.on_bad_row: skip"'
+        )
 
 
 def read_prompts(
@@ -155,7 +168,9 @@ def read_prompts(
 
     Raises `DataError` with file and line for a bad row, or if no row is left.
     """
-    edit, tally, sha256 = None if preprocess is None else _Preprocess(preprocess), RowCounts(on_bad_row), _hash_file(path)
+    edit = None if preprocess is None else _Preprocess(preprocess)
+    tally = RowCounts(on_bad_row)
+    sha256 = _hash_file(path)
     kept, known = [], {}
 
     def laid_out():
@@ -165,7 +180,11 @@ def read_prompts(
 
     for group in _groups(laid_out(), length=_size):
         for line, example in _encoded(path, group, tokenizer, tally):
-            prompt, response = (example.ids, []) if reward_field is None else split_prompt_response(example, tokenizer.eos_ids)
+            prompt, response = (
+                (example.ids, [])
+                if reward_field is None
+                else split_prompt_response(example, tokenizer.eos_ids)
+            )
             try: _check_room(prompt, response_length if reward_field is None else 0, context)
             except DataError as e:
                 tally.bad(DataError(f"{path}, line {line}: {e}"))
@@ -177,7 +196,9 @@ def read_prompts(
     prompts, responses, rewards, rows = map(list, zip(*kept))
     source = {"path": str(path), "sha256": sha256, **tally, "kept": len(kept)}
     if reward_field is None: return PromptDataset(prompts, None, None, response_length, source, rows, fmt)
-    return PromptDataset(prompts, responses, np.array(rewards, np.float32), max(map(len, responses)), source, rows, fmt)
+    return PromptDataset(
+        prompts, responses, np.array(rewards, np.float32), max(map(len, responses)), source, rows, fmt
+    )
 
 # %% ../nbs/27_prompts.ipynb #e34fed55
 def bucket_size(
@@ -198,4 +219,8 @@ def pad_prompt_response(
     for row, prompt, response in zip(tokens, prompts, responses):
         row[P - len(prompt):P], row[P:P + len(response)] = prompt, response
     lengths = np.array([*map(len, responses)])                            # (B,)
-    return tokens, np.array([P - len(prompt) for prompt in prompts], np.int32), np.arange(R) < lengths[:, None]
+    return (
+        tokens,
+        np.array([P - len(prompt) for prompt in prompts], np.int32),
+        np.arange(R) < lengths[:, None],
+    )

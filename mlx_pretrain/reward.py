@@ -27,20 +27,24 @@ from .core import RewardModel, atomic_write
 from .generate import generate_text
 from .lora import base_identity, merge
 from .model import ScalarLlama
-from .preferences import ColumnNames, PreferenceBatch, PreferenceDataset, has_pairs, read_preferences, split_conversations
+from .preferences import (
+    ColumnNames, PreferenceBatch, PreferenceDataset, has_pairs, read_preferences, split_conversations)
 from .pretrained import Pretrained, _fill
 from .prompt import PromptFormat, split_format
 from .reward_model import TrainedReward, last_score, make_scorer
 from .rows import LengthGroupedSampler, PromptConfig, read_first_row, resolve_format
 from .run import Run, _writing, checkpoints, load_checkpoint
-from .stage import StageTrainer, FinetuneConfig, open_base_model, check_not_overwriting_base, resolve_config, data_file, keep_date, run_stage
+from .stage import (
+    StageTrainer, FinetuneConfig, open_base_model, check_not_overwriting_base, resolve_config, data_file,
+    keep_date, run_stage)
 from .trainer import Hyperparameters, TrainingConfig
 
 # %% ../nbs/05_reward.ipynb #95db310a
 _all_ = ["RewardModel"] # of `core`: what a reward of your own subclasses
 
 # %% ../nbs/05_reward.ipynb #55b7bf99
-LossSums = tuple[mx.array, mx.array, dict[str, mx.array]] # of a loss, how many it is of, and of what is shown beside it
+# of a loss, how many it is of, and of what is shown beside it
+LossSums = tuple[mx.array, mx.array, dict[str, mx.array]]
 
 
 def ranking_correct(
@@ -70,7 +74,11 @@ def squared_error(
     rewards: mx.array, # what the rows say, (B,)
 ) -> LossSums: # half the squared error, number of responses, and the sum of absolute errors (`error`)
     "How far the numbers are from those of the rows."
-    return 0.5 * mx.square(scores - rewards).sum(), mx.array(scores.size), {"error": mx.abs(scores - rewards).sum()}
+    return (
+        0.5 * mx.square(scores - rewards).sum(),
+        mx.array(scores.size),
+        {"error": mx.abs(scores - rewards).sum()},
+    )
 
 
 def make_comparison(
@@ -171,13 +179,17 @@ class RewardEvaluation(NamedTuple):
         """
         known = {"length_correlation": correlation(self.scores.ravel(), self.lengths.ravel())}
         if self.scores.ndim == 1: return {"correlation": correlation(self.scores, self.values), **known}
-        lead, longer = (self.scores[:, 0] - self.scores[:, 1]) * self.scale, np.sign(self.lengths[:, 0] - self.lengths[:, 1])
+        lead = (self.scores[:, 0] - self.scores[:, 1]) * self.scale
+        longer = np.sign(self.lengths[:, 0] - self.lengths[:, 1])
         if (uneven := longer != 0).any():
             known["longer_chosen"] = float((longer > 0)[uneven].mean())
             known["longer_preferred"] = float(ranking_correct(lead * longer)[uneven].mean())
-        if not self.values.any():                                         # with margins the lead is no log-odds
+        # with margins the lead is no log-odds
+        if not self.values.any():
             bins = calibration(lead)
-            known["calibration_error"] = sum(abs(b.confidence - b.accuracy) * b.pairs for b in bins) / len(lead)
+            known["calibration_error"] = sum(abs(b.confidence - b.accuracy) * b.pairs for b in bins) / len(
+                lead
+            )
             chance = [math.sqrt(2 / math.pi * b.confidence * (1 - b.confidence) * b.pairs) for b in bins]
             known["calibration_by_chance"] = sum(chance) / len(lead)
         return {"accuracy": float(ranking_correct(lead).mean()), **known}
@@ -187,8 +199,12 @@ class RewardEvaluation(NamedTuple):
         path: Path, # a file
     ):
         "Write it down, for plots. Raises `RunError` if the disk refuses."
-        told = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in self._asdict().items()}
-        with _writing(path): atomic_write(path, json.dumps(told).encode())
+        told = {
+            key: value.tolist() if isinstance(value, np.ndarray) else value
+            for key, value in self._asdict().items()
+        }
+        with _writing(path):
+            atomic_write(path, json.dumps(told).encode())
 
 # %% ../nbs/05_reward.ipynb #2fe35f62
 logger = logging.getLogger("mlx_pretrain")
@@ -198,17 +214,26 @@ def _form(path: str, cfg: RewardData, columns: ColumnNames, inherited: PromptFor
     "Are the rows pairs, and how do prompt and response look? Raises `ConfigError` or `DataError` if that cannot be, or cannot be known."
     def judged(row):
         pairs = has_pairs(row, columns)
-        return split_conversations(row, columns.chosen, columns.rejected, cfg.input_field or "prompt") if pairs else row
+        return (
+            split_conversations(row, columns.chosen, columns.rejected, cfg.input_field or "prompt")
+            if pairs
+            else row
+        )
     row = read_first_row(path, cfg, False, judged)
     fmt = resolve_format(cfg, row, inherited, False)
-    if not fmt.input_field: raise ConfigError(f'the rows of {path} have no prompt; name its column in "data.input_field"')
+    if not fmt.input_field:
+        raise ConfigError(f'the rows of {path} have no prompt; name its column in "data.input_field"')
     asks = {name for _, name in split_format(fmt.prompt_format or "", "data.prompt_format")}
     if told := asks & {*columns}:
-        raise ConfigError(f'"data.prompt_format" holds {{{min(told)}}}, which is not asked but judged; take it out')
+        raise ConfigError(
+            f'"data.prompt_format" holds {{{min(told)}}}, which is not asked but judged; take it out'
+        )
     says = {name for _, name in split_format(fmt.response_format, "data.response_format")} - {None}
     if other := says - {"response", fmt.output_field}:
-        raise ConfigError(f'"data.response_format" holds {{{min(other)}}}, but a reward model is told prompt and response alone; take it '
-                          "out")
+        raise ConfigError(
+            f'"data.response_format" holds {{{min(other)}}}, but a reward model is told prompt and response alone; take it '
+            "out"
+        )
     return has_pairs(row, columns), fmt
 
 
@@ -229,39 +254,63 @@ class RewardTrainer(StageTrainer):
     ):
         path, d = data_file(cfg.data, "input_file"), cfg.data
         if (pretrained := open_base_model(cfg, pretrained)) is None:
-            raise ConfigError('"pretrained_model" is missing; a reward model begins as the model that PPO will begin with: name that run')
+            raise ConfigError(
+                '"pretrained_model" is missing; a reward model begins as the model that PPO will begin with: name that run'
+            )
         self.policy, tokenizer = merge(pretrained.model), pretrained.tokenizer
         cfg = resolve_config(cfg, self.policy)
-        columns = ColumnNames(d.chosen_field, d.rejected_field, d.margin_field, d.output_field or "response", d.reward_field)
+        columns = ColumnNames(
+            d.chosen_field, d.rejected_field, d.margin_field, d.output_field or "response", d.reward_field
+        )
         self.pairs, fmt = _form(path, d, columns, pretrained.format)
         fmt = dated(fmt, tokenizer)
         columns = columns._replace(response=fmt.output_field)
         cfg, self.format = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())}), fmt
-        data, held_out = (self._read(cfg.data, key, tokenizer, columns) for key in ("input_file", "validation_file"))
-        if held_out is None: logger.warning('There is no "data.validation_file": nobody will know whether this model is right.')
+        data, held_out = (
+            self._read(cfg.data, key, tokenizer, columns) for key in ("input_file", "validation_file")
+        )
+        if held_out is None:
+            logger.warning(
+                'There is no "data.validation_file": nobody will know whether this model is right.'
+            )
         self.compare = make_comparison(self.pairs, cfg.training.center_rewards_coefficient)
-        super().__init__(cfg, ScalarLlama.from_llama(self.policy), tokenizer, self.batch_loss, data, held_out, **kwargs)
+        super().__init__(
+            cfg, ScalarLlama.from_llama(self.policy), tokenizer, self.batch_loss, data, held_out, **kwargs
+        )
         self.scores, self.began_as = make_scorer(self.model, tokenizer.pad_id), base_identity(self.policy)
         if "score.weight" not in dict(tree_flatten(self.model.trainable_parameters())):
-            raise ConfigError('"training.freeze": the head begins at zero, and nothing is learned without it; let score be trained')
+            raise ConfigError(
+                '"training.freeze": the head begins at zero, and nothing is learned without it; let score be trained'
+            )
         self.asked, names = self._asked(), ("chosen", "rejected") if self.pairs else (f"{data.values[0]:g}",)
         first = zip(names, (data.chosen[0], *(data.rejected or [])[:1]))
-        self.probe_message = "\n".join(f"For example {name + ':':<9} {tokenizer.decode(ids)!r}" for name, ids in first)
+        self.probe_message = "\n".join(
+            f"For example {name + ':':<9} {tokenizer.decode(ids)!r}" for name, ids in first
+        )
 
     def _asked(self) -> list[int]:
         "The rows on whose prompts the reward is normalised, spread over the file. Raises `ConfigError` if none leaves room for a response."
-        n, room = self.cfg.data.normalization_samples, self.policy.args.max_position_embeddings - self.cfg.data.response_length
-        different = [i for ids, i in {tuple(ids): i for i, ids in enumerate(self.data.prompts)}.items() if 0 < len(ids) <= room]
+        n = self.cfg.data.normalization_samples
+        room = self.policy.args.max_position_embeddings - self.cfg.data.response_length
+        different = [
+            i
+            for ids, i in {tuple(ids): i for i, ids in enumerate(self.data.prompts)}.items()
+            if 0 < len(ids) <= room
+        ]
         if n and not different:
-            raise ConfigError('"data.response_length": no prompt leaves so much room for a response; lower it, or set '
-                              '"data.normalization_samples: 0"')
+            raise ConfigError(
+                '"data.response_length": no prompt leaves so much room for a response; lower it, or set '
+                '"data.normalization_samples: 0"'
+            )
         return [different[i] for i in np.arange(n) * len(different) // max(n, 1)]
 
     def _read(self, cfg: RewardData, key: str, tokenizer, columns: ColumnNames) -> PreferenceDataset | None:
         "The rows of one of the two files; `None` if there is none."
         if (path := data_file(cfg, key)) is None: return None
         context = cfg.preprocessing.max_context_size
-        return read_preferences(path, tokenizer, self.format, context, self.pairs, columns, cfg.on_bad_row, cfg.preprocess)
+        return read_preferences(
+            path, tokenizer, self.format, context, self.pairs, columns, cfg.on_bad_row, cfg.preprocess
+        )
 
     def batch_loss(
         self,
@@ -276,8 +325,15 @@ class RewardTrainer(StageTrainer):
         "Loss of the held-out rows; accuracy if they are pairs, else the correlation with their rewards."
         scores, values = self.scores(self.held_out.texts), self.held_out.values
         loss, count, seen = self.compare(mx.array(scores), mx.array(values))
-        loss, found = (loss / count).item(), {"val_correlation": correlation(scores, values)} if not self.pairs else {}
-        return {"val_loss": loss, **{f"val_{key}": (value / count).item() for key, value in seen.items()}, **found}
+        loss, found = (
+            (loss / count).item(),
+            {"val_correlation": correlation(scores, values)} if not self.pairs else {},
+        )
+        return {
+            "val_loss": loss,
+            **{f"val_{key}": (value / count).item() for key, value in seen.items()},
+            **found,
+        }
 
     def evaluate_reward(
         self,
@@ -293,9 +349,14 @@ class RewardTrainer(StageTrainer):
     def samples(self, n: int = 3) -> list[tuple[str, str, float | None]]:
         "What the model thinks now of some held-out responses, of pairs the chosen one first."
         data, decode = self.held_out or self.data, self.tokenizer.decode
-        rows = [(prompt, text) for i, prompt in enumerate(data.prompts[:n]) for text in data.texts[i::len(data)]]
+        rows = [
+            (prompt, text) for i, prompt in enumerate(data.prompts[:n]) for text in data.texts[i :: len(data)]
+        ]
         scores = self.scores([text for _, text in rows])
-        return [(decode(prompt), decode(text[len(prompt):]), float(score)) for (prompt, text), score in zip(rows, scores)]
+        return [
+            (decode(prompt), decode(text[len(prompt) :]), float(score))
+            for (prompt, text), score in zip(rows, scores)
+        ]
 
     def state(self) -> dict:
         "The rest of a checkpoint."
@@ -305,19 +366,25 @@ class RewardTrainer(StageTrainer):
         "Go on from a checkpoint. Raises `RunError` as `Trainer.load` does."
         super().load(saved, reset_optimizer)
         if saved.state.get("policy") != self.began_as:
-            logger.warning('"pretrained_model" is not what it was; the reward will be normalised on what the new one says.')
+            logger.warning(
+                '"pretrained_model" is not what it was; the reward will be normalised on what the new one says.'
+            )
 
     def normalised(self) -> TrainedReward:
         "The reward model, with mean 0 and standard deviation 1 on what the policy says that it began as."
         reward, tok = TrainedReward(self.model, self.tokenizer, self.format), self.tokenizer
         prompts, asked = ([column[i] for i in self.asked] for column in (self.data.prompts, self.data.asked))
         if not prompts: return reward
-        texts = generate_text(self.policy, tok, prompts, self.cfg.data.response_length, seed=self.seed, batch_size=32)
+        texts = generate_text(
+            self.policy, tok, prompts, self.cfg.data.response_length, seed=self.seed, batch_size=32
+        )
         said = [*map(self.format.parse_response, texts)]
         scores = reward.compute_reward([*map(tok.decode, prompts)], said, asked).astype(np.float64)
         reward.mean, reward.std = float(scores.mean()), float(scores.std())
         if reward.std < 1e-6:
-            logger.warning("The reward model says the same about all that the policy says; it is only shifted, and not scaled.")
+            logger.warning(
+                "The reward model says the same about all that the policy says; it is only shifted, and not scaled."
+            )
             reward.std = 1.0
         return reward
 
@@ -326,19 +393,27 @@ class RewardTrainer(StageTrainer):
         run: Run, # its directory
     ):
         "Take the best weights, normalise what they say, write the model, and say how good it is."
-        best = self.best and next((path for path in checkpoints(run.path) if path.name == f"step_{self.best[0]:06d}"), None)
+        best = self.best and next(
+            (path for path in checkpoints(run.path) if path.name == f"step_{self.best[0]:06d}"), None
+        )
         if best: _fill(self.model, load_checkpoint(best)[0]["model"], best)
-        reward, about = self.normalised(), f"The weights are those of step {self.best[0] if best else self.steps_done}"
+        reward = self.normalised()
+        about = f"The weights are those of step {self.best[0] if best else self.steps_done}"
         about += ", where the held-out loss was lowest. " if best else ". "
         about += f"On what the policy says: mean {reward.mean:.3g}, standard deviation {reward.std:.3g}; both are taken out."
         known = {"mean": reward.mean, "std": reward.std}
         if self.held_out:
             (examined := self.evaluate_reward(reward)).save(run.path / "held_out.json")
             known |= examined.summary()
-            words = {"accuracy": "{:.1%} in the right order", "calibration_error": "calibration off by {:.1%}",
-                     "calibration_by_chance": "by chance alone {:.1%}", "correlation": "correlation with the rewards {:.2f}",
-                     "longer_chosen": "the longer one is the chosen one in {:.0%}", "longer_preferred": "the model prefers it in {:.0%}",
-                     "length_correlation": "correlation with the length {:.2f}"}
+            words = {
+                "accuracy": "{:.1%} in the right order",
+                "calibration_error": "calibration off by {:.1%}",
+                "calibration_by_chance": "by chance alone {:.1%}",
+                "correlation": "correlation with the rewards {:.2f}",
+                "longer_chosen": "the longer one is the chosen one in {:.0%}",
+                "longer_preferred": "the model prefers it in {:.0%}",
+                "length_correlation": "correlation with the length {:.2f}",
+            }
             about += f"\nHeld out: {', '.join(text.format(known[key]) for key, text in words.items() if key in known)}."
         reward.save(run.path / "model")
         run.update_metadata(reward_model=known)

@@ -43,7 +43,9 @@ def make_scorer(
     read = mx.compile(lambda *rows: last_score(model, *rows), inputs=model.state)
 
     def scores(texts):
-        order, found, held = np.argsort([*map(len, texts)], kind="stable"), np.zeros(len(texts), np.float32), model.parameters()
+        order = np.argsort([*map(len, texts)], kind="stable")
+        found = np.zeros(len(texts), np.float32)
+        held = model.parameters()
         try:
             for places in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
                 found[places] = np.array(read(*map(mx.array, pad_right([texts[i] for i in places], pad_id))))
@@ -68,7 +70,11 @@ class TrainedReward(RewardModel):
         mean: float = 0.0, # is taken off
         std: float = 1.0, # divides what remains
     ):
-        self.model, self.tokenizer, self.format, self.mean, self.std = model, tokenizer, fmt, mean, std
+        self.model = model
+        self.tokenizer = tokenizer
+        self.format = fmt
+        self.mean = mean
+        self.std = std
         self.scores = make_scorer(model, tokenizer.pad_id)
 
     def compute_reward(
@@ -81,7 +87,12 @@ class TrainedReward(RewardModel):
 
         With a chat template, that is what the template writes at the end of an answer; else it is the token that ends a text, as in TRL.
         """
-        texts = [self._newest(ids) for ids in encode_prompt_response(self.tokenizer, self.format, prompts, responses, prompt_messages)]
+        texts = [
+            self._newest(ids)
+            for ids in encode_prompt_response(
+                self.tokenizer, self.format, prompts, responses, prompt_messages
+            )
+        ]
         return (self.scores(texts) - np.float32(self.mean)) / np.float32(self.std)
 
     def _newest(self, ids: list[int]) -> list[int]:
@@ -100,8 +111,10 @@ class TrainedReward(RewardModel):
         try: judged_pieces(self.format, self.tokenizer, messages, "")
         except DataError as e:
             why = str(e).rpartition("; ")[0] or e
-            raise DataError(f'the reward model cannot read this conversation: {why}; change its messages or "data.system_prompt", or '
-                            'leave such rows out with "data.on_bad_row: skip"') from None
+            raise DataError(
+                f'the reward model cannot read this conversation: {why}; change its messages or "data.system_prompt", or '
+                'leave such rows out with "data.on_bad_row: skip"'
+            ) from None
         return []
 
     def check_asked(
@@ -112,17 +125,28 @@ class TrainedReward(RewardModel):
         "Warn if this model reads prompts in another form than it was taught, or less than the policy reads and says."
         own = self.format
         if not (by_instruction(own) and by_instruction(fmt)) and fmt.prompt_format != own.prompt_format:
-            logger.warning("The reward model reads prompts as the policy does, because %s; if it was trained on prompts of another "
-                           "form, its rewards may mean little.", 'the policy\'s "data.prompt_format" has other columns than the '
-                           "instruction" if by_instruction(own) else "it has no chat template")
+            logger.warning(
+                "The reward model reads prompts as the policy does, because %s; if it was trained on prompts of another "
+                "form, its rewards may mean little.",
+                'the policy\'s "data.prompt_format" has other columns than the instruction'
+                if by_instruction(own)
+                else "it has no chat template",
+            )
         elif fmt.system_prompt and fmt.system_prompt != own.system_prompt:
-            logger.warning('The reward model reads the policy\'s "data.system_prompt", but its own format has %s; its rewards may mean '
-                           "little.", "another one" if own.system_prompt else "no system prompt")
+            logger.warning(
+                'The reward model reads the policy\'s "data.system_prompt", but its own format has %s; its rewards may mean '
+                "little.",
+                "another one" if own.system_prompt else "no system prompt",
+            )
         if context > (longest := self.model.args.max_position_embeddings):
-            logger.warning(f"The reward model reads {longest} tokens at most; of longer texts it reads the end.")
+            logger.warning(
+                f"The reward model reads {longest} tokens at most; of longer texts it reads the end."
+            )
 
     def __repr__(self):
-        weights = hashlib.sha256(b"".join(np.array(w).tobytes() for _, w in sorted(tree_flatten(self.model.parameters()))))
+        weights = hashlib.sha256(
+            b"".join(np.array(w).tobytes() for _, w in sorted(tree_flatten(self.model.parameters())))
+        )
         return f"TrainedReward({weights.hexdigest()[:8]}, mean {self.mean:.4g}, std {self.std:.4g})"
 
     def save(
@@ -130,23 +154,33 @@ class TrainedReward(RewardModel):
         directory: str | Path, # where to; an earlier one there is replaced
     ):
         "Write it as transformers opens it, which gives the numbers before they are shifted and scaled. Raises as `export` does."
-        export(self.model, self.tokenizer, directory, self.format, {_NORM: {"mean": self.mean, "std": self.std}})
+        export(
+            self.model, self.tokenizer, directory, self.format, {_NORM: {"mean": self.mean, "std": self.std}}
+        )
 
 
 def _check_labels(config: dict, place: Path):
     "Raise `PretrainedError` if a classifier gives more than one number."
     n = config.get("num_labels", len(config.get("id2label") or "1"))
-    if n != 1: raise PretrainedError(f"{place} is a classifier with {n} labels, and a reward is one number; give a model with num_labels 1")
+    if n != 1:
+        raise PretrainedError(
+            f"{place} is a classifier with {n} labels, and a reward is one number; give a model with num_labels 1"
+        )
 
 
 def load_reward(
     path: str | Path, # a finished run of `mlx-pretrain reward` (its directory, or its name in runs/), or the model/ in it
 ) -> TrainedReward: # ready to be asked
     "Open a reward model. Raises `PretrainedError` and others as `load` does."
-    for place in (find_model(path), find_model(path) / "model"): _check_labels(_read_object(place / "config.json"), place)
+    for place in (find_model(path), find_model(path) / "model"):
+        _check_labels(_read_object(place / "config.json"), place)
     model, tokenizer, place, fmt = load(path, ScalarLlama)
     norm = _read_object(place / "config.json").get(_NORM) or {}
     mean, std = (norm.get("mean", 0.0), norm.get("std", 1.0)) if isinstance(norm, dict) else (None, None)
-    if not (isinstance(mean, int | float) and isinstance(std, int | float) and 0 < std < 1e15 and abs(mean) < 1e15):
-        raise PretrainedError(f"{place / 'config.json'}: {_NORM} must hold a mean and a std above 0; copy it again")
+    if not (
+        isinstance(mean, int | float) and isinstance(std, int | float) and 0 < std < 1e15 and abs(mean) < 1e15
+    ):
+        raise PretrainedError(
+            f"{place / 'config.json'}: {_NORM} must hold a mean and a std above 0; copy it again"
+        )
     return TrainedReward(model, tokenizer, fmt or PromptFormat(prompt_format="{prompt}"), mean, std)

@@ -31,9 +31,10 @@ from .chat import row_pieces, unread_keys
 from .config import ConfigError
 from .core import rng_for
 from .data import (
-    DataConfig, Row, _check_ids, _control_names, _groups, _hash_file, _kind, _Preprocess, _quote, _read_lines, _row,
-    _token_type, batch_indices)
-from .prompt import INSTRUCTION, VERBATIM, Example, Piece, PromptFormat, _begin, _names, encode_pieces
+    DataConfig, Row, _check_ids, _control_names, _groups, _hash_file, _kind, _Preprocess, _quote, _read_lines,
+    _row, _token_type, batch_indices)
+from .prompt import (
+    INSTRUCTION, VERBATIM, Example, Piece, PromptFormat, _begin, _names, encode_pieces)
 from .tokenizer import DataError, Tokenizer
 
 # %% ../nbs/26_rows.ipynb #67b5b864
@@ -53,11 +54,13 @@ def truncate(
         kept = Example(ids[:bos] + ids[bos + over:], mask[:bos] + mask[bos + over:])
         if start <= bos: return kept                                      # there is no prompt: a plain text
         for n in range(bos, kept.loss_mask.index(False, bos) if False in kept.loss_mask[bos:] else context):
-            kept.loss_mask[n] = False                                     # the rest of an answer whose question is gone
+            kept.loss_mask[n] = False  # the rest of an answer whose question is gone
         return kept if True in kept.loss_mask else None
     if start >= context:
-        raise DataError(f'the prompt has {start} tokens, and "data.preprocessing.max_context_size" is {context}; shorten the prompt, '
-                        'raise that, or set "data.on_bad_row: skip"')
+        raise DataError(
+            f'the prompt has {start} tokens, and "data.preprocessing.max_context_size" is {context}; shorten the prompt, '
+            'raise that, or set "data.on_bad_row: skip"'
+        )
     return Example(ids[:context], mask[:context]) if how == "keep_start" else None
 
 # %% ../nbs/26_rows.ipynb #9fa84cc3
@@ -100,14 +103,16 @@ class PromptConfig(DataConfig):
         if template is None: return None
         try: names = _names(template, f"data.{info.field_name}")
         except ConfigError as e: raise ValueError(str(e)) from None
-        if info.field_name == "prompt_format" and "response" in names: raise ValueError("the prompt cannot hold {response}; take it out")
-        if info.field_name == "response_format" and "response" not in names: raise ValueError("it has no {response}; say where that goes")
+        if info.field_name == "prompt_format" and "response" in names:
+            raise ValueError("the prompt cannot hold {response}; take it out")
+        if info.field_name == "response_format" and "response" not in names:
+            raise ValueError("it has no {response}; say where that goes")
         return template
 
 
 _COLUMNS = {("messages", "messages"): INSTRUCTION, ("conversations", "conversations"): INSTRUCTION,
-            ("instruction", "response"): INSTRUCTION, ("instruction", "output"): INSTRUCTION, ("prompt", "completion"): VERBATIM,
-            ("prompt", "response"): VERBATIM, (None, "text"): ""}
+            ("instruction", "response"): INSTRUCTION, ("instruction", "output"): INSTRUCTION,
+            ("prompt", "completion"): VERBATIM, ("prompt", "response"): VERBATIM, (None, "text"): ""}
 
 # %% ../nbs/26_rows.ipynb #0214f223
 logger = logging.getLogger("mlx_pretrain")
@@ -118,26 +123,39 @@ def _columns(cfg: PromptConfig, row: Row, answered: bool = True) -> tuple[str | 
     if cfg.input_field or cfg.output_field: return _named_columns(cfg, row, answered)
     has_both = [pair for pair in _COLUMNS if {*pair} - {None} <= row.value.keys() and (answered or pair[0])]
     asks = [] if answered else [pair for pair in _COLUMNS if pair[0] in row.value]
-    if not answered and isinstance(row.value.get("prompt"), list):                                   # whatever else the row has
+    # whatever else the row has
+    if not answered and isinstance(row.value.get("prompt"), list):
         return "prompt", "completion" if "completion" in row.value else "response"
-    if found := has_both + asks + [pair for pair in _COLUMNS if pair[0] is None and pair[1] in row.value]: return found[0]
+    if found := has_both + asks + [pair for pair in _COLUMNS if pair[0] is None and pair[1] in row.value]:
+        return found[0]
     has = ", ".join(map(_quote, list(row.value)[:8])) or "no field at all"
     if not answered:
-        raise DataError(f'{row.file}, line {row.line}: the row has {has}; name the column of the question in "data.input_field", or call '
-                        'it "instruction" or "prompt", or make one with "data.preprocess" if it is a part of another')
-    raise DataError(f'{row.file}, line {row.line}: the row has {has}; name the columns of question and answer in "data.input_field" and '
-                    '"data.output_field", or call them "instruction" and "response"')
+        raise DataError(
+            f'{row.file}, line {row.line}: the row has {has}; name the column of the question in "data.input_field", or call '
+            'it "instruction" or "prompt", or make one with "data.preprocess" if it is a part of another'
+        )
+    raise DataError(
+        f'{row.file}, line {row.line}: the row has {has}; name the columns of question and answer in "data.input_field" and '
+        '"data.output_field", or call them "instruction" and "response"'
+    )
 
 
 def _named_columns(cfg: PromptConfig, row: Row, answered: bool) -> tuple[str, str]:
     "The two columns if at least one is named; the other is guessed. Raises `DataError` if a name is none of the row's columns."
     for key in ("input_field", "output_field") if answered else ("input_field",):
-        asked = key == "output_field" or cfg.prompt_format is None or "instruction" in _names(cfg.prompt_format, "data.prompt_format")
+        asked = (
+            key == "output_field"
+            or cfg.prompt_format is None
+            or "instruction" in _names(cfg.prompt_format, "data.prompt_format")
+        )
         if not asked or (name := getattr(cfg, key)) is None or name in row.value: continue
-        has, close = ", ".join(map(_quote, list(row.value)[:8])), difflib.get_close_matches(name, row.value, 1)
+        has = ", ".join(map(_quote, list(row.value)[:8]))
+        close = difflib.get_close_matches(name, row.value, 1)
         remedy = f"did you mean {_quote(close[0])}?" if close else "name one of these"
-        raise DataError(f'{row.file}, line {row.line}: there is no field {_quote(name)}, as "data.{key}" says, the row has '
-                        f"{has or 'no field at all'}; {remedy}")
+        raise DataError(
+            f'{row.file}, line {row.line}: there is no field {_quote(name)}, as "data.{key}" says, the row has '
+            f"{has or 'no field at all'}; {remedy}"
+        )
     asks, says = ([pair[n] for pair in _COLUMNS if pair[0] and pair[n] in row.value] for n in (0, 1))
     return cfg.input_field or [*asks, "instruction"][0], cfg.output_field or [*says, "response"][0]
 
@@ -151,10 +169,14 @@ def check_format(
     file: str, # of the rows
 ):
     "Raise `ConfigError` if there is a format for rows that have none, or a prompt holds the response."
-    template, question, answer = fmt.prompt_format, fmt.input_field, fmt.output_field
+    template = fmt.prompt_format
+    question = fmt.input_field
+    answer = fmt.output_field
     if given and not question:
-        raise ConfigError(f'"data.{min(given)}" is of no use: the rows of {file} have a "text", and no prompt and response; '
-                          'name the columns in "data.input_field" and "data.output_field", or leave it out')
+        raise ConfigError(
+            f'"data.{min(given)}" is of no use: the rows of {file} have a "text", and no prompt and response; '
+            'name the columns in "data.input_field" and "data.output_field", or leave it out'
+        )
     if template is None and question == answer and "response_format" in given:
         raise ConfigError('"data.response_format" is of no use for messages in a chat template; take it out')
     if template and answer != question and answer in _names(template, "data.prompt_format"):
@@ -176,30 +198,52 @@ def resolve_format(
     given = {key: value for key in _FORMAT if (value := getattr(cfg, key)) is not None}
     inherited = None if question is None else inherited
     old = {key: value for key in _FORMAT if (value := getattr(inherited, key, None)) is not None}
-    if kept := [f"data.{key}" for key in old if key not in given]: logger.info("As in the pretrained model: %s.", ", ".join(kept))
+    if kept := [f"data.{key}" for key in old if key not in given]:
+        logger.info("As in the pretrained model: %s.", ", ".join(kept))
     by_template = inherited is not None and inherited.prompt_format is None
-    if by_template and "prompt_format" not in given: logger.info("Asked in the form of the pretrained model's own chat template.")
-    formats = {"prompt_format": None if by_template else _COLUMNS.get((question, answer), INSTRUCTION), **old, **given}
-    more = {key: value for key in ("input_field_optional", "system_field") if (value := getattr(cfg, key)) is not None}
+    if by_template and "prompt_format" not in given:
+        logger.info("Asked in the form of the pretrained model's own chat template.")
+    formats = {
+        "prompt_format": None if by_template else _COLUMNS.get((question, answer), INSTRUCTION),
+        **old,
+        **given,
+    }
+    more = {
+        key: value
+        for key in ("input_field_optional", "system_field")
+        if (value := getattr(cfg, key)) is not None
+    }
     fmt = PromptFormat(**formats, input_field=question or "", output_field=answer, **more)
     check_format(fmt, given if question else {**given, **more}, row.file)
     for key, text in given.items():
         if found := re.search(r"\\[nt]", text):
             what = "line break" if found[0] == r"\n" else "tab"
-            logger.warning('"data.%s" holds a backslash and the letter %s, which is no %s; write the text in double quotes, and on the '
-                           "command line in double quotes within single ones", key, found[0][1], what)
+            logger.warning(
+                '"data.%s" holds a backslash and the letter %s, which is no %s; write the text in double quotes, and on the '
+                "command line in double quotes within single ones",
+                key,
+                found[0][1],
+                what,
+            )
     return fmt
 
 # %% ../nbs/26_rows.ipynb #b0a6c58e
 def _length(value: Any) -> int:
     "How many characters of text a value holds."
-    if isinstance(value, str): return len(value.strip())
-    return sum(map(_length, value.values() if isinstance(value, dict) else value)) if isinstance(value, dict | list) else 0
+    if isinstance(value, str):
+        return len(value.strip())
+    return (
+        sum(map(_length, value.values() if isinstance(value, dict) else value))
+        if isinstance(value, dict | list)
+        else 0
+    )
 
 
 def _counted(rows: dict[str, int]) -> str:
     "Names, and in how many rows they are."
-    return ", ".join(f"{_quote(key)} ({n:,} row{'s' * (n > 1)})" for key, n in [*rows.items()][:8]) + " and more" * (len(rows) > 8)
+    return ", ".join(
+        f"{_quote(key)} ({n:,} row{'s' * (n > 1)})" for key, n in [*rows.items()][:8]
+    ) + " and more" * (len(rows) > 8)
 
 
 class _Unread:
@@ -209,8 +253,13 @@ class _Unread:
     messages → rows; `found`: columns named in the configuration → rows; `spelt`: line, place and name of control tokens.
     """
     def __init__(self):
-        self.columns, self.size, self.keys, self.found = Counter(), Counter(), Counter(), Counter()
-        self.lists, self.spelt, self.conversed = set(), [], False
+        self.columns = Counter()
+        self.size = Counter()
+        self.keys = Counter()
+        self.found = Counter()
+        self.lists = set()
+        self.spelt = []
+        self.conversed = False
 
     def count(self, row: Row, fmt: PromptFormat, tokenizer: Tokenizer, edited: bool, also: Iterable[str] = ()):
         "Note a row, which the user's function has `edited` or not; columns that are read besides those of the format are in `also`."
@@ -222,27 +271,41 @@ class _Unread:
             if not (size := _length(value[key])): continue
             self.columns[key] += 1
             self.size[key] += size
-            if not isinstance(value[key], str): self.lists.add(key)
+            if not isinstance(value[key], str):
+                self.lists.add(key)
         messages = [message for key in talks for message in value[key] if isinstance(message, dict)]
         self.keys.update(unread_keys(fmt, tokenizer, messages))
         self.found.update({fmt.input_field_optional, fmt.system_field} & value.keys())
         texts = [(f'"{key}"', value.get(key)) for key in value if key in read]
-        texts += [(f"a message of the {m.get('role', m.get('from'))}", m.get("content", m.get("value"))) for m in messages]
-        found = ((place, _control_names(tokenizer).search(text)) for place, text in texts if isinstance(text, str))
-        if first := next(((place, name[0]) for place, name in found if name), None): self.spelt.append((row.line, *first))
+        texts += [
+            (f"a message of the {m.get('role', m.get('from'))}", m.get("content", m.get("value")))
+            for m in messages
+        ]
+        found = (
+            (place, _control_names(tokenizer).search(text)) for place, text in texts if isinstance(text, str)
+        )
+        if first := next(((place, name[0]) for place, name in found if name), None):
+            self.spelt.append((row.line, *first))
 
     def sentences(self, fmt: PromptFormat) -> Iterator[str]: # without the file
         "What is to be said."
         if self.columns: yield f": columns with text that are not read: {self._columns(fmt)}"
         if self.keys:
             by = "the prompt format" if fmt.prompt_format is not None else "the chat template"
-            yield (f": messages have keys that {by} does not read: {_counted(self.keys)}; add them to the content with "
-                   '"data.preprocess" if the model is to see them')
+            yield (
+                f": messages have keys that {by} does not read: {_counted(self.keys)}; add them to the content with "
+                '"data.preprocess" if the model is to see them'
+            )
         for key in ("input_field_optional", "system_field"):
-            if (name := getattr(fmt, key)) and not self.found[name]: yield f': no row has the column {_quote(name)}; check "data.{key}"'
+            if (name := getattr(fmt, key)) and not self.found[name]:
+                yield f': no row has the column {_quote(name)}; check "data.{key}"'
         if self.spelt:
             line, place, name = self.spelt[0]
-            why = 'or give "messages" instead' if not fmt.input_field else "since what begins and ends a text is added by itself"
+            why = (
+                'or give "messages" instead'
+                if not fmt.input_field
+                else "since what begins and ends a text is added by itself"
+            )
             rows = f"{len(self.spelt):,} row{'s' * (len(self.spelt) > 1)}"
             yield f", line {line}: {place} spells {name}, and it stays text (control tokens are spelt in {rows}); remove it, {why}"
 
@@ -252,11 +315,16 @@ class _Unread:
         systems = [key for key in names if "system" in key.lower() and not fmt.system_field]
         remedies = [f'set "data.system_field: {key}" if that is a system prompt' for key in systems[:1]]
         for name in [key for key in names if key not in systems][:1]:
-            asks = {"instruction"} if fmt.prompt_format is None else _names(fmt.prompt_format, "data.prompt_format")
+            asks = (
+                {"instruction"}
+                if fmt.prompt_format is None
+                else _names(fmt.prompt_format, "data.prompt_format")
+            )
             free = "instruction" in asks and not self.found[fmt.input_field_optional]
             ways = [f'set "data.input_field_optional: {name}"'] if free else []
             if fmt.prompt_format is not None: ways.append(f'write {{{name}}} in "data.prompt_format"')
-            if self.conversed or name in self.lists or not ways: ways = ['make it part of what is read with "data.preprocess"']
+            if self.conversed or name in self.lists or not ways:
+                ways = ['make it part of what is read with "data.preprocess"']
             remedies.append(f"{' or '.join(ways)} if {_quote(name)} belongs to the prompt")
         return f"{_counted({key: self.columns[key] for key in names})}; {', and '.join(remedies)}"
 
@@ -270,8 +338,10 @@ class RowCounts(Counter):
 
     def report(self, path: str | Path, fmt: PromptFormat):
         "Warn, once each, of what is lost."
-        if self.first: logger.warning("%s: %d bad rows left out; the first: %s", path, self["skipped"], self.first)
-        for sentence in self.unread.sentences(fmt): logger.warning("%s%s", path, sentence)
+        if self.first:
+            logger.warning("%s: %d bad rows left out; the first: %s", path, self["skipped"], self.first)
+        for sentence in self.unread.sentences(fmt):
+            logger.warning("%s%s", path, sentence)
 
     def bad(self, error: DataError):
         "A row that cannot be used."
@@ -297,9 +367,12 @@ def _values(path: str | Path, preprocess: _Preprocess | None, tally: RowCounts) 
 def _number(row: Row, key: str) -> float:
     "A number in a row. Raises `DataError` if there is none."
     value = row.value.get(key)
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15: return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
+        return float(value)
     found = value if isinstance(value, float) else _kind(value) if key in row.value else "nothing"
-    raise DataError(f'{row.file}, line {row.line}: "{key}" must be a number of reasonable size, found {found}; mend the row')
+    raise DataError(
+        f'{row.file}, line {row.line}: "{key}" must be a number of reasonable size, found {found}; mend the row'
+    )
 
 
 def read_first_row(
@@ -315,7 +388,10 @@ def read_first_row(
             _columns(cfg, row := change(row), answered)
             return row
         except DataError as e: tally.bad(e)
-    raise DataError(f"{path}: no row is left of {tally['rows']}" + (f"; the first mistake: {tally.first}" if tally.first else ""))
+    raise DataError(
+        f"{path}: no row is left of {tally['rows']}"
+        + (f"; the first mistake: {tally.first}" if tally.first else "")
+    )
 
 # %% ../nbs/26_rows.ipynb #0b745cee
 class SFTBatch(NamedTuple):
@@ -374,12 +450,19 @@ class SFTDataset:
     @property
     def identity(self) -> str:
         "A hash of the tokens and of what is trained."
-        return hashlib.sha256(b"".join(part.tobytes() for part in (self.tokens, self.ends, self.loss_mask))).hexdigest()
+        return hashlib.sha256(
+            b"".join(part.tobytes() for part in (self.tokens, self.ends, self.loss_mask))
+        ).hexdigest()
 
     def describe(self) -> str:
         "What became of the rows, for people."
         s = self.source
-        reasons = {"truncated": "truncated", "dropped": "dropped (too long)", "filtered": "left out", "skipped": "bad"}
+        reasons = {
+            "truncated": "truncated",
+            "dropped": "dropped (too long)",
+            "filtered": "left out",
+            "skipped": "bad",
+        }
         less = "".join(f", {s[key]:,} {why}" for key, why in reasons.items() if s.get(key))
         n = f"{s.get('rows', len(self)):,} rows, {len(self):,} kept{less}"
         return f"{n}; {len(self.tokens):,} tokens, {self.n_targets:,} of them trained."
@@ -390,7 +473,7 @@ class SFTDataset:
     ) -> SFTBatch: # their tokens
         "Gather some rows. Raises `IndexError` if there is no such row."
         rows = [self[i] for i in np.asarray(indices).tolist()]
-        width = _grid(max(len(ids) for ids, _ in rows) - 1)               # T: the last token of a row is only predicted
+        width = _grid(max(len(ids) for ids, _ in rows) - 1)  # T: the last token of a row is only predicted
         inputs = np.full((len(rows), width), self.pad_id, np.int32)       # (B, T)
         places, targets = [], []
         for r, (ids, trained) in enumerate(rows):
@@ -399,7 +482,12 @@ class SFTDataset:
             targets += [id for id, counts in zip(ids, trained) if counts]
         filling = [0] * (_grid(len(places)) - len(places))
         counts = np.arange(len(places) + len(filling)) < len(places)      # (N,)
-        return SFTBatch(mx.array(inputs), mx.array(places + filling, mx.int32), mx.array(targets + filling, mx.int32), mx.array(counts))
+        return SFTBatch(
+            mx.array(inputs),
+            mx.array(places + filling, mx.int32),
+            mx.array(targets + filling, mx.int32),
+            mx.array(counts),
+        )
 
 # %% ../nbs/26_rows.ipynb #8b8975cd
 def _iter_pieces(path, fmt: PromptFormat, tokenizer: Tokenizer, edit: _Preprocess | None, tally: RowCounts) -> Iterator[tuple[int, list[Piece]]]:
@@ -412,13 +500,16 @@ def _iter_pieces(path, fmt: PromptFormat, tokenizer: Tokenizer, edit: _Preproces
 
 def _encoded(path, group: list[tuple[int, list[Piece]]], tokenizer: Tokenizer, tally: RowCounts) -> Iterator[tuple[int, Example]]:
     "Some rows in tokens, all at once."
-    try: yield from zip([line for line, _ in group], encode_pieces(tokenizer, [pieces for _, pieces in group]))
+    try:
+        yield from zip([line for line, _ in group], encode_pieces(tokenizer, [pieces for _, pieces in group]))
     except DataError as e:
-        if len(group) == 1: return tally.bad(DataError(f"{path}, line {group[0][0]}: {e}"))
+        if len(group) == 1:
+            return tally.bad(DataError(f"{path}, line {group[0][0]}: {e}"))
         for row in group: yield from _encoded(path, [row], tokenizer, tally)
 
 
-def _size(row: tuple[int, list[Piece]]) -> int: return sum(len(what) if isinstance(what, str) else 1 for what, *_ in row[1])
+def _size(row: tuple[int, list[Piece]]) -> int:
+    return sum(len(what) if isinstance(what, str) else 1 for what, *_ in row[1])
 
 
 def _fitting(path, tokenizer: Tokenizer, fmt: PromptFormat, context: int, truncation: Truncation, edit, tally: RowCounts) -> Iterator[Example]:
@@ -448,8 +539,12 @@ def read_examples(
 
     Raises `DataError` with file and line for a bad row, or if no row is left.
     """
-    edit, tally, sha256 = None if preprocess is None else _Preprocess(preprocess), RowCounts(on_bad_row), _hash_file(path)
-    tokens, masks, prompts = [], [], []
+    edit = None if preprocess is None else _Preprocess(preprocess)
+    tally = RowCounts(on_bad_row)
+    sha256 = _hash_file(path)
+    tokens = []
+    masks = []
+    prompts = []
     for example in _fitting(path, tokenizer, fmt, context, truncation, edit, tally):
         tokens.append(np.array(example.ids, _token_type(tokenizer.vocab_size)))
         masks.append(np.array(example.loss_mask) if mask_prompt else np.ones(len(example.ids), bool))
@@ -466,8 +561,12 @@ def read_examples(
 
 def _none_left(path: str | Path, tally: RowCounts, context: int) -> str:
     "Why there is nothing to train on."
-    why = {"tied": "with twice the same response", "dropped": f'longer than "data.preprocessing.max_context_size" ({context})',
-           "filtered": 'left out by "data.preprocess"', "skipped": f"bad, the first: {tally.first}"}
+    why = {
+        "tied": "with twice the same response",
+        "dropped": f'longer than "data.preprocessing.max_context_size" ({context})',
+        "filtered": 'left out by "data.preprocess"',
+        "skipped": f"bad, the first: {tally.first}",
+    }
     reasons = [f"{tally[key]} {reason}" for key, reason in why.items() if tally[key]]
     return f"{path}: no row is left of {tally['rows']} ({'; '.join(reasons)}); mend the rows or the configuration"
 
@@ -519,7 +618,11 @@ class Sampler:
         step: int = 0, # where the last segment begins
         epoch: int = 0, # the epoch under way at that step, from 0
     ):
-        self.rows, self.n, self.epochs, self.step, self.epoch = rows, len(rows), epochs, step, epoch
+        self.rows = rows
+        self.n = len(rows)
+        self.epochs = epochs
+        self.step = step
+        self.epoch = epoch
         self.segments, self.last = tuple(segments), segments[-1]
 
     @cached_property

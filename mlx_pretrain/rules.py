@@ -23,7 +23,8 @@ class Length(RewardModel):
     "How long a response should be."
 
     def __post_init__(self):
-        if self.words < 1: raise RewardError(f"Length({self.words}): a response has 1 word at least; give a larger number")
+        if self.words < 1:
+            raise RewardError(f"Length({self.words}): a response has 1 word at least; give a larger number")
 
     def compute_reward(
         self,
@@ -64,7 +65,10 @@ class Matches(RewardModel):
 
     def __post_init__(self):
         try: re.compile(self.pattern, re.MULTILINE)
-        except re.error as e: raise RewardError(f"Matches({self.pattern!r}): that is no regular expression ({e}); mend it") from None
+        except re.error as e:
+            raise RewardError(
+                f"Matches({self.pattern!r}): that is no regular expression ({e}); mend it"
+            ) from None
 
     def compute_reward(
         self,
@@ -79,7 +83,8 @@ class Sentiment(RewardModel):
     "How friendly a response sounds, from -1 to 1. Source: Hutto and Gilbert 2014, VADER."
     def __init__(self):
         try: from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        except ImportError: raise RewardError("the rule Sentiment needs a package: pip install vaderSentiment") from None
+        except ImportError:
+            raise RewardError("the rule Sentiment needs a package: pip install vaderSentiment") from None
         self.analyse = SentimentIntensityAnalyzer().polarity_scores
 
     def compute_reward(
@@ -101,7 +106,9 @@ class WeightedSum(RewardModel):
     ):
         try: parts = [(float(weight), find_reward(reward)) for weight, reward in parts]
         except (TypeError, ValueError):
-            raise RewardError("WeightedSum takes pairs: WeightedSum((1.0, Sentiment()), (0.5, Length(12)))") from None
+            raise RewardError(
+                "WeightedSum takes pairs: WeightedSum((1.0, Sentiment()), (0.5, Length(12)))"
+            ) from None
         if not parts or not np.isfinite([weight for weight, _ in parts]).all():
             raise RewardError("WeightedSum needs at least one part, and finite weights")
         self.parts = parts
@@ -114,7 +121,9 @@ class WeightedSum(RewardModel):
         **columns, # of the dataset, B values each; each part gets those it asks for
     ) -> np.ndarray: # (B,) float32
         "The sum for each response. Raises `RewardError` as `score` does, for the part that is wrong."
-        return sum(np.float32(weight) * score(reward, prompts, responses, columns) for weight, reward in self.parts)
+        return sum(
+            np.float32(weight) * score(reward, prompts, responses, columns) for weight, reward in self.parts
+        )
 
     def check_row(self, row: dict, messages: list[dict] | None) -> list[str]:
         "The columns that its parts read. Raises `DataError` as `check_row` does, for the part that lacks one."
@@ -123,6 +132,10 @@ class WeightedSum(RewardModel):
     def check_asked(self, *asked):
         "Warn as the parts that are reward models do."
         for _, reward in self.parts:
-            if hasattr(reward, "check_asked"): reward.check_asked(*asked)
+            if hasattr(reward, "check_asked"):
+                reward.check_asked(*asked)
 
-    def __repr__(self): return f"WeightedSum({', '.join(f'{weight:g} {reward_name(reward)}' for weight, reward in self.parts)})"
+    def __repr__(self):
+        return (
+            f"WeightedSum({', '.join(f'{weight:g} {reward_name(reward)}' for weight, reward in self.parts)})"
+        )

@@ -46,7 +46,8 @@ def _name_problem(name: str) -> str | None:
     if "/" in name or "\\" in name: return "contains a slash or backslash"
     if name.startswith("."): return "begins with a dot"
     if not name.isprintable(): return "contains a character that cannot be printed"
-    if len(name.encode()) > 200: return f"is {len(name.encode())} bytes long, and 200 is the most"
+    if len(name.encode()) > 200:
+        return f"is {len(name.encode())} bytes long, and 200 is the most"
 
 
 def check_name(
@@ -56,7 +57,8 @@ def check_name(
 
     Raises `RunError` if it is empty, hidden, too long, or would lead elsewhere.
     """
-    if problem := _name_problem(name): raise RunError(f"The run name {name[:60]!r} {problem}: choose another `name`.")
+    if problem := _name_problem(name):
+        raise RunError(f"The run name {name[:60]!r} {problem}: choose another `name`.")
     return name
 
 # %% ../nbs/19_run.ipynb #ac671202
@@ -108,7 +110,8 @@ def _hidden(metrics: MetricsConfig) -> set[str]:
     return {key for switch, keys in _SWITCHES.items() if not getattr(metrics, switch) for key in keys}
 
 # %% ../nbs/19_run.ipynb #ba492e45
-_TAKEN = ("config.yaml", "metadata.json", "metrics.jsonl", "tokenizer", "adapters", "model", "curve.png", "held_out.json")
+_TAKEN = ("config.yaml", "metadata.json", "metrics.jsonl", "tokenizer", "adapters", "model", "curve.png",
+          "held_out.json")
 
 
 class LoggingConfig(ConfigSection):
@@ -128,7 +131,9 @@ class LoggingConfig(ConfigSection):
     @field_validator("log_dir", "checkpoint_dir")
     @classmethod
     def _plain_folder(cls, name: str) -> str:
-        problem = "is the name of another part of the run" if name.casefold() in _TAKEN else _name_problem(name)
+        problem = (
+            "is the name of another part of the run" if name.casefold() in _TAKEN else _name_problem(name)
+        )
         if problem: raise ValueError(f"{name!r} {problem}")
         return name
 
@@ -141,9 +146,12 @@ class LoggingConfig(ConfigSection):
 # %% ../nbs/19_run.ipynb #1ea834f6
 def _plain(value):
     "The value in JSON's own types: arrays as numbers or lists, what is not finite as None, other objects as text."
-    if hasattr(value, "tolist"): value = value.tolist()
-    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value): return None
     return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
@@ -158,23 +166,27 @@ def _writing(what: Path):
     "Turn a refusing disk into one sentence about `what`."
     try: yield
     except (OSError, RuntimeError) as e:
-        raise RunError(f"{what} could not be written ({getattr(e, 'strerror', None) or e}); what was saved before is untouched.") from e
+        raise RunError(
+            f"{what} could not be written ({getattr(e, 'strerror', None) or e}); what was saved before is untouched."
+        ) from e
 
 
 def _write_whole(path: Path, text: str):
     "Replace a small file in one go."
-    with _writing(path): atomic_write(path, text.encode())
+    with _writing(path):
+        atomic_write(path, text.encode())
 
 # %% ../nbs/19_run.ipynb #6ec21168
 def replace_dir(new: Path, final: Path, replace: bool = True):
     "Put the folder `new` at `final`; what stood there goes, if `replace`, else it stays and the move fails."
     old = final.with_name(f".{final.name}.old-{os.getpid()}")
     if replace and final.exists():
-        shutil.rmtree(old, ignore_errors=True)                            # of a dead process that had our number
+        shutil.rmtree(old, ignore_errors=True)  # of a dead process that had our number
         os.rename(final, old)
     try: os.rename(new, final)
     except OSError:
-        if replace and old.exists(): os.rename(old, final)                # back to where it was
+        if replace and old.exists():  # back to where it was
+            os.rename(old, final)
         raise
     fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -187,7 +199,8 @@ def _now() -> str:
 
 def _append(path: Path, text: str):
     "Add text to the end of a file."
-    with _writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as f: f.write(text)
+    with _writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as f:
+        f.write(text)
 
 
 def read_metadata(
@@ -227,7 +240,9 @@ class RunLog:
         text: str, # one or more lines
     ):
         "Add text to `log.txt`, with the time in front."
-        _append(self.path / self.logging.log_dir / "log.txt", f"{_now()}  " + text.replace("\n", "\n  ") + "\n")
+        _append(
+            self.path / self.logging.log_dir / "log.txt", f"{_now()}  " + text.replace("\n", "\n  ") + "\n"
+        )
 
     def update_metadata(self,
         **fields, # new or changed fields; a field is replaced as a whole
@@ -238,12 +253,16 @@ class RunLog:
 # %% ../nbs/19_run.ipynb #5321a343
 def _rows(file: Path) -> tuple[list[dict], list[int]]: # the objects; numbers of the lines that hold none
     "The lines of a metrics file. What follows the last line break is no bad line, only unfinished, or empty."
-    lines, rows, bad = file.read_bytes().split(b"\n"), [], []
+    lines = file.read_bytes().split(b"\n")
+    rows = []
+    bad = []
     for number, line in enumerate(lines, 1):
         try: row = json.loads(line)
         except (ValueError, RecursionError): row = None
-        if isinstance(row, dict): rows.append(row)
-        elif number < len(lines): bad.append(number)
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            bad.append(number)
     return rows, bad
 
 
@@ -255,7 +274,8 @@ def read_metrics(
     Raises `RunError` if the file is missing or a line before the last is not a JSON object.
     """
     path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
-    if not path.is_file(): raise RunError(f"{path} does not exist: give a run directory that has logged something.")
+    if not path.is_file():
+        raise RunError(f"{path} does not exist: give a run directory that has logged something.")
     rows, bad = _rows(path)
     if bad: raise RunError(f"{path}, line {bad[0]}: not a JSON object; remove the line or restore the file.")
     return rows
@@ -263,7 +283,8 @@ def read_metrics(
 # %% ../nbs/19_run.ipynb #628d1a20
 def _sha256(path: Path) -> str:
     "The SHA-256 of a file's content, in hexadecimal."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _manifest(hashes: dict[str, str]) -> str:
@@ -286,8 +307,13 @@ _HEADER = " (header)"
 
 def _header(file: Path) -> str | None: # None if the file is no complete safetensors file
     "The SHA-256 of a safetensors header. Another program writes another one, and a flipped bit in the weights leaves it as it is."
-    with open(file, "rb") as f: raw = f.read(min(int.from_bytes(f.read(8), "little"), 100_000_000))
-    try: end = max((tensor["data_offsets"][1] for name, tensor in json.loads(raw).items() if name != "__metadata__"), default=0)
+    with open(file, "rb") as f:
+        raw = f.read(min(int.from_bytes(f.read(8), "little"), 100_000_000))
+    try:
+        end = max(
+            (tensor["data_offsets"][1] for name, tensor in json.loads(raw).items() if name != "__metadata__"),
+            default=0,
+        )
     except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError): return None
     return hashlib.sha256(raw).hexdigest() if file.stat().st_size == 8 + len(raw) + end else None
 
@@ -295,11 +321,13 @@ def _header(file: Path) -> str | None: # None if the file is no complete safeten
 def _fill(folder: Path, arrays: dict[str, dict[str, mx.array]], state: dict):
     "Write a checkpoint's files into a new folder, the manifest last, and wait for the disk."
     folder.mkdir(parents=True)
-    for group, tensors in arrays.items(): mx.save_safetensors(str(folder / f"{group}.safetensors"), tensors)
+    for group, tensors in arrays.items():
+        mx.save_safetensors(str(folder / f"{group}.safetensors"), tensors)
     (folder / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False) + "\n")
     hashes = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(_manifest(hashes))
-    for path in folder.iterdir(): fsync(path)
+    for path in folder.iterdir():
+        fsync(path)
     fsync(folder)
 
 # %% ../nbs/19_run.ipynb #71f0a541
@@ -336,7 +364,8 @@ def checkpoints(
     "The checkpoints of a run. All were complete when they got their names; `load_checkpoint` tells whether they still are."
     folder, found = _checkpoint_folder(Path(run_dir)), {}
     for path in [*folder.glob(".step_*.old-*"), *folder.glob("step_*")]:  # a proper name counts more
-        if m := re.fullmatch(r"step_(\d+)|\.step_(\d+)\.old-\d+", path.name): found[int(m[1] or m[2])] = path
+        if m := re.fullmatch(r"step_(\d+)|\.step_(\d+)\.old-\d+", path.name):
+            found[int(m[1] or m[2])] = path
     return [found[step] for step in sorted(found)]
 
 # %% ../nbs/19_run.ipynb #b2dd92f2
@@ -365,19 +394,29 @@ def _problem(path: Path) -> str | None: # None if nothing is
 
 def _is_valid_text(file: Path) -> bool:
     "Is a file text, and JSON if its name says so? Then somebody may have edited it."
-    try: return json.loads(file.read_bytes()) is not None if file.suffix == ".json" else bool(file.read_text("utf-8"))
+    try:
+        return (
+            json.loads(file.read_bytes()) is not None
+            if file.suffix == ".json"
+            else bool(file.read_text("utf-8"))
+        )
     except (ValueError, RecursionError): return False
 
 
 def _hash_problem(folder: Path) -> str | None: # None if nothing is, or it has no manifest
     "What is wrong with an export, as its manifest tells; what somebody edited, or saved with another program, is a warning."
     manifest, edited = folder / _HASHES, []
-    remedy = f"copy it again, open a checkpoint of its run, or, if it was changed on purpose, delete {manifest}"
+    remedy = (
+        f"copy it again, open a checkpoint of its run, or, if it was changed on purpose, delete {manifest}"
+    )
     if not manifest.exists(): return None
     try:
         hashes = _read_manifest(file := manifest) or {}
         names = [name for name in hashes if not name.endswith(_HEADER)]
-        if not hashes or hashes.keys() != {*names, *(f"{name}{_HEADER}" for name in names if name.endswith(".safetensors"))}:
+        if not hashes or hashes.keys() != {
+            *names,
+            *(f"{name}{_HEADER}" for name in names if name.endswith(".safetensors")),
+        }:
             return f"{manifest} is damaged; copy it again, or delete it"
         for name in names:
             file, header = folder / name, hashes.get(f"{name}{_HEADER}")  # weights have one
@@ -388,14 +427,17 @@ def _hash_problem(folder: Path) -> str | None: # None if nothing is, or it has n
             edited.append(file.name)
     except FileNotFoundError: return f"{file} is missing, but {_HASHES} names it; {remedy}"
     except OSError as e: return f"{file} could not be read ({e.strerror}); {remedy}"
-    if edited: logger.warning(f"{folder}: {', '.join(edited)} changed since the export; if that was on purpose, delete {manifest}.")
+    if edited:
+        logger.warning(
+            f"{folder}: {', '.join(edited)} changed since the export; if that was on purpose, delete {manifest}."
+        )
 
 # %% ../nbs/19_run.ipynb #55d9273c
 def _read_checkpoint(path: Path) -> tuple[dict, dict]: # arrays, state
     "What lies in a checkpoint that has no problem."
     names = json.loads((path / "manifest.json").read_bytes())
     arrays = {Path(name).stem: mx.load(str(path / name)) for name in names if name.endswith(".safetensors")}
-    mx.eval(arrays)                                              # mx.load is lazy: read now, before anybody deletes the file
+    mx.eval(arrays)  # mx.load is lazy: read now, before anybody deletes the file
     return arrays, json.loads((path / "state.json").read_bytes())
 
 
@@ -407,8 +449,12 @@ def load_checkpoint(
     Raises `RunError`, naming the file, if one is missing or differs.
     """
     path = Path(path)
-    if not path.is_dir(): raise RunError(f"There is no checkpoint at {path}: give a folder like runs/NAME/checkpoints/step_000500.")
-    if problem := _problem(path): raise RunError(f"{problem}: use an earlier checkpoint.")
+    if not path.is_dir():
+        raise RunError(
+            f"There is no checkpoint at {path}: give a folder like runs/NAME/checkpoints/step_000500."
+        )
+    if problem := _problem(path):
+        raise RunError(f"{problem}: use an earlier checkpoint.")
     return _read_checkpoint(path)
 
 # %% ../nbs/19_run.ipynb #4d8e2e0d
@@ -434,9 +480,13 @@ def latest_checkpoint(
     """
     found = checkpoints(run_dir)
     for path in reversed(found):
-        if problem := _problem(path): logger.warning(f"{problem}; trying the checkpoint before it")
+        if problem := _problem(path):
+            logger.warning(f"{problem}; trying the checkpoint before it")
         else: return Checkpoint(path, *_read_checkpoint(path))
-    if found: raise RunError(f"{run_dir} has checkpoints, but none is whole: put back a copy of one, or start again with another `name`.")
+    if found:
+        raise RunError(
+            f"{run_dir} has checkpoints, but none is whole: put back a copy of one, or start again with another `name`."
+        )
 
 # %% ../nbs/19_run.ipynb #607fc2a2
 def _prune(run_dir: Path, keep_last: int, best: int | None):
@@ -447,7 +497,10 @@ def _prune(run_dir: Path, keep_last: int, best: int | None):
         try:
             os.rename(path, gone)
             shutil.rmtree(gone)
-        except OSError as e: logger.warning(f"{path} could not be deleted ({e.strerror}); delete it yourself when the disk gets full")
+        except OSError as e:
+            logger.warning(
+                f"{path} could not be deleted ({e.strerror}); delete it yourself when the disk gets full"
+            )
 
 # %% ../nbs/19_run.ipynb #75d7db64
 _HELD: dict[Path, "_Lock"] = {} # the locks of this process
@@ -464,7 +517,8 @@ def _read_pid(handle: int) -> int: # 0 if it has not written it down yet
 
 def _writer(final: Path) -> int | None: # None if nobody is
     "The number of the process that is writing the run at `final`."
-    if (file := _lock_file(final)) in _HELD: return os.getpid()
+    if (file := _lock_file(final)) in _HELD:
+        return os.getpid()
     try: handle = os.open(file, os.O_RDONLY)
     except OSError: return None
     try: fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -474,12 +528,15 @@ def _writer(final: Path) -> int | None: # None if nobody is
 
 
 def _taken(final: Path, pid: int) -> RunError:
-    return RunError(f"process {pid or '(number unknown)'} is writing {final}; stop it, or choose another `name`.")
+    return RunError(
+        f"process {pid or '(number unknown)'} is writing {final}; stop it, or choose another `name`."
+    )
 
 
 def _check_free(final: Path):
     "Raise `RunError` if another process is writing the run at `final`."
-    if (pid := _writer(final)) not in (None, os.getpid()): raise _taken(final, pid)
+    if (pid := _writer(final)) not in (None, os.getpid()):
+        raise _taken(final, pid)
 
 # %% ../nbs/19_run.ipynb #b689177d
 def _is_at(handle: int, file: Path) -> bool:
@@ -501,10 +558,14 @@ def _open_locked(file: Path, final: Path) -> int: # a handle that children do no
             patience -= 1
             time.sleep(0.005)
             continue
-        except OSError as e: logger.warning(f"{file} cannot be locked ({e.strerror}); nothing keeps a second training from writing there")
+        except OSError as e:
+            logger.warning(
+                f"{file} cannot be locked ({e.strerror}); nothing keeps a second training from writing there"
+            )
         if _is_at(handle, file): break
         os.close(handle)
-    with suppress(OSError):                                               # a full disk: the lock holds without a number
+    # a full disk: the lock holds without a number
+    with suppress(OSError):
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
     return handle
@@ -527,13 +588,15 @@ class _Lock:
         del _HELD[self.file]
         try:                                                              # first the name, then the lock: nobody else can have it now
             with suppress(OSError):
-                if _is_at(self.handle, self.file): self.file.unlink()
+                if _is_at(self.handle, self.file):
+                    self.file.unlink()
         finally: os.close(self.handle)
 
 
 def _forget_locks():
     "A forked child has copies of our handles, and would hold our locks after our death."
-    for lock in _HELD.values(): os.close(lock.handle)
+    for lock in _HELD.values():
+        os.close(lock.handle)
     _HELD.clear()
 
 
@@ -550,8 +613,16 @@ def is_run(
 
 def _has_artifacts(run_dir: Path) -> bool:
     "Is anything there that has taken time to train, be it damaged or half replaced?"
-    saved = (r"\.?step_\d+(\.old-.*|\.damaged.*)?", _checkpoint_folder(run_dir)), (r"model|adapters|\.(model|adapters)\.old-.*", run_dir)
-    return any(re.fullmatch(pattern, path.name) for pattern, folder in saved if folder.is_dir() for path in folder.iterdir())
+    saved = (
+        (r"\.?step_\d+(\.old-.*|\.damaged.*)?", _checkpoint_folder(run_dir)),
+        (r"model|adapters|\.(model|adapters)\.old-.*", run_dir),
+    )
+    return any(
+        re.fullmatch(pattern, path.name)
+        for pattern, folder in saved
+        if folder.is_dir()
+        for path in folder.iterdir()
+    )
 
 # %% ../nbs/19_run.ipynb #847b33d8
 def check_place(
@@ -564,26 +635,35 @@ def check_place(
     """
     _check_free(final)
     _check_writable(final)
-    if not os.path.lexists(final) or (is_run(final) and not final.is_symlink() and not _has_artifacts(final)): return
+    if not os.path.lexists(final) or (is_run(final) and not final.is_symlink() and not _has_artifacts(final)):
+        return
     if final.is_symlink() or not is_run(final):
-        raise RunError(f"{final} exists already and is not a run directory, so it stays as it is: choose another `name`, or move it away.")
+        raise RunError(
+            f"{final} exists already and is not a run directory, so it stays as it is: choose another `name`, or move it away."
+        )
     if not overwrite:
-        raise RunError(f"{final} exists already: choose another `name`, set `resume.checkpoint: latest` to go on with the run there, "
-                       "or `overwrite: true` to replace it.")
+        raise RunError(
+            f"{final} exists already: choose another `name`, set `resume.checkpoint: latest` to go on with the run there, "
+            "or `overwrite: true` to replace it."
+        )
 
 
 def _not_utf8(path: Path) -> str | None: # None if it is
     "What is wrong with a path that MLX cannot open, because its bytes are not text."
     shown = str(path).encode(errors="backslashreplace").decode()
-    if shown != str(path): return f"The path {shown} is not UTF-8 text: rename that folder or file, or work elsewhere."
+    if shown != str(path):
+        return f"The path {shown} is not UTF-8 text: rename that folder or file, or work elsewhere."
 
 
 def _check_writable(final: Path):
     "Raise `RunError` if nothing can be made where a run is to stand."
-    if problem := _not_utf8(final.absolute()): raise RunError(problem)
+    if problem := _not_utf8(final.absolute()):
+        raise RunError(problem)
     above = next(parent for parent in final.absolute().parents if os.path.lexists(parent))
-    if not above.is_dir(): raise RunError(f"{above} is not a directory: no run can be made in it; move it away.")
-    if not os.access(above, os.W_OK | os.X_OK): raise RunError(f"{above} cannot be written to: change its permissions, or work elsewhere.")
+    if not above.is_dir():
+        raise RunError(f"{above} is not a directory: no run can be made in it; move it away.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise RunError(f"{above} cannot be written to: change its permissions, or work elsewhere.")
 
 # %% ../nbs/19_run.ipynb #3a356eaf
 def _remove_leftovers(folder: Path, names: str):
@@ -591,8 +671,10 @@ def _remove_leftovers(folder: Path, names: str):
     for path in folder.glob(".*"):
         m = re.fullmatch(rf"\.({names})\.(new|old|gone)-\d+", path.name)
         if not m: continue
-        if m[2] == "old" and not (folder / m[1]).exists(): os.rename(path, folder / m[1])
-        elif path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+        if m[2] == "old" and not (folder / m[1]).exists():
+            os.rename(path, folder / m[1])
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else: path.unlink()
 
 # %% ../nbs/19_run.ipynb #c22c3959
@@ -635,7 +717,11 @@ def _cut_metrics(file: Path, step: int, unfinished: bool = False):
     if not file.exists(): return
     rows, bad = _rows(file)
     if bad: logger.warning(f"{file}: left out {len(bad)} damaged lines, the first is line {bad[0]}")
-    rows = [row for row in rows if is_before(row, step) and not (unfinished and "event" not in row and row.get("step") == step)]
+    rows = [
+        row
+        for row in rows
+        if is_before(row, step) and not (unfinished and "event" not in row and row.get("step") == step)
+    ]
     _write_whole(file, "".join(map(_to_json, rows)))
 
 # %% ../nbs/19_run.ipynb #449eaa06
@@ -645,22 +731,27 @@ def _damaged_later(run_dir: Path, saved: Checkpoint) -> list[Path]:
     later = [path for path in checkpoints(run_dir)
              if int(re.search(r"\d+", path.name)[0]) > step and path.resolve() != saved.path.resolve()]
     if whole := [path for path in later if not _problem(path)]:
-        raise RunError(f"{run_dir} has later checkpoints than step {step}, up to {whole[-1].name}; resume from `latest`, "
-                       "or give another `name` to branch off.")
+        raise RunError(
+            f"{run_dir} has later checkpoints than step {step}, up to {whole[-1].name}; resume from `latest`, "
+            "or give another `name` to branch off."
+        )
     return later
 
 
 def _check_return(run_dir: Path, saved: Checkpoint, logging: LoggingConfig):
     "Raise `RunError` if a run cannot go back to `saved`."
     if (folder := _checkpoint_folder(run_dir).name) != logging.checkpoint_dir:
-        raise RunError(f"{run_dir} keeps its checkpoints in {folder!r}: set `logging.checkpoint_dir` to that, or choose another `name`.")
+        raise RunError(
+            f"{run_dir} keeps its checkpoints in {folder!r}: set `logging.checkpoint_dir` to that, or choose another `name`."
+        )
     _damaged_later(run_dir, saved)
 
 
 def _set_aside(path: Path):
     "Rename a damaged checkpoint, so that it is none any more."
     aside = path.with_name(f"{path.name}.damaged")
-    while aside.exists(): aside = aside.with_name(f"{aside.name}+")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}+")
     os.rename(path, aside)
 
 # %% ../nbs/19_run.ipynb #31c5f541
@@ -669,7 +760,8 @@ def _rewind(run_dir: Path, saved: Checkpoint, config: str, logging: LoggingConfi
     _remove_leftovers(run_dir.parent, re.escape(run_dir.name))
     _remove_leftovers(run_dir, "|".join(map(re.escape, _TAKEN)))
     _remove_leftovers(_checkpoint_folder(run_dir), r"step_\d+")
-    for path in _damaged_later(run_dir, saved): _set_aside(path)
+    for path in _damaged_later(run_dir, saved):
+        _set_aside(path)
     _cut_metrics(run_dir / "metrics.jsonl", saved.state["step"], bool(saved.state.get("unfinished")))
     (run_dir / logging.log_dir).mkdir(exist_ok=True)
     _write_whole(run_dir / "config.yaml", config)
@@ -684,7 +776,8 @@ _OF_NO_EFFECT = ("resume", "overwrite", "name", "logging", "system.device") # on
 def _leaves(values: dict, at: str = "") -> Iterator[tuple[str, Any]]:
     "Dotted key and value of all that is no section."
     for key, value in values.items():
-        if isinstance(value, dict): yield from _leaves(value, f"{at}{key}.")
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{at}{key}.")
         else: yield f"{at}{key}", value
 
 
@@ -694,9 +787,13 @@ def changed_keys(
 ) -> list[str]: # such as "training.hyperparameters.iters: 100 → 200"; empty if both train the same
     "What differs between two configurations, without names, logging and the device."
     old, new = dict(_leaves(old)), dict(_leaves(new))
-    def show(values, key): return json.dumps(values[key], ensure_ascii=False, default=str) if key in values else "not there"
-    return [f"{key}: {show(old, key)} → {show(new, key)}" for key in {**old, **new}
-            if show(old, key) != show(new, key) and not any(f"{key}.".startswith(f"{k}.") for k in _OF_NO_EFFECT)]
+    def show(values, key):
+        return json.dumps(values[key], ensure_ascii=False, default=str) if key in values else "not there"
+    return [
+        f"{key}: {show(old, key)} → {show(new, key)}"
+        for key in {**old, **new}
+        if show(old, key) != show(new, key) and not any(f"{key}.".startswith(f"{k}.") for k in _OF_NO_EFFECT)
+    ]
 
 
 def _read_config(run_dir: Path) -> dict:
@@ -708,13 +805,18 @@ def _read_config(run_dir: Path) -> dict:
 class _RunDirectory(RunLog):
     "A journal that holds the lock on its name, and lies in its place or waits for it."
     def __init__(self, final: Path, overwrite: bool, logging: LoggingConfig):
-        self.final, self.overwrite, self._lock = final, overwrite, _Lock(final)
+        self.final = final
+        self.overwrite = overwrite
+        self._lock = _Lock(final)
         super().__init__(final, logging)
 
     @property
     def path(self) -> Path: # hidden as long as the run waits for its place
         "Where the run lies now. Raises `RunError` if a newer `Run` of this process has taken its name over."
-        if self._lock.lost: raise RunError(f"A newer run has taken {self.final} over in this process: this one writes no more.")
+        if self._lock.lost:
+            raise RunError(
+                f"A newer run has taken {self.final} over in this process: this one writes no more."
+            )
         return self._path
 
     @path.setter
@@ -722,7 +824,8 @@ class _RunDirectory(RunLog):
 
     def _take_place(self):
         check_place(self.final, self.overwrite)
-        with _writing(self.final): replace_dir(self.path, self.final, replace=is_run(self.final))
+        with _writing(self.final):
+            replace_dir(self.path, self.final, replace=is_run(self.final))
         self.path = self.final
 
     @contextmanager
@@ -749,11 +852,12 @@ class Run(_RunDirectory):
         logging: LoggingConfig = LoggingConfig(), # folder names, which metrics and how many checkpoints to keep
     ):
         final = Path(root) / check_name(name)
-        check_place(final, overwrite)                                     # before an older run of this process loses the lock
+        check_place(final, overwrite)  # before an older run of this process loses the lock
         super().__init__(final, overwrite, logging)
         with self._or_close():
             self.path = _create_run_dir(final, config, overwrite, logging)
-            if not _has_artifacts(final): self._take_place()
+            if not _has_artifacts(final):
+                self._take_place()
 
     @classmethod
     def resume(cls,
@@ -772,12 +876,15 @@ class Run(_RunDirectory):
         old = _read_config(home) if is_run(home) else {}
         if final.resolve() not in saved.path.resolve().parents:
             run = cls(name, config, root, overwrite, logging)
-            with run._or_close(): run.update_metadata(resumed_from=str(saved.path))
+            with run._or_close():
+                run.update_metadata(resumed_from=str(saved.path))
         else:
-            _check_return(final, saved, logging)                          # before an older run of this process loses the lock
+            _check_return(final, saved, logging)  # before an older run of this process loses the lock
             _RunDirectory.__init__(run := cls.__new__(cls), final, overwrite, logging)
-            with run._or_close(), _writing(final): _rewind(final, saved, config, logging)
-        with run._or_close(): run._write_down(saved, old)
+            with run._or_close(), _writing(final):
+                _rewind(final, saved, config, logging)
+        with run._or_close():
+            run._write_down(saved, old)
         return run
 
     def _write_down(self, saved: Checkpoint, old: dict):
@@ -794,7 +901,8 @@ class Run(_RunDirectory):
         best: int | None = None, # step of the best checkpoint, which is never deleted
     ) -> Path: # the checkpoint's folder
         "Save a checkpoint, see `write_checkpoint`, then delete those no longer kept. The first one makes a waiting run take its place."
-        with _writing(self.path), suppress(FileNotFoundError): fsync(self.path / "metrics.jsonl")
+        with _writing(self.path), suppress(FileNotFoundError):
+            fsync(self.path / "metrics.jsonl")
         saved = write_checkpoint(self.path / self.logging.checkpoint_dir, step, arrays, state)
         if self.path != self.final: self._take_place()
         _prune(self.path, self.logging.keep_last, best)
@@ -803,12 +911,19 @@ class Run(_RunDirectory):
     def use_free_name(self) -> Path: # where the run lies now
         "Let a run that waits for its place take another one, `name-2` or the next that is free, so that both are kept."
         if self.path == self.final: return self.final
-        n = next(n for n in itertools.count(2) if not os.path.lexists(self.final.with_name(f"{self.final.name}-{n}")))
+        n = next(
+            n
+            for n in itertools.count(2)
+            if not os.path.lexists(self.final.with_name(f"{self.final.name}-{n}"))
+        )
         place = self.final.with_name(f"{self.final.name}-{n}")
         lock = _Lock(place)
-        with _writing(place): os.rename(self.path, place)
+        with _writing(place):
+            os.rename(self.path, place)
         self._lock.release()
-        self._lock, self.final, self.path = lock, place, place
+        self._lock = lock
+        self.final = place
+        self.path = place
         self.update_metadata(name=place.name)
         return place
 
@@ -819,7 +934,8 @@ class Run(_RunDirectory):
 
         A run that finished takes its place; one that did not, and has no checkpoint, leaves the old run there.
         """
-        if outcome not in ("finished", "interrupted", "failed"): raise ValueError(f"unknown outcome {outcome!r}")
+        if outcome not in ("finished", "interrupted", "failed"):
+            raise ValueError(f"unknown outcome {outcome!r}")
         try:
             self.update_metadata(outcome=outcome, ended=_now())
             self.log_text(f"ended: {outcome}")
@@ -843,7 +959,9 @@ def _cannot_resume(path: Path) -> RunError:
     elif (path / "config.json").is_file(): problem = "holds a model, but not where its training stood"
     elif any(path.glob("step_*")): problem = "is a folder of checkpoints, and could mean any of them"
     else: problem = "is neither a checkpoint nor a run"
-    return RunError(f"{path} {problem}: give a folder like runs/NAME/checkpoints/step_000500, a run directory, or `latest`.")
+    return RunError(
+        f"{path} {problem}: give a folder like runs/NAME/checkpoints/step_000500, a run directory, or `latest`."
+    )
 
 # %% ../nbs/19_run.ipynb #33193d67
 def find_checkpoint(
@@ -854,7 +972,8 @@ def find_checkpoint(
 
     Raises `RunError` if there is none where one was asked for, it is not whole, or another process is writing this run.
     """
-    if problem := _not_utf8(Path(run_dir).absolute()): raise RunError(problem)
+    if problem := _not_utf8(Path(run_dir).absolute()):
+        raise RunError(problem)
     if resume.checkpoint is None: return None
     _check_free(Path(run_dir))
     if resume.checkpoint == "latest":
@@ -874,30 +993,39 @@ def _size(folder: Path) -> int: # bytes
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            with suppress(OSError): total += os.lstat(os.path.join(parent, name)).st_size
+            with suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size
     return total
 
 
-def _number(value) -> int | float | None: return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+def _number(value) -> int | float | None:
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 # %% ../nbs/19_run.ipynb #7ef00e43
 def _summary(run_dir: Path) -> dict:
     "One run's line in the list."
     known, rows = read_metadata(run_dir), []
-    with suppress(OSError): rows = _rows(run_dir / "metrics.jsonl")[0]
-    last = {key: _number(value) for row in rows for key, value in row.items() if key == "step" or "event" not in row}
+    with suppress(OSError):
+        rows = _rows(run_dir / "metrics.jsonl")[0]
+    last = {
+        key: _number(value)
+        for row in rows
+        for key, value in row.items()
+        if key == "step" or "event" not in row
+    }
     outcome = str(known.get("outcome", "unknown"))
     if outcome == "running" and _writer(run_dir) is None: outcome = "killed"
-    if "reward" in last: rows, last["val_loss"] = [], None                # of a critic, and not to be compared
-    return {
-        "name": run_dir.name, "path": run_dir, "outcome": outcome,
-        "step": last.get("step"), "total_steps": _number(known.get("total_steps")),
-        "loss": last.get("loss"), "val_loss": last.get("val_loss"),
-        "best_val_loss": min((v for row in rows if (v := _number(row.get("val_loss"))) is not None and "event" not in row), default=None),
-        "val_bits_per_byte": last.get("val_bits_per_byte"), "reward": last.get("val_reward", last.get("reward")),
-        "parameters": _number(known.get("parameters")),
-        "created": str(known.get("created", "")), "size": _size(run_dir),
-    }
+    if "reward" in last:  # of a critic, and not to be compared
+        rows, last["val_loss"] = [], None
+    return {"name": run_dir.name, "path": run_dir, "outcome": outcome, "step": last.get("step"),
+            "total_steps": _number(known.get("total_steps")), "loss": last.get("loss"),
+            "val_loss": last.get("val_loss"),
+            "best_val_loss": min((v for row in rows if (v := _number(row.get("val_loss"))) is not None
+                                  and "event" not in row), default=None),
+            "val_bits_per_byte": last.get("val_bits_per_byte"),
+            "reward": last.get("val_reward", last.get("reward")),
+            "parameters": _number(known.get("parameters")), "created": str(known.get("created", "")),
+            "size": _size(run_dir), }
 
 
 def list_runs(
@@ -909,7 +1037,11 @@ def list_runs(
     (bytes). The reward is that of the last validation, if there was one.
     """
     root = Path(root)
-    found = [path for path in root.iterdir() if not path.name.startswith(".") and is_run(path)] if root.is_dir() else []
+    found = (
+        [path for path in root.iterdir() if not path.name.startswith(".") and is_run(path)]
+        if root.is_dir()
+        else []
+    )
     return sorted(map(_summary, found), key=lambda run: (run["created"], run["name"]))
 
 # %% ../nbs/19_run.ipynb #7a4dfb91
@@ -943,7 +1075,13 @@ def runs_table(
 ) -> str: # a heading and a line a run
     "The runs as a table to print."
     def loss(value): return "–" if value is None else f"{value:.3f}"
-    numbers = {"loss": "loss", "val_loss": "val_loss", "best_val_loss": "best", "val_bits_per_byte": "bits/byte", "reward": "reward"}
+    numbers = {
+        "loss": "loss",
+        "val_loss": "val_loss",
+        "best_val_loss": "best",
+        "val_bits_per_byte": "bits/byte",
+        "reward": "reward",
+    }
     if all(r.get("reward") is None for r in runs): del numbers["reward"]
     table = [["name", "outcome", "step", *numbers.values(), "parameters", "size", "created"]]
     for r in runs:
@@ -951,4 +1089,7 @@ def runs_table(
         table.append([r["name"], r["outcome"], step, *(loss(r.get(key)) for key in numbers),
                       short(r["parameters"]), short(r["size"]) + "B", _local(r["created"])])
     widths = [max(map(_columns, column)) for column in zip(*table)]
-    return "\n".join("  ".join(_padded(text, w, i < 2) for i, (text, w) in enumerate(zip(row, widths))).rstrip() for row in table)
+    return "\n".join(
+        "  ".join(_padded(text, w, i < 2) for i, (text, w) in enumerate(zip(row, widths))).rstrip()
+        for row in table
+    )

@@ -57,23 +57,38 @@ def find_reward(
     if not isinstance(spec, str):
         try: return as_reward_model(spec)
         except TypeError as e:
-            raise RewardError(f"{e}; {'make an object of it' if inspect.isclass(spec) else 'give one of them'}") from None
-    if (path := find_model(spec)).is_dir(): return load_reward(path)
+            raise RewardError(
+                f"{e}; {'make an object of it' if inspect.isclass(spec) else 'give one of them'}"
+            ) from None
+    if (path := find_model(spec)).is_dir():
+        return load_reward(path)
     if path.exists():
-        raise RewardError(f'"reward_model": {spec} does not say what gives the reward; write {spec}:Name, with the name of a class or '
-                          "function")
-    if ":" not in spec: raise RewardError(f'"reward_model": there is no {spec}; give the run of a reward model, or file.py:Name')
+        raise RewardError(
+            f'"reward_model": {spec} does not say what gives the reward; write {spec}:Name, with the name of a class or '
+            "function"
+        )
+    if ":" not in spec:
+        raise RewardError(
+            f'"reward_model": there is no {spec}; give the run of a reward model, or file.py:Name'
+        )
     found = load_object(spec, "reward_model")
-    if not inspect.isclass(found): return as_reward_model(found)
+    if not inspect.isclass(found):
+        return as_reward_model(found)
     if not hasattr(found, "compute_reward"):
-        raise RewardError(f'"reward_model": {spec} has no compute_reward(self, prompts, responses); make it a subclass of RewardModel')
+        raise RewardError(
+            f'"reward_model": {spec} has no compute_reward(self, prompts, responses); make it a subclass of RewardModel'
+        )
     try: inspect.signature(found).bind()
-    except ValueError: pass                                               # written in C, and without a signature
+    except ValueError:  # written in C, and without a signature
+        pass
     except TypeError as e:
-        raise RewardError(f'"reward_model": {spec} needs arguments ({e}); make an object in a file of yours, such as name = '
-                          f'{found.__name__}(…), and give "file.py:name"') from None
+        raise RewardError(
+            f'"reward_model": {spec} needs arguments ({e}); make an object in a file of yours, such as name = '
+            f'{found.__name__}(…), and give "file.py:name"'
+        ) from None
     try: return found()
-    except (Exception, SystemExit) as e: raise RewardError(f'"reward_model": {spec}() fails{_blame(e)}; mend it') from None
+    except (Exception, SystemExit) as e:
+        raise RewardError(f'"reward_model": {spec}() fails{_blame(e)}; mend it') from None
 
 # %% ../nbs/52_score.ipynb #8abef9ba
 def score(
@@ -88,23 +103,36 @@ def score(
     """
     def wrong(problem): return RewardError(f"the reward {reward_name(reward)} {problem}")
     names, missing = reward_columns(reward, columns)
-    if missing: raise wrong(f'needs the column "{missing[0]}"; give it, or give the parameter a default value')
+    if missing:
+        raise wrong(f'needs the column "{missing[0]}"; give it, or give the parameter a default value')
     try: given = reward.compute_reward([*prompts], [*responses], **{name: [*columns[name]] for name in names})
-    except UserError: raise                                               # of a part, which has said what is wrong
+    except UserError:  # of a part, which has said what is wrong
+        raise
     except (Exception, SystemExit) as e:
         function = isinstance(reward, _FunctionReward)
-        hint = " (a function is asked about one prompt and one response, and returns one number)" if function else ""
+        hint = (
+            " (a function is asked about one prompt and one response, and returns one number)"
+            if function
+            else ""
+        )
         raise wrong(f"fails{_blame(e, _file(reward))}; mend it{hint}") from None
     try:
         found = np.asarray(given.tolist() if isinstance(given, mx.array) else given)
-        if found.dtype.kind not in "biuf" and any(isinstance(x, str | bytes) for x in found.flat): raise TypeError
+        if found.dtype.kind not in "biuf" and any(isinstance(x, str | bytes) for x in found.flat):
+            raise TypeError
         values = found.astype(np.float64)
     except Exception:                                                     # whatever somebody's object does when it is asked for numbers
-        raise wrong(f"returned {_kind(given)}, not numbers; return a list with one number for each response") from None
+        raise wrong(
+            f"returned {_kind(given)}, not numbers; return a list with one number for each response"
+        ) from None
     if values.shape != (len(responses),):
-        raise wrong(f"returned the shape {values.shape} for {len(responses)} responses; return one number for each")
+        raise wrong(
+            f"returned the shape {values.shape} for {len(responses)} responses; return one number for each"
+        )
     if len(bad := np.flatnonzero(~(np.abs(values) < 1e15))):
-        raise wrong(f"gave {values[bad[0]]:g} to the response {responses[bad[0]][:60]!r}; return a finite number of reasonable size")
+        raise wrong(
+            f"gave {values[bad[0]]:g} to the response {responses[bad[0]][:60]!r}; return a finite number of reasonable size"
+        )
     return values.astype(np.float32)
 
 # %% ../nbs/52_score.ipynb #fbf0d87a
@@ -114,9 +142,12 @@ def check_row(
     messages: list[dict[str, str]] | None, # what it asks, from `asked_messages`
 ) -> list[str]: # the columns that the reward reads
     "Raise `DataError` if a reward needs a column that a row lacks; a reward with a method `check_row` checks it itself."
-    if hasattr(reward, "check_row"): return reward.check_row(row, messages)
+    if hasattr(reward, "check_row"):
+        return reward.check_row(row, messages)
     given, missing = reward_columns(reward, {**row, "prompt_messages": messages})
     if not missing: return given
     has = ", ".join(map(_quote, list(row)[:8])) or "no column at all"
-    raise DataError(f'there is no column "{missing[0]}", which the reward {reward_name(reward)} needs, the row has {has}; '
-                    "add it, or give the parameter a default value")
+    raise DataError(
+        f'there is no column "{missing[0]}", which the reward {reward_name(reward)} needs, the row has {has}; '
+        "add it, or give the parameter a default value"
+    )

@@ -19,12 +19,14 @@ def forall(examples=150, **strategies):
     return lambda test: settings(deadline=None, max_examples=examples)(given(**strategies)(test))
 
 
-ENGLISH = ["The old man counts the boats.\nHe has counted them every morning for forty years.\n", "  The baker carries out the bread. " * 3]
-NASTY = ["<pad>", "<bos>", "<eos>", "<unk>", "<0x41>", "</s>", "▁", "▅", "\n", "\r", " ", "  ", "\0", "\t", "\u2028", "\ufeff", "\ufffd",
-         "é", "e\u0301", "🙂", "the "]
+ENGLISH = ["The old man counts the boats.\nHe has counted them every morning for forty years.\n",
+           "  The baker carries out the bread. " * 3]
+NASTY = ["<pad>", "<bos>", "<eos>", "<unk>", "<0x41>", "</s>", "▁", "▅", "\n", "\r", " ", "  ", "\0", "\t",
+         "\u2028", "\ufeff", "\ufffd", "é", "e\u0301", "🙂", "the "]
 TEXT = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
                  st.lists(st.sampled_from(NASTY), max_size=12).map("".join),
-                 st.lists(st.one_of(st.sampled_from(NASTY), st.text(max_size=3).filter(str.isprintable)), max_size=8).map("".join))
+                 st.lists(st.one_of(st.sampled_from(NASTY), st.text(max_size=3).filter(str.isprintable)),
+                          max_size=8).map("".join))
 
 
 @cache
@@ -53,8 +55,9 @@ def write_documents(path, documents):
     return path
 
 
-REMEDY = ("write", "save", "keep", "remove", "give", "check", "copy", "make", "mend", "set", "add", "unpack", "let", "return", "name",
-          "did you", "start", "delete", "a row is", "each line must", "each row needs", "change")
+REMEDY = ("write", "save", "keep", "remove", "give", "check", "copy", "make", "mend", "set", "add", "unpack",
+          "let", "return", "name", "did you", "start", "delete", "a row is", "each line must",
+          "each row needs", "change")
 
 
 def check_sentence(sentence, *parts):
@@ -68,7 +71,8 @@ def check_sentence(sentence, *parts):
 def equal(a, b):
     "Whether two sets of arrays have the same names and the same bits."
     pairs = [*zip(sorted(tree_flatten(a)), sorted(tree_flatten(b)), strict=True)]
-    return bool(pairs) and all(name == other and mx.array_equal(x, y).item() for (name, x), (other, y) in pairs)
+    return bool(pairs) and all(name == other and mx.array_equal(x, y).item()
+                               for (name, x), (other, y) in pairs)
 
 
 def lines_of(run_dir):

@@ -10,11 +10,14 @@ CACHE = pytest.StashKey()
 
 
 def pytest_configure(config):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell started us in the background; tests press Ctrl-C
+    # ignored, where a shell started us in the background; tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[CACHE] = tempfile.TemporaryDirectory(prefix="mlx-pretrain-")
     os.environ["MLX_PRETRAIN_CACHE"] = config.stash[CACHE].name  # tests keep no tokens in the home directory
     config.addinivalue_line("markers", "long: takes many seconds; `make test` leaves it to `make long`")
-    config.addinivalue_line("markers", "linux: what is tested exists on Linux only; elsewhere the test is not collected")
+    config.addinivalue_line("markers", "nightly: takes a minute, or is one seed of many; `make nightly` runs it")
+    config.addinivalue_line("markers",
+                            "linux: what is tested exists on Linux only; elsewhere the test is not collected")
 
 
 def pytest_unconfigure(config): config.stash[CACHE].cleanup()
@@ -29,7 +32,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_terminal_summary(terminalreporter):
     skipped = terminalreporter.stats.get("skipped", [])
-    if skipped and os.environ.get("CI"): terminalreporter.write_line("A skipped test counts as a failure in CI.", red=True)
+    if skipped and os.environ.get("CI"):
+        terminalreporter.write_line("A skipped test counts as a failure in CI.", red=True)
 
 
 def pytest_sessionfinish(session):

@@ -34,7 +34,8 @@ print(any(name in maps for name in ("libmkl_rt", "libopenblas")))
 
 def fresh(code, *args, blas=""):
     env = os.environ | {"MLX_PRETRAIN_BLAS": str(blas)}
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True,
+                          text=True, timeout=120)
 
 
 def one_warning(done):
@@ -53,7 +54,9 @@ def test_import_brings_in_no_mlx_and_says_nothing():
 
 
 def test_silent_outside_linux():
-    code = "import sys; sys.platform = 'darwin'; import mlx.core, mlx_pretrain; print(mlx_pretrain.load_blas())"
+    code = (
+        "import sys; sys.platform = 'darwin'; import mlx.core, mlx_pretrain; print(mlx_pretrain.load_blas())"
+    )
     assert silent(fresh(code)) == "None"
 
 
@@ -69,7 +72,8 @@ def test_opt_out():
 
 @pytest.mark.linux
 def test_opt_out_is_silent_even_when_late():
-    assert silent(fresh("import mlx.core, mlx_pretrain; print(mlx_pretrain.load_blas())", blas="off")) == "None"
+    assert silent(fresh("import mlx.core, mlx_pretrain; print(mlx_pretrain.load_blas())",
+                        blas="off")) == "None"
 
 
 @pytest.mark.linux
@@ -87,7 +91,9 @@ def test_too_late():
 
 @pytest.mark.linux
 def test_again_after_mlx_is_no_longer_late():
-    assert silent(fresh("import mlx_pretrain, mlx.core; print(mlx_pretrain.load_blas() is not None)")) == "True"
+    assert (
+        silent(fresh("import mlx_pretrain, mlx.core; print(mlx_pretrain.load_blas() is not None)")) == "True"
+    )
 
 
 @pytest.mark.linux
@@ -107,8 +113,10 @@ def test_bad_path(kind, tmp_path):
 
 @pytest.mark.linux
 def test_gradients_agree_with_stock(tmp_path):
-    for name, blas in (("fast", ""), ("stock", "off")): silent(fresh(GRADIENT, tmp_path / f"{name}.npz", blas=blas))
+    for name, blas in (("fast", ""), ("stock", "off")):
+        silent(fresh(GRADIENT, tmp_path / f"{name}.npz", blas=blas))
     fast, stock = (np.load(tmp_path / f"{name}.npz") for name in ("fast", "stock"))
     for name in stock.files:
         assert np.abs(fast[name] - stock[name]).max() <= 1e-5 * np.abs(stock[name]).max(), name
-    assert any((fast[name] != stock[name]).any() for name in ("a", "b"))  # two libraries, not the same one twice
+    # two libraries, not the same one twice
+    assert any((fast[name] != stock[name]).any() for name in ("a", "b"))

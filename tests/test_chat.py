@@ -38,19 +38,23 @@ FORM = pytest.mark.parametrize("form", ["chat_template.jinja", "string", "list"]
 def said(role, content, **more): return {"role": role, "content": content, **more}
 
 
-TALK = [said("system", "Be brief."), said("user", "Who is there?"), said("assistant", "The gulls."), said("user", "And?"),
-        said("assistant", "Boats & <|im_end|>"), said("user", "Thanks!")]
-TALKS = [TALK, TALK[1:3], [*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:]], [*TALK[:3], said("assistant", "Many."), TALK[1]]]
+TALK = [said("system", "Be brief."), said("user", "Who is there?"), said("assistant", "The gulls."),
+        said("user", "And?"), said("assistant", "Boats & <|im_end|>"), said("user", "Thanks!")]
+TALKS = [TALK, TALK[1:3], [*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:]],
+         [*TALK[:3], said("assistant", "Many."), TALK[1]]]
 
 
 def make_tokenizer(folder, template=CHATML, form="chat_template.jinja", more=(), **names):
     "A tokenizer as Hugging Face has it, in which each byte is a token, with a chat template in one of its three places."
     special = SpecialTokens(**{"pad": "<pad>", "bos": "<|im_start|>", "eos": "<|im_end|>", **names})
     ByteTokenizer(special_tokens=special).save(folder)
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{key}_token": name for key, name in special.model_dump().items()}}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast",
+             **{f"{key}_token": name for key, name in special.model_dump().items()}}
     if more: about["extra_special_tokens"] = list(more)
     if form == "string": about["chat_template"] = template
-    if form == "list": about["chat_template"] = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
+    if form == "list":
+        about["chat_template"] = [{"name": "tool_use", "template": "no"},
+                                  {"name": "default", "template": template}]
     Path(folder, "tokenizer_config.json").write_text(json.dumps(about))
     if form == "chat_template.jinja": Path(folder, form).write_text(template)
     return load_tokenizer(folder)
@@ -69,19 +73,28 @@ def place(tmp_path, monkeypatch):
 def make_base(template=CHATML, form="chat_template.jinja"):
     "A chat model that has learned nothing, as somebody else would publish it: hf/."
     tokenizer = make_tokenizer("tokens", template, form)
-    args = LlamaArgs(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                     num_key_value_heads=2, head_dim=16, max_position_embeddings=256)
+    args = LlamaArgs(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                     num_attention_heads=2, num_key_value_heads=2, head_dim=16, max_position_embeddings=256)
     export(Llama(args), tokenizer, "hf")
 
 
-def write(rows): Path("rows.jsonl").write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+def write(rows):
+    Path("rows.jsonl").write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n"
+                                          for row in rows))
 
 
 def config(data={}, training={}, **sections):  # noqa: B006 (read only)
     hyper = {"batch_size": 4, "learning_rate": 1e-2}
-    return SFTConfig.model_validate_json(json.dumps({
-        "name": "run", "data": {"input_file": "rows.jsonl", "preprocessing": {"max_context_size": 200}, **data},
-        "training": {"hyperparameters": hyper, **training}, **sections}))
+    return SFTConfig.model_validate_json(
+        json.dumps(
+            {
+                "name": "run",
+                "data": {"input_file": "rows.jsonl", "preprocessing": {"max_context_size": 200}, **data},
+                "training": {"hyperparameters": hyper, **training},
+                **sections,
+            }
+        )
+    )
 
 
 def read_or_learn(messages):
@@ -107,8 +120,12 @@ def in_format(messages):
     "The same in the default prompt format."
     yield START, False
     for m, learn in read_or_learn(messages):
-        if m["role"] == "assistant": yield from [*((byte, learn) for byte in m["content"].encode()), (END, learn)]
-        else: yield from ((byte, False) for byte in (f"{m['content']}\n\n" if m["role"] == "system" else ASK.format(m["content"])).encode())
+        if m["role"] == "assistant":
+            yield from [*((byte, learn) for byte in m["content"].encode()), (END, learn)]
+        else:
+            yield from ((byte, False)
+                        for byte in (f"{m['content']}\n\n" if m["role"] == "system"
+                                     else ASK.format(m["content"])).encode())
 
 
 def rows_of(trainer): return [[*zip(*trainer.data[i])] for i in range(len(trainer.data))]
@@ -137,12 +154,14 @@ def test_without_a_template_in_the_prompt_format(place):
 
 
 def header_trained(monkeypatch):
-    monkeypatch.setattr(chat, "render", lambda tokenizer, messages, ask=False, date=None: render(tokenizer, messages))
+    monkeypatch.setattr(chat, "render",
+                        lambda tokenizer, messages, ask=False, date=None: render(tokenizer, messages))
 
 
 def answers(monkeypatch, trained):
     "Choose what of an answer is trained, from its parts and the place of its end."
-    def answer(tokenizer, parts): return [Piece(what, trained(n, parts.index(tokenizer.eos_id))) for n, what in enumerate(parts)]
+    def answer(tokenizer, parts):
+        return [Piece(what, trained(n, parts.index(tokenizer.eos_id))) for n, what in enumerate(parts)]
     monkeypatch.setattr(chat, "_answer", answer)
 
 
@@ -152,7 +171,9 @@ def line_break_trained(monkeypatch): answers(monkeypatch, lambda n, end: True)
 
 
 def messages_with(monkeypatch, trained):
-    def read(value): return [{**m, "trained": trained(m, m is messages[-1])} for messages in [read_messages(value)] for m in messages]
+    def read(value):
+        return [{**m, "trained": trained(m, m is messages[-1])} for messages in [read_messages(value)]
+                for m in messages]
     monkeypatch.setattr(chat, "read_messages", read)
 
 
@@ -164,10 +185,12 @@ def text_becomes_control(monkeypatch):
     monkeypatch.setattr(chat, "_marked", lambda tokenizer, messages: (messages, "\ue000"))
 
 
-BUGS = [header_trained, end_only_read, end_alone, line_break_trained, only_the_last, weight_ignored, text_becomes_control]
+BUGS = [header_trained, end_only_read, end_alone, line_break_trained, only_the_last, weight_ignored,
+        text_becomes_control]
 
 
-def made(tok, messages): return [*zip(*encode_pieces(tok, [row_pieces(BY_TEMPLATE, tok, {"instruction": messages})])[0])]
+def made(tok, messages):
+    return [*zip(*encode_pieces(tok, [row_pieces(BY_TEMPLATE, tok, {"instruction": messages})])[0])]
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -181,22 +204,30 @@ def test_a_planted_bug_is_seen(tok, monkeypatch, bug):
 def test_a_pair_is_a_short_conversation(place):
     make_base()
     write([{"instruction": "Who?", "response": "Gulls."}, {"instruction": "And?", "response": "Boats."}])
-    talks = [[said("user", "Who?"), said("assistant", "Gulls.")], [said("user", "And?"), said("assistant", "Boats.")]]
+    talks = [[said("user", "Who?"), said("assistant", "Gulls.")],
+             [said("user", "And?"), said("assistant", "Boats.")]]
     assert rows_of(SFTTrainer(config(pretrained_model="hf"))) == [[*in_chatml(talk)] for talk in talks]
 
 
 @pytest.mark.parametrize("how", ["keep_start", "keep_end"])
 def test_a_conversation_that_is_cut(place, how):
     make_base()
-    talk = [said("user", "Who?"), said("assistant", "The old gulls."), said("user", "And?"), said("assistant", "Boats.")]
+    talk = [said("user", "Who?"), said("assistant", "The old gulls."), said("user", "And?"),
+            said("assistant", "Boats.")]
     write([{"messages": talk}])
     whole = [*in_chatml(talk)]
     answers = [n for n, (_, trained) in enumerate(whole) if trained]
     last = answers[-len("Boats.") - 1]
-    context = len(whole) - 4 if how == "keep_start" else len(whole) - answers[0] - 3      # the last loses its end, or the first its start
-    [row] = rows_of(SFTTrainer(config(pretrained_model="hf", data={"truncation": how, "preprocessing": {"max_context_size": context}})))
+    # the last loses its end, or the first its start
+    context = len(whole) - 4 if how == "keep_start" else len(whole) - answers[0] - 3
+    [row] = rows_of(SFTTrainer(config(pretrained_model="hf",
+                                      data={"truncation": how,
+                                            "preprocessing": {"max_context_size": context}})))
     if how == "keep_start": assert row == whole[:context]
-    else: assert row == [whole[0], *((i, trained and n >= last) for n, (i, trained) in enumerate(whole) if n > len(whole) - context)]
+    else:
+        assert row == [whole[0],
+                       *((i, trained and n >= last)
+                         for n, (i, trained) in enumerate(whole) if n > len(whole) - context)]
 
 
 # Text stays text
@@ -213,11 +244,13 @@ def test_no_text_becomes_a_control_token(tmp_path, template, left):
 
     @forall(contents=st.tuples(CONTENT, CONTENT, CONTENT, CONTENT.filter(str.strip)))
     def check(contents):
-        talk = [said(role, content) for role, content in zip(["system", "user", "user", "assistant"], contents)]
+        talk = [said(role, content)
+                for role, content in zip(["system", "user", "user", "assistant"], contents)]
         first, second, third, last = clean = [{**m, "content": left(m["content"])} for m in talk]
         assert made(tok, talk) == [*in_chatml(clean)]
         fmt = PromptFormat(prompt_format=None, system_prompt=contents[0])
-        assert render_chat(fmt, tok, [(contents[1], contents[3])], contents[2]) == asked_in_chatml([first, second, last, third])
+        assert render_chat(fmt, tok, [(contents[1], contents[3])],
+                           contents[2]) == asked_in_chatml([first, second, last, third])
     check()
 
 
@@ -231,7 +264,12 @@ PRIVATE = "".join(map(chr, range(0xE000, 0xF900)))
     pytest.param("\ue000", "##", id="one in the template"), pytest.param("", "\ue000##", id="one in the text")])
 def test_odd_characters(tmp_path, before, text):
     tok = make_tokenizer(tmp_path, before + SHORT, eos="##")
-    assert [i for i, _ in made(tok, [said("user", text), said("assistant", "x")])] == [*f"{before}u{text}".encode(), END, *b"ax", END]
+    assert [i for i, _ in made(tok, [said("user", text), said("assistant", "x")])] == [
+        *f"{before}u{text}".encode(),
+        END,
+        *b"ax",
+        END,
+    ]
 
 
 # Other forms of the same
@@ -239,11 +277,15 @@ def test_odd_characters(tmp_path, before, text):
 
 def test_other_forms_of_a_conversation(tok):
     "Content in parts; and TRL's way, in which a prompt is a conversation and its completion goes on."
-    parts = [{**m, "content": [{"type": "text", "text": m["content"][:3]}, {"type": "text", "text": m["content"][3:]}]} for m in TALK[1:3]]
+    parts = [{**m, "content": [{"type": "text", "text": m["content"][:3]},
+                               {"type": "text", "text": m["content"][3:]}]} for m in TALK[1:3]]
     assert made(tok, parts) == made(tok, TALK[1:3])
     trl = PromptFormat(prompt_format=None, input_field="prompt", output_field="completion")
-    assert row_pieces(trl, tok, {"prompt": TALK[1:2], "completion": TALK[2:3]}) == row_pieces(BY_TEMPLATE, tok, {"instruction": TALK[1:3]})
-    with pytest.raises(DataError, match="tools"): row_pieces(BY_TEMPLATE, tok, {"instruction": TALK[1:3], "tools": [{}]})
+    assert row_pieces(trl, tok,
+                      {"prompt": TALK[1:2],
+                       "completion": TALK[2:3]}) == row_pieces(BY_TEMPLATE, tok, {"instruction": TALK[1:3]})
+    with pytest.raises(DataError, match="tools"):
+        row_pieces(BY_TEMPLATE, tok, {"instruction": TALK[1:3], "tools": [{}]})
 
 
 def test_what_a_file_says_is_not_lost_in_silence(place, caplog):
@@ -283,7 +325,12 @@ def test_a_hostile_template_is_one_sentence(tmp_path, template):
     tok = make_tokenizer(tmp_path, template)
     with pytest.raises(DataError) as error: template_pieces(tok, read_messages(TALK))
     said = str(error.value)
-    assert HOSTILE[template] in said and "\n" not in said and len(said) < 500 and said.endswith('say how to ask in "data.prompt_format"')
+    assert (
+        HOSTILE[template] in said
+        and "\n" not in said
+        and len(said) < 500
+        and said.endswith('say how to ask in "data.prompt_format"')
+    )
 
 
 THOUGHTS = [said("user", "Who?"), said("assistant", "<think>Hm.</think>Gulls."), said("user", "And?"),
@@ -303,7 +350,8 @@ def test_templates_that_drop_thoughts_train_the_last_answer(thinker, caplog):
     unlike = [FORGOTTEN[0], {**FORGOTTEN[1], "weight": 0}, *FORGOTTEN[2:]]
     assert made(thinker, THOUGHTS) == made(thinker, THOUGHTS) == [*in_chatml(unlike)]
     assert caplog.text.count("only the last answer is trained") == 1      # said once
-    assert made(thinker, FORGOTTEN) == [*in_chatml(FORGOTTEN)]            # an answer without thoughts stays as it was asked for
+    # an answer without thoughts stays as it was asked for
+    assert made(thinker, FORGOTTEN) == [*in_chatml(FORGOTTEN)]
 
 
 R1 = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}"
@@ -317,16 +365,23 @@ R1 = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|u
     said("assistant", "Gulls.", reasoning_content="Hm."), said("assistant", " <think>\nHm.\n</think>\n\nGulls.")])
 def test_templates_that_open_a_thought_train_it(tmp_path, answer):
     tok = make_tokenizer(tmp_path, R1)
-    [example] = encode_pieces(tok, [template_pieces(tok, [said("user", "Who?", trained=False), {**answer, "trained": True}])])
+    [example] = encode_pieces(tok,
+                              [template_pieces(tok,
+                                               [said("user", "Who?", trained=False),
+                                                {**answer, "trained": True}])])
     asked = render_chat(BY_TEMPLATE, tok, [], "Who?")
-    assert example.ids[:example.start] == asked and bytes(asked[-8:]) == b"<think>\n"   # trained as it is asked for
+    # trained as it is asked for
+    assert example.ids[:example.start] == asked and bytes(asked[-8:]) == b"<think>\n"
     assert example.ids[example.start:] == [*b"Hm.\n</think>\n\nGulls.", END]
 
 
 def test_templates_that_open_a_thought_refuse_answers_without_one(tmp_path):
     tok = make_tokenizer(tmp_path, R1)
     talk = [said("user", "Who?", trained=False), said("assistant", "Gulls.", trained=True)]
-    with pytest.raises(DataError, match="opens each answer with <think>, and this answer has no thought; write <think>…</think> in front"):
+    with pytest.raises(
+        DataError,
+        match="opens each answer with <think>, and this answer has no thought; write <think>…</think> in front",
+    ):
         template_pieces(tok, talk)
     followed = [talk[0], {**talk[1], "content": "<think>…</think>Gulls."}]               # the remedy works
     assert template_pieces(tok, followed)[-1] == (tok.eos_id, True, False)
@@ -335,7 +390,8 @@ def test_templates_that_open_a_thought_refuse_answers_without_one(tmp_path):
 def test_the_date_of_a_template_is_that_of_the_run(tmp_path):
     tok = make_tokenizer(tmp_path, "{{ strftime_now('%d %b %Y') }}" + CHATML)
     assert chat.render(tok, TALK[:2], date="2024-07-26").startswith("26 Jul 2024")
-    assert render_chat(BY_TEMPLATE.model_copy(update={"date": "2024-07-26"}), tok, [], "?")[:11] == [*b"26 Jul 2024"]
+    assert render_chat(BY_TEMPLATE.model_copy(update={"date": "2024-07-26"}), tok, [],
+                       "?")[:11] == [*b"26 Jul 2024"]
     assert chat.render(tok, TALK[:2])[7:11].isdigit()                     # without a date: today's
 
 
@@ -350,13 +406,16 @@ def test_a_resumed_run_keeps_its_date(place, monkeypatch, caplog, lora):
     write([{"messages": TALKS[0]}])
     def cfg(iters, **more):
         hyper = {"batch_size": 4, "learning_rate": 1e-2, "iters": iters}
-        return config(pretrained_model="hf", training={"hyperparameters": hyper, "lora": {"rank": lora}}, **more)
+        return config(pretrained_model="hf", training={"hyperparameters": hyper, "lora": {"rank": lora}},
+                      **more)
     assert load_config(SFTConfig, sft(cfg(1)) / "config.yaml").data.date == "2026-01-01"
     Clock.day = 2
-    assert load_config(SFTConfig, sft(cfg(2, resume={"checkpoint": "latest"})) / "config.yaml").data.date == "2026-01-01"
+    assert load_config(SFTConfig,
+                       sft(cfg(2, resume={"checkpoint": "latest"})) / "config.yaml").data.date == "2026-01-01"
     assert "data.date" not in caplog.text and "training data" not in caplog.text
     assert load("runs/run").format.date == "2026-01-01" and SFTTrainer(cfg(1)).format.date == "2026-01-02"
-    with pytest.raises(ValueError, match="is no date; write it like 2026-11-30"): config(data={"date": "tomorrow"})
+    with pytest.raises(ValueError, match="is no date; write it like 2026-11-30"):
+        config(data={"date": "tomorrow"})
 
 
 def test_rewards_and_ppo_have_a_date_too(place):
@@ -372,11 +431,16 @@ def test_rewards_and_ppo_have_a_date_too(place):
 
 def test_several_stop_tokens_end_answers(tmp_path):
     tok = make_tokenizer(tmp_path, CHATML.replace("<|im_end|>", "<|eot|>"), more=["<|eot|>"])
-    with pytest.raises(DataError, match='add the token that it writes to "eos_token_id" in generation_config.json'):
+    with pytest.raises(
+        DataError, match='add the token that it writes to "eos_token_id" in generation_config.json'
+    ):
         template_pieces(tok, read_messages(TALK))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, tok.control["<|eot|>"]]}))
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [END, tok.control["<|eot|>"]]})
+    )
     again = type(tok)(tmp_path)                                           # the remedy works
-    ends = [what for what, trained, _ in template_pieces(again, read_messages(TALK)) if trained and isinstance(what, int)]
+    ends = [what for what, trained, _ in template_pieces(again, read_messages(TALK)) if trained
+            and isinstance(what, int)]
     assert set(ends) == {tok.control["<|eot|>"]} and again.eos_ids == (END, tok.control["<|eot|>"])
 
 
@@ -386,28 +450,30 @@ def test_thoughts_of_an_answer_that_is_not_trained(thinker):
 
 
 def test_a_talk_with_a_model_that_thinks(thinker):
-    assert render_chat(BY_TEMPLATE, thinker, [("Who?", THOUGHTS[1]["content"])], "And?") == asked_in_chatml(FORGOTTEN[:3])
+    assert render_chat(BY_TEMPLATE, thinker, [("Who?", THOUGHTS[1]["content"])],
+                       "And?") == asked_in_chatml(FORGOTTEN[:3])
 
 
 # Rows that cannot be used
 
 
-FIRST = [
-    ("hi", "message 1 is no object with a role and a content"), ({"from": "bird", "value": "x"}, "message 1 has the role 'bird'"),
-    (said("tool", "4"), "message 1 has the role 'tool'; it must be system, user or assistant"),
-    (said(["user"], "x"), "message 1 has the role ['user']"), (said("user", None), "message 1 has no text as its content"),
-    (said("user", [{"type": "image_url", "image_url": "x"}]), "message 1 has a part of the type 'image_url', and"),
-    (said("assistant", " \n"), "message 1 is an empty answer"),
-    (said("assistant", "x", weight=0.5), "message 1 has the weight 0.5; it must be 0 or 1"),
-    (said("assistant", "", tool_calls=[1]), "message 1 calls a tool"), (said("user", "half \ud83d"), "half a character"),
-]
-WHOLE = [
-    ([], "no message is an answer to be trained"), (TALK[:2], "no message is an answer"),
-    ([TALK[1], said("assistant", "x", weight=0)], "no message is an answer"), (TALK[2:3], "the conversation begins with an answer"),
-    (None, "messages"), ({"role": "user"}, "messages"),
-    ([TALK[1], TALK[0], TALK[2]], "message 2 is of the system, which speaks first or not at all"),
-    ([said("user", "long " * 60), TALK[2]], "the prompt has 3"),
-]
+FIRST = [("hi", "message 1 is no object with a role and a content"),
+         ({"from": "bird", "value": "x"}, "message 1 has the role 'bird'"),
+         (said("tool", "4"), "message 1 has the role 'tool'; it must be system, user or assistant"),
+         (said(["user"], "x"), "message 1 has the role ['user']"),
+         (said("user", None), "message 1 has no text as its content"),
+         (said("user", [{"type": "image_url", "image_url": "x"}]),
+          "message 1 has a part of the type 'image_url', and"),
+         (said("assistant", " \n"), "message 1 is an empty answer"),
+         (said("assistant", "x", weight=0.5), "message 1 has the weight 0.5; it must be 0 or 1"),
+         (said("assistant", "", tool_calls=[1]), "message 1 calls a tool"),
+         (said("user", "half \ud83d"), "half a character"), ]
+WHOLE = [([], "no message is an answer to be trained"), (TALK[:2], "no message is an answer"),
+         ([TALK[1], said("assistant", "x", weight=0)], "no message is an answer"),
+         (TALK[2:3], "the conversation begins with an answer"), (None, "messages"),
+         ({"role": "user"}, "messages"),
+         ([TALK[1], TALK[0], TALK[2]], "message 2 is of the system, which speaks first or not at all"),
+         ([said("user", "long " * 60), TALK[2]], "the prompt has 3"), ]
 FORMATTED = [([TALK[1], TALK[1], TALK[2]], "user and assistant must take turns")]
 ALL = [([first, *TALK[1:3]], sentence) for first, sentence in FIRST] + WHOLE
 
@@ -418,7 +484,11 @@ def test_a_bad_row_has_its_line(place, form):
     for messages, sentence in ALL + (FORMATTED if form == "none" else []):
         write([{"messages": TALK}, {"messages": messages}])
         with pytest.raises(DataError) as error: SFTTrainer(config(pretrained_model="hf"))
-        assert str(error.value).startswith("rows.jsonl, line 2: ") and sentence in str(error.value) and "\n" not in str(error.value)
+        assert (
+            str(error.value).startswith("rows.jsonl, line 2: ")
+            and sentence in str(error.value)
+            and "\n" not in str(error.value)
+        )
         source = SFTTrainer(config(pretrained_model="hf", data={"on_bad_row": "skip"})).data.source
         assert (source["rows"], source["kept"], source["skipped"]) == (2, 1, 1), messages
 
@@ -428,11 +498,14 @@ def test_messages_that_are_a_text(place, form):
     "Nobody learns to say again what was asked."
     make_base(form=form)
     write([{"messages": TALK}, {"messages": "hello"}])
-    with pytest.raises(DataError, match="rows.jsonl, line 2: .*messages"): SFTTrainer(config(pretrained_model="hf"))
+    with pytest.raises(DataError, match="rows.jsonl, line 2: .*messages"):
+        SFTTrainer(config(pretrained_model="hf"))
 
 
 def test_a_template_that_refuses_a_row_says_so(place, capsys):
-    make_base("{% if messages[0].role != 'user' %}{{ raise_exception('Only users begin') }}{% endif %}" + CHATML)
+    make_base(
+        "{% if messages[0].role != 'user' %}{{ raise_exception('Only users begin') }}{% endif %}" + CHATML
+    )
     write([{"messages": TALK[1:]}, {"messages": TALK}])
     Path("run.yaml").write_text(json.dumps({"pretrained_model": "hf", "data": {"input_file": "rows.jsonl"}}))
     assert main(["sft", "--config", "run.yaml"]) == 2
@@ -448,8 +521,8 @@ def test_a_template_that_refuses_a_row_says_so(place, capsys):
 def tuned(place):
     "A chat model that has learned three short talks, with adapters."
     make_base(form="string")
-    talks = [[said("user", "Who?"), said("assistant", "Gulls."), said("user", "And?"), said("assistant", "Boats & <|im_end|>")],
-             [said("user", "And?"), said("assistant", "Sand.")]]
+    talks = [[said("user", "Who?"), said("assistant", "Gulls."), said("user", "And?"),
+              said("assistant", "Boats & <|im_end|>")], [said("user", "And?"), said("assistant", "Sand.")]]
     write([{"messages": talk} for talk in talks])
     return sft(config(pretrained_model="hf", data={"system_prompt": "Be brief."},
                       training={"epochs": 150, "lora": {"rank": 16, "alpha": 64}}))
@@ -461,12 +534,15 @@ def test_it_answers_in_the_form_of_its_template(tuned, capsys, monkeypatch):
     system, greedy = said("system", "Be brief."), ["--temperature", "0", "--max_new_tokens", "40"]
     for run in (tuned, checkpoints(tuned)[-1], tuned / "model"):
         assert main(["generate", "--run", str(run), "--instruction", "And?", *greedy]) == 0
-        assert capsys.readouterr().out == "Sand.\n" and prompts[-1] == asked_in_chatml([system, said("user", "And?")])
+        assert capsys.readouterr().out == "Sand.\n" and prompts[-1] == asked_in_chatml(
+            [system, said("user", "And?")]
+        )
     typed = iter(["Who?", "And?", "/new", "And?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert main(["chat", "--run", str(tuned), "--turns", "2", *greedy]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["Gulls.", "Boats & <|im_end|>", "Sand."]
-    assert asked_in_chatml([system, said("user", "Who?"), said("assistant", "Gulls."), said("user", "And?")]) in prompts
+    assert asked_in_chatml([system, said("user", "Who?"), said("assistant", "Gulls."),
+                            said("user", "And?")]) in prompts
     assert main(["generate", "--run", "hf", "--instruction", "And?", *greedy]) == 0      # whoever trained it
     assert prompts[-1] == asked_in_chatml([said("user", "And?")])
 
@@ -474,12 +550,19 @@ def test_it_answers_in_the_form_of_its_template(tuned, capsys, monkeypatch):
 def test_its_own_template_stays(tuned):
     "With the system prompt that was trained in front, where the messages have none; for others it is in one place only."
     tok, asked = load(tuned).tokenizer, [said("user", "Who?")]
-    assert tok.chat_template.endswith(CHATML) and "chat_template" not in (tuned / "model" / "tokenizer_config.json").read_text()
+    assert (
+        tok.chat_template.endswith(CHATML)
+        and "chat_template" not in (tuned / "model" / "tokenizer_config.json").read_text()
+    )
     own = load_tokenizer("hf")
-    assert render(tok, asked, True) == render(own, [said("system", "Be brief."), *asked], True) != render(own, asked, True)
+    assert render(tok, asked, True) == render(own, [said("system", "Be brief."), *asked],
+                                              True) != render(own, asked, True)
     assert render(tok, TALK) == render(own, TALK)
-    for place in (tuned, checkpoints(tuned)[-1], tuned / "model"): assert load(place).format.prompt_format is None
-    assert "prompt_format" in read_metadata(tuned)["format"] and load(tuned).format.system_prompt == "Be brief."
+    for place in (tuned, checkpoints(tuned)[-1], tuned / "model"):
+        assert load(place).format.prompt_format is None
+    assert (
+        "prompt_format" in read_metadata(tuned)["format"] and load(tuned).format.system_prompt == "Be brief."
+    )
 
 
 @FORM
@@ -487,19 +570,26 @@ def test_its_own_template_stays(tuned):
 def test_which_template_is_exported(place, form, prompt_format, ours):
     make_base(form=form)
     write([{"instruction": "Who?", "response": "Gulls.", "topic": "x"}])
-    path = sft(config(pretrained_model="hf", data={"prompt_format": prompt_format}, training={"hyperparameters": {"iters": 1}})) / "model"
-    texts = [file.read_text() for file in (path / "tokenizer_config.json", path / "chat_template.jinja") if file.exists()]
+    path = sft(config(pretrained_model="hf", data={"prompt_format": prompt_format},
+                      training={"hyperparameters": {"iters": 1}})) / "model"
+    texts = [file.read_text() for file in (path / "tokenizer_config.json",
+                                           path / "chat_template.jinja") if file.exists()]
     assert any("message['role']" in text and "im_end" in text for text in texts) == (prompt_format is None)
     assert (load(path).tokenizer.chat_template is not None) == ours
     if prompt_format is None: assert load(path).tokenizer.chat_template == CHATML
-    assert load(path).format.prompt_format == prompt_format and load(path).tokenizer.fingerprint == load("hf").tokenizer.fingerprint
+    assert (
+        load(path).format.prompt_format == prompt_format
+        and load(path).tokenizer.fingerprint == load("hf").tokenizer.fingerprint
+    )
     if prompt_format and ours:
         messages = [said("user", "Who?"), said("assistant", "Gulls."), said("user", "And?")]
-        assert render(load(path).tokenizer, messages, ask=True) == "<|im_start|>Q: Who?\nA:Gulls.<|im_end|>Q: And?\nA:"
+        assert render(load(path).tokenizer, messages,
+                      ask=True) == "<|im_start|>Q: Who?\nA:Gulls.<|im_end|>Q: And?\nA:"
 
 
 def test_the_system_prompt_is_a_system_turn(place):
     make_base()
     write([{"messages": TALK[1:3]}, {"messages": TALK[:3]}])
     trainer = SFTTrainer(config(pretrained_model="hf", data={"system_prompt": "Be kind <|im_end|>."}))
-    assert rows_of(trainer) == [[*in_chatml([said("system", "Be kind <|im_end|>."), *TALK[1:3]])], [*in_chatml(TALK[:3])]]
+    assert rows_of(trainer) == [[*in_chatml([said("system", "Be kind <|im_end|>."), *TALK[1:3]])],
+                                [*in_chatml(TALK[:3])]]

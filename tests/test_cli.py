@@ -31,17 +31,20 @@ training: {hyperparameters: {batch_size: 4, iters: 3}}
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("text.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of a short text."}) + "\n" for i in range(20)))
+    Path("text.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of a short text."}) + "\n"
+                                          for i in range(20)))
     Path("run.yaml").write_text(YAML)
     return tmp_path
 
 
 def test_the_script_is_the_command(here):
     "The same run three ways, to the same weights."
-    ways = {"script": [sys.executable, str(ROOT / "train.py")], "module": [sys.executable, "-m", "mlx_pretrain", "train"],
+    ways = {"script": [sys.executable, str(ROOT / "train.py")],
+            "module": [sys.executable, "-m", "mlx_pretrain", "train"],
             "command": [str(Path(sys.executable).with_name("mlx-pretrain")), "train"]}
     for name, way in ways.items():
-        done = subprocess.run([*way, "--config", "run.yaml", "--name", name], capture_output=True, text=True, check=False)
+        done = subprocess.run([*way, "--config", "run.yaml", "--name", name], capture_output=True, text=True,
+                              check=False)
         assert done.returncode == 0, done.stderr
     weights = {Path("runs", name, "model", "model.safetensors").read_bytes() for name in ways}
     assert len(weights) == 1
@@ -55,7 +58,8 @@ def test_overwrite_never_touches_a_runs_tokenizer(here, capfd):
         args = ["--data.tokenizer_path", path, "--data.tokenizer.vocab_size", "290", "--overwrite"]
         assert main(["tokenizer", "--config", "run.yaml", *args]) == 2
         assert {p.name: p.read_bytes() for p in Path(path).iterdir()} == before
-    made = ["tokenizer", "--config", "run.yaml", "--data.tokenizer_path", "tok", "--data.tokenizer.vocab_size", "290"]
+    made = ["tokenizer", "--config", "run.yaml", "--data.tokenizer_path", "tok",
+            "--data.tokenizer.vocab_size", "290"]
     assert [main(made), main(made), main([*made, "--overwrite"])] == [0, 2, 0]
 
 
@@ -66,13 +70,15 @@ def test_two_dashes_among_the_flags_are_no_traceback(here, capfd):
 
 def test_null_on_the_command_line_is_the_default(here):
     Path("run.yaml").write_text(YAML + "system: {seed: 7}\n")
-    assert main(["train", "--config", "run.yaml", "--system.seed", "null", "--data.validation_file=null"]) == 0
+    assert main(["train", "--config", "run.yaml", "--system.seed", "null",
+                 "--data.validation_file=null"]) == 0
     assert load_config(PretrainConfig, "runs/run/config.yaml").system.seed == PretrainConfig().system.seed
 
 
 def test_stopped_and_gone_on_with_by_command(here, capfd):
     "Ctrl-C says how to go on, the command goes on, and the list of runs shows both states."
-    train = [sys.executable, str(ROOT / "train.py"), "--config", "run.yaml", "--training.hyperparameters.iters", "3000"]
+    train = [sys.executable, str(ROOT / "train.py"), "--config", "run.yaml",
+             "--training.hyperparameters.iters", "3000"]
     child = subprocess.Popen(train, stderr=subprocess.PIPE, text=True)
     while not Path("runs/run/metrics.jsonl").exists(): assert child.poll() is None
     child.send_signal(signal.SIGINT)
@@ -87,7 +93,8 @@ def test_stopped_and_gone_on_with_by_command(here, capfd):
 
 
 def test_a_traceback_is_ours_only(here):
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--config", "nothing.yaml"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--config", "nothing.yaml"],
+                          capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
@@ -98,7 +105,8 @@ def test_without_a_backend(tmp_path):
     (tmp_path / "mlx").mkdir()
     shutil.copy(mlx.core.__file__, tmp_path / "mlx")
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    def python(*words): return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, check=False)
+    def python(*words):
+        return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, check=False)
     for way in (["-m", "mlx_pretrain"], [str(ROOT / "train.py")]):
         done = python(*way, "train" if "-m" in way else "--help")
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
@@ -106,7 +114,9 @@ def test_without_a_backend(tmp_path):
     done = python("-m", "mlx_pretrain", "--version")
     assert done.returncode == 0 and not done.stderr and done.stdout.startswith("mlx-pretrain ")
     done = python("-c", "import mlx_pretrain")
-    assert done.returncode == 0 and done.stderr.count("mlx-pretrain[cpu]") == 1 and "<string>:1" in done.stderr, done.stderr
+    assert (
+        done.returncode == 0 and done.stderr.count("mlx-pretrain[cpu]") == 1 and "<string>:1" in done.stderr
+    ), done.stderr
     done = python("-c", "import mlx_pretrain.model")
     assert done.returncode == 1 and "mlx-pretrain[cpu]" in done.stderr.splitlines()[-1], done.stderr
 
@@ -138,14 +148,16 @@ def test_a_name_with_blanks_and_brackets(here, capfd):
     capfd.readouterr()
     assert main(["generate", "--run", "runs/Llama (2M)", "--prompt", "Line", "--max_new_tokens", "5"]) == 0
     assert capfd.readouterr().out.startswith("Line")
-    assert main(["train", "--config", "run.yaml", "--name", "next", "--data.tokenizer_path", "runs/Llama (2M)/tokenizer"]) == 0
+    assert main(["train", "--config", "run.yaml", "--name", "next", "--data.tokenizer_path",
+                 "runs/Llama (2M)/tokenizer"]) == 0
 
 
 @pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
 def test_the_configs_are_valid(config):
     from mlx_pretrain.model import parameter_count
     kinds = {"reward": RewardConfig, "sft": SFTConfig, "chat": SFTConfig, "rl": PPOConfig}
-    cfg = load_config(next((kind for word, kind in kinds.items() if word in config), PretrainConfig), ROOT / "configs" / config)
+    cfg = load_config(next((kind for word, kind in kinds.items() if word in config), PretrainConfig),
+                      ROOT / "configs" / config)
     if cfg.name == "Llama (2M)":
         assert 1.8e6 < parameter_count(cfg.model.args(cfg.data.tokenizer.vocab_size)) < 2.2e6
         assert cfg.data.preprocessing.max_context_size >= 1024

@@ -18,7 +18,8 @@ from pydantic import Field, ValidationError, model_validator
 
 import mlx_pretrain  # noqa: F401 (before MLX)
 from mlx_pretrain import config
-from mlx_pretrain.config import MAX_BYTES, ConfigError, ConfigSection, UserError, dump_yaml, load_config, read_yaml, to_yaml
+from mlx_pretrain.config import (
+    MAX_BYTES, ConfigError, ConfigSection, UserError, dump_yaml, load_config, read_yaml, to_yaml)
 from mlx_pretrain.pretrain import PretrainConfig
 
 
@@ -30,7 +31,8 @@ class Windows(ConfigSection):
 
     @model_validator(mode="after")
     def check_overlap(self):
-        if self.overlap >= self.size: raise ValueError(f"overlap {self.overlap} must be smaller than size {self.size}")
+        if self.overlap >= self.size:
+            raise ValueError(f"overlap {self.overlap} must be smaller than size {self.size}")
         return self
 
 
@@ -106,138 +108,335 @@ def check(said, mistakes):
 
 # ------------------------------------------------------------------------------------------------ mistakes in a file
 
-BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{k}: &{k} [{','.join(['*' + j] * 9)}]\n" for j, k in ("ab", "bc", "cd", "de", "ef", "fg"))
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{k}: &{k} [{','.join(['*' + j] * 9)}]\n"
+                                               for j, k in ("ab", "bc", "cd", "de", "ef", "fg"))
 INDENT = "check the indentation"
 TAB = "a tab stands here; use spaces"
 
-MISTAKES = { # name: (file, one tuple of pieces for each mistake)
+MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
     # keys
-    "unknown key, similar": ("optimizer:\n  learning_rat: 1\n",
-                             [('line 2: "optimizer.learning_rat" is not a key', 'did you mean "optimizer.learning_rate"?')]),
-    "key of another section": ("\nlearning_rate: 1\n",
-                               [('line 2: "learning_rate" is not a key', 'did you mean "optimizer.learning_rate"?')]),
-    "slip in a key of another section": ("data:\n  windows:\n    learning_rte: 1\n",
-                                         [('line 3: "data.windows.learning_rte"', 'did you mean "optimizer.learning_rate"?')]),
-    "unknown key, nothing near": ("data:\n  windows: {max_kinds: 1}\n",
-                                  [('line 2: "data.windows.max_kinds" is not a key', "the keys here are size, overlap")]),
-    "unknown key without a value": ("overwrit:\n", [('line 1: "overwrit" is not a key', 'did you mean "overwrite"?')]),
-    "unknown section": ("optimiser:\n  kind: sgd\n", [('line 1: "optimiser" is not a key', 'did you mean "optimizer"?')]),
-    "section in itself": ("data:\n  data: {input_file: a}\n", [('line 2: "data.data" is not a key', 'did you mean "data"?')]),
+    "unknown key, similar": (
+        "optimizer:\n  learning_rat: 1\n",
+        [('line 2: "optimizer.learning_rat" is not a key', 'did you mean "optimizer.learning_rate"?')],
+    ),
+    "key of another section": (
+        "\nlearning_rate: 1\n",
+        [('line 2: "learning_rate" is not a key', 'did you mean "optimizer.learning_rate"?')],
+    ),
+    "slip in a key of another section": (
+        "data:\n  windows:\n    learning_rte: 1\n",
+        [('line 3: "data.windows.learning_rte"', 'did you mean "optimizer.learning_rate"?')],
+    ),
+    "unknown key, nothing near": (
+        "data:\n  windows: {max_kinds: 1}\n",
+        [('line 2: "data.windows.max_kinds" is not a key', "the keys here are size, overlap")],
+    ),
+    "unknown key without a value": (
+        "overwrit:\n",
+        [('line 1: "overwrit" is not a key', 'did you mean "overwrite"?')],
+    ),
+    "unknown section": (
+        "optimiser:\n  kind: sgd\n",
+        [('line 1: "optimiser" is not a key', 'did you mean "optimizer"?')],
+    ),
+    "section in itself": (
+        "data:\n  data: {input_file: a}\n",
+        [('line 2: "data.data" is not a key', 'did you mean "data"?')],
+    ),
     "capitals": ("OVERWRITE: true\n", [('line 1: "OVERWRITE" is not a key', 'did you mean "overwrite"?')]),
-    "hyphens": ("data: {input-file: a}\n", [('line 1: "data.input-file" is not a key', 'did you mean "data.input_file"?')]),
+    "hyphens": (
+        "data: {input-file: a}\n",
+        [('line 1: "data.input-file" is not a key', 'did you mean "data.input_file"?')],
+    ),
     "a flag in a file": ("--epochs: 3\n", [('line 1: "--epochs" is not a key', 'did you mean "epochs"?')]),
-    "a dotted key": ("data.windows.size: 3\n", [('line 1: "data.windows.size" is not a key', "write data: {windows: {size: …}}")]),
-    "a dotted key below a section": ("data:\n  windows.size: 3\n",
-                                     [('line 2: "data.windows.size" is not a key', "write windows: {size: …}")]),
+    "a dotted key": (
+        "data.windows.size: 3\n",
+        [('line 1: "data.windows.size" is not a key', "write data: {windows: {size: …}}")],
+    ),
+    "a dotted key below a section": (
+        "data:\n  windows.size: 3\n",
+        [('line 2: "data.windows.size" is not a key', "write windows: {size: …}")],
+    ),
     "key of digits": ("1: 2\n", [('line 1: "1" is not a key', "the keys here are name, overwrite")]),
-    "merge key": ("data: &d\n  input_file: a\noptimizer:\n  <<: *d\n", [('line 4: "optimizer.<<" is not a key', "write the keys out")]),
-    "duplicate key": ("name: a\nepochs: 1\nname: b\n", [('line 3: "name" stands on line 1 already', "keep one of them")]),
-    "duplicate in a section": ("data:\n  input_file: a\n  'input_file': a\n",
-                               [('line 3: "data.input_file" stands on line 2 already', "keep one of them")]),
-    "duplicate section": ("data: {input_file: a}\nepochs: 1\ndata: {prompt_format: a}\n", [('line 3: "data" stands on line 1 already',)]),
-    "a key three times": ("epochs: 1\nepochs: 2\nepochs: 3\n",
-                          [('line 2: "epochs" stands on line 1',), ('line 3: "epochs" stands on line 1',)]),
+    "merge key": (
+        "data: &d\n  input_file: a\noptimizer:\n  <<: *d\n",
+        [('line 4: "optimizer.<<" is not a key', "write the keys out")],
+    ),
+    "duplicate key": (
+        "name: a\nepochs: 1\nname: b\n",
+        [('line 3: "name" stands on line 1 already', "keep one of them")],
+    ),
+    "duplicate in a section": (
+        "data:\n  input_file: a\n  'input_file': a\n",
+        [('line 3: "data.input_file" stands on line 2 already', "keep one of them")],
+    ),
+    "duplicate section": (
+        "data: {input_file: a}\nepochs: 1\ndata: {prompt_format: a}\n",
+        [('line 3: "data" stands on line 1 already',)],
+    ),
+    "a key three times": (
+        "epochs: 1\nepochs: 2\nepochs: 3\n",
+        [('line 2: "epochs" stands on line 1',), ('line 3: "epochs" stands on line 1',)],
+    ),
     "list as key": ("? [a]\n: 1\n", [("line 1: a key must be a plain word", "quote")]),
     "line break in a key": ('"a\\nb": 1\n', [('line 1: "a\\nb" is not a key',)]),
-    "invisible character in a key": ("na\u200bme: a\n", [(r'line 1: "na\u200bme" is not a key', 'did you mean "name"?')]),
-    "blank from a web page": ("data:\n\u00a0\u00a0epochs: 1\n", [(r'line 2: "\xa0\xa0epochs" is not a key', 'did you mean "epochs"?')]),
+    "invisible character in a key": (
+        "na\u200bme: a\n",
+        [(r'line 1: "na\u200bme" is not a key', 'did you mean "name"?')],
+    ),
+    "blank from a web page": (
+        "data:\n\u00a0\u00a0epochs: 1\n",
+        [(r'line 2: "\xa0\xa0epochs" is not a key', 'did you mean "epochs"?')],
+    ),
     "terminal escape in a key": ('"\\x1b[31mname": a\n', [('line 1: "\\u001b[31mname" is not a key',)]),
     # values
-    "text for a number": ("optimizer:\n  learning_rate: fast\n", [('line 2: "optimizer.learning_rate" should be a number, not "fast"',)]),
-    "quoted number": ("optimizer: {learning_rate: '1e-4'}\n",
-                      [('line 1: "optimizer.learning_rate" should be a number, not "1e-4"', "take the quotes away")]),
-    "quoted whole number": ('epochs: "3"\n', [('line 1: "epochs" should be a whole number, not "3"', "take the quotes away")]),
-    "fraction for a whole number": ("epochs: 3.5\n", [('line 1: "epochs" should be a whole number, not 3.5',)]),
-    "exponent for a whole number": ("epochs: 1e3\n", [('line 1: "epochs" should be a whole number, not 1000.0', "write 1000")]),
+    "text for a number": (
+        "optimizer:\n  learning_rate: fast\n",
+        [('line 2: "optimizer.learning_rate" should be a number, not "fast"',)],
+    ),
+    "quoted number": (
+        "optimizer: {learning_rate: '1e-4'}\n",
+        [('line 1: "optimizer.learning_rate" should be a number, not "1e-4"', "take the quotes away")],
+    ),
+    "quoted whole number": (
+        'epochs: "3"\n',
+        [('line 1: "epochs" should be a whole number, not "3"', "take the quotes away")],
+    ),
+    "fraction for a whole number": (
+        "epochs: 3.5\n",
+        [('line 1: "epochs" should be a whole number, not 3.5',)],
+    ),
+    "exponent for a whole number": (
+        "epochs: 1e3\n",
+        [('line 1: "epochs" should be a whole number, not 1000.0', "write 1000")],
+    ),
     "comma in a number": ("epochs: 1,000\n", [('line 1: "epochs" should be a whole number, not "1,000"',)]),
     "true for a number": ("epochs: true\n", [('line 1: "epochs" should be a whole number, not true',)]),
-    "None": ("epochs: None\n", [('line 1: "epochs" should be a whole number, not "None"', "write null for the default")]),
+    "None": (
+        "epochs: None\n",
+        [('line 1: "epochs" should be a whole number, not "None"', "write null for the default")],
+    ),
     "number for text": ("name: 2026\n", [('line 1: "name" should be text, not 2026', "put it in quotes")]),
     "true for text": ("name: true\n", [('line 1: "name" should be text, not true', "put it in quotes")]),
     "list for text": ("name: [a]\n", [('line 1: "name" should be text, not ["a"]',)]),
-    "braces without quotes": ("data: {prompt_format: {instruction}}\n",
-                              [('"data.prompt_format" should be text, not {"instruction": null}',)]),
+    "braces without quotes": (
+        "data: {prompt_format: {instruction}}\n",
+        [('"data.prompt_format" should be text, not {"instruction": null}',)],
+    ),
     "yes for true": ("overwrite: yes\n", [('line 1: "overwrite" should be true or false, not "yes"',)]),
     "one for true": ("overwrite: 1\n", [('line 1: "overwrite" should be true or false, not 1',)]),
-    "text for a section": ("data: file.jsonl\n", [('line 1: "data" should be a section, with keys of its own, not "file.jsonl"',)]),
-    "no blank after the colon": ("data:\n  input_file:a\n", [('line 1: "data" should be a section', "put a blank after the colon")]),
-    "list for a section": ("data: [1]\n", [('line 1: "data" should be a section, with keys of its own, not [1]',)]),
-    "dashes in a section": ("data:\n- input_file: a\n", [('line 1: "data" should be a section', "take the dashes away")]),
-    "number for a list": ("optimizer:\n  betas: 0.9\n", [('line 2: "optimizer.betas" should be a list, such as [a, b], not 0.9',)]),
+    "text for a section": (
+        "data: file.jsonl\n",
+        [('line 1: "data" should be a section, with keys of its own, not "file.jsonl"',)],
+    ),
+    "no blank after the colon": (
+        "data:\n  input_file:a\n",
+        [('line 1: "data" should be a section', "put a blank after the colon")],
+    ),
+    "list for a section": (
+        "data: [1]\n",
+        [('line 1: "data" should be a section, with keys of its own, not [1]',)],
+    ),
+    "dashes in a section": (
+        "data:\n- input_file: a\n",
+        [('line 1: "data" should be a section', "take the dashes away")],
+    ),
+    "number for a list": (
+        "optimizer:\n  betas: 0.9\n",
+        [('line 2: "optimizer.betas" should be a list, such as [a, b], not 0.9',)],
+    ),
     "list for a number": ("epochs: [1]\n", [('line 1: "epochs" should be a whole number, not [1]',)]),
-    "list too short": ("optimizer:\n  betas: [0.9]\n", [('line 2: "optimizer.betas" has too few values', "add what is missing")]),
+    "list too short": (
+        "optimizer:\n  betas: [0.9]\n",
+        [('line 2: "optimizer.betas" has too few values', "add what is missing")],
+    ),
     "list empty": ("optimizer:\n  betas: []\n", [('line 2: "optimizer.betas" has too few values',)]),
-    "list too long": ("optimizer:\n  betas: [0.9, 0.9, 0.9]\n", [('line 2: "optimizer.betas" has 3 values', "leave 2")]),
-    "null in a list": ("optimizer:\n  betas:\n  - 0.9\n  -\n", [('line 4: "optimizer.betas.1" should be a number, not null',)]),
-    "no such choice": ("optimizer: {kind: adam}\n", [('line 1: "optimizer.kind" should be "adamw" or "sgd", not "adam"',)]),
-    "out of range": ("optimizer:\n  learning_rate: -1e-4\n",
-                     [('line 2: "optimizer.learning_rate" should be greater than 0, not -0.0001',)]),
-    "two fields at odds": ("data:\n  windows:\n    size: 4\n    overlap: 4\n",
-                           [('line 2: "data.windows": overlap 4 must be smaller than size 4',)]),
-    "either type": ("optimizer:\n  factor: a\n", [('line 2: "optimizer.factor" should be a whole number, not "a"',)]),
-    "nan": ("optimizer: {learning_rate: .nan}\n", [('"optimizer.learning_rate" should be a finite number, not NaN',)]),
-    "inf": ("optimizer: {learning_rate: -.Inf}\n", [('"optimizer.learning_rate" should be a finite number, not -Infinity',)]),
-    "inf by size": ("optimizer: {learning_rate: 1e999}\n", [('"optimizer.learning_rate" should be a finite number, not Infinity',)]),
-    "too many digits": (f"epochs: 1{'0' * 5000}\n", [('line 1: "epochs" should be a number below 2**63, not 1000', "…")]),
-    "just too large": (f"epochs: {2**63}\n", [('line 1: "epochs" should be a number below 2**63, not 9223372036854775808',)]),
+    "list too long": (
+        "optimizer:\n  betas: [0.9, 0.9, 0.9]\n",
+        [('line 2: "optimizer.betas" has 3 values', "leave 2")],
+    ),
+    "null in a list": (
+        "optimizer:\n  betas:\n  - 0.9\n  -\n",
+        [('line 4: "optimizer.betas.1" should be a number, not null',)],
+    ),
+    "no such choice": (
+        "optimizer: {kind: adam}\n",
+        [('line 1: "optimizer.kind" should be "adamw" or "sgd", not "adam"',)],
+    ),
+    "out of range": (
+        "optimizer:\n  learning_rate: -1e-4\n",
+        [('line 2: "optimizer.learning_rate" should be greater than 0, not -0.0001',)],
+    ),
+    "two fields at odds": (
+        "data:\n  windows:\n    size: 4\n    overlap: 4\n",
+        [('line 2: "data.windows": overlap 4 must be smaller than size 4',)],
+    ),
+    "either type": (
+        "optimizer:\n  factor: a\n",
+        [('line 2: "optimizer.factor" should be a whole number, not "a"',)],
+    ),
+    "nan": (
+        "optimizer: {learning_rate: .nan}\n",
+        [('"optimizer.learning_rate" should be a finite number, not NaN',)],
+    ),
+    "inf": (
+        "optimizer: {learning_rate: -.Inf}\n",
+        [('"optimizer.learning_rate" should be a finite number, not -Infinity',)],
+    ),
+    "inf by size": (
+        "optimizer: {learning_rate: 1e999}\n",
+        [('"optimizer.learning_rate" should be a finite number, not Infinity',)],
+    ),
+    "too many digits": (
+        f"epochs: 1{'0' * 5000}\n",
+        [('line 1: "epochs" should be a number below 2**63, not 1000', "…")],
+    ),
+    "just too large": (
+        f"epochs: {2**63}\n",
+        [('line 1: "epochs" should be a number below 2**63, not 9223372036854775808',)],
+    ),
     "long text": (f"epochs: {'x' * 9999}\n", [('line 1: "epochs" should be a whole number, not "xxx', "…")]),
     "half a character": ('name: "\\ud83d"\n', [('line 1: "name" should be text without half a character',)]),
     "half a character in a key": ('"\\ud83d": 1\n', [('line 1: "?" is not a key',)]),
     # tags, aliases, size
-    "python tag": ("name: !!python/object/apply:os.system [ls]\n",
-                   [('line 1: "name" has the tag !!python/object/apply:os.system', "take it away")]),
-    "unknown tag": ("name: !env HOME\n", [('line 1: "name" has the tag !env, which has no meaning here', "take it away")]),
-    "tag on a section": ("data: !include a.yaml\n", [('line 1: "data" has the tag !include', "take it away")]),
-    "tag of another kind": ("data: !!seq {input_file: a}\n", [('line 1: "data" has the tag !!seq', "take it away")]),
-    "tag on everything": ("!recipe\nname: a\n", [("line 1: the configuration has the tag !recipe", "take it away")]),
-    "tag that does not fit": ("epochs: !!int three\n", [('"epochs" should be a number below 2**63, not three',)]),
+    "python tag": (
+        "name: !!python/object/apply:os.system [ls]\n",
+        [('line 1: "name" has the tag !!python/object/apply:os.system', "take it away")],
+    ),
+    "unknown tag": (
+        "name: !env HOME\n",
+        [('line 1: "name" has the tag !env, which has no meaning here', "take it away")],
+    ),
+    "tag on a section": (
+        "data: !include a.yaml\n",
+        [('line 1: "data" has the tag !include', "take it away")],
+    ),
+    "tag of another kind": (
+        "data: !!seq {input_file: a}\n",
+        [('line 1: "data" has the tag !!seq', "take it away")],
+    ),
+    "tag on everything": (
+        "!recipe\nname: a\n",
+        [("line 1: the configuration has the tag !recipe", "take it away")],
+    ),
+    "tag that does not fit": (
+        "epochs: !!int three\n",
+        [('"epochs" should be a number below 2**63, not three',)],
+    ),
     "alias bomb": (BOMB, [("more than 10,000 values with all aliases written out", "shorten it")]),
     "alias of itself": ("data: &a {data: *a}\n", [("more than 10,000 values",)]),
     "alias of itself, twice": ("data: &a [*a, *a]\n", [("more than 10,000 values",)]),
     "unknown alias": ("name: *x\n", [("line 1: a word with * in front", "put text in quotes")]),
-    "star in text": ("name: a\ndata: {input_file: *.jsonl}\n", [("line 2: a text cannot begin with & or *", "put it in quotes")]),
-    "two anchors of one name": ("name: &a x\nepochs: &a 3\n", [("line 2: two words have the same & in front", "rename one")]),
+    "star in text": (
+        "name: a\ndata: {input_file: *.jsonl}\n",
+        [("line 2: a text cannot begin with & or *", "put it in quotes")],
+    ),
+    "two anchors of one name": (
+        "name: &a x\nepochs: &a 3\n",
+        [("line 2: two words have the same & in front", "rename one")],
+    ),
     "deep brackets": ("a: " + "[" * 50_000, [("line 1: more than 32 levels of nesting",)]),
     "deep braces": ("a: " + "{a: " * 20_000, [("line 1: more than 32 levels",)]),
     "deep dashes": ("- " * 40_000, [("line 1: more than 32 levels",)]),
-    "too long": ("#" * (MAX_BYTES + 1), [("c.yaml is longer than 100,000 bytes", "is it a data file by mistake?")]),
+    "too long": (
+        "#" * (MAX_BYTES + 1),
+        [("c.yaml is longer than 100,000 bytes", "is it a data file by mistake?")],
+    ),
     # not YAML
     "tab": ("data:\n\tinput_file: a\n", [("line 2: " + TAB,)]),
     "tab after a colon": ("name:\ta\n", [("line 1: " + TAB,)]),
-    "colon in text": ("name: a: b\n", [("line 1: a colon is not expected here", "put text with a colon in quotes")]),
-    "bad indentation": ("data:\n    input_file: a\n  windows: 3\n", [("line 3: this does not go on from what stands before", INDENT)]),
-    "indented first line": ("  name: a\nepochs: 1\n", [("line 2: this line does not go on from those above", INDENT)]),
+    "colon in text": (
+        "name: a: b\n",
+        [("line 1: a colon is not expected here", "put text with a colon in quotes")],
+    ),
+    "bad indentation": (
+        "data:\n    input_file: a\n  windows: 3\n",
+        [("line 3: this does not go on from what stands before", INDENT)],
+    ),
+    "indented first line": (
+        "  name: a\nepochs: 1\n",
+        [("line 2: this line does not go on from those above", INDENT)],
+    ),
     "apostrophe in quotes": ("name: 'it's'\n", [("line 1: this does not go on", "the quotation marks")]),
-    "open quote": ("name: 'a\n\nepochs: 1\n", [("line 1: the quotation mark here is not closed", "close it")]),
+    "open quote": (
+        "name: 'a\n\nepochs: 1\n",
+        [("line 1: the quotation mark here is not closed", "close it")],
+    ),
     "open bracket": ("name: a\nx: [1, 2\n\n", [("line 2: the bracket here is not closed",)]),
-    "percent": ("name: a\nepochs: %3\n", [("line 2: a text cannot begin with this character", "put it in quotes")]),
-    "Windows path in double quotes": ('data: {input_file: "C:\\data"}\n', [("line 1: a backslash means something else", "single quotes")]),
+    "percent": (
+        "name: a\nepochs: %3\n",
+        [("line 2: a text cannot begin with this character", "put it in quotes")],
+    ),
+    "Windows path in double quotes": (
+        'data: {input_file: "C:\\data"}\n',
+        [("line 1: a backslash means something else", "single quotes")],
+    ),
     "no such character": ('name: "\\U00110000"\n', [("c.yaml is not YAML", "single quotes")]),
-    "line without a colon": ("name: a\nepochs\nfolder: a\n", [("line 2: this line is neither a key with a colon",)]),
-    "two documents": ("---\nname: a\n---\nname: b\n", [("line 3: a second document begins here", "keep one document")]),
-    "version of YAML": ("%YAML 9.9\n---\nname: a\n", [("line 1: this %YAML line cannot be used", "take it away")]),
+    "line without a colon": (
+        "name: a\nepochs\nfolder: a\n",
+        [("line 2: this line is neither a key with a colon",)],
+    ),
+    "two documents": (
+        "---\nname: a\n---\nname: b\n",
+        [("line 3: a second document begins here", "keep one document")],
+    ),
+    "version of YAML": (
+        "%YAML 9.9\n---\nname: a\n",
+        [("line 1: this %YAML line cannot be used", "take it away")],
+    ),
     "text after |": ("name: |x\n", [("line 1: after | or > the text begins on the next line",)]),
     "bracket too many": ("a: ]\n", [("line 1: a value is missing before this",)]),
     "TOML": ("[data]\ninput_file = 'a'\n", [("line 2: this line does not go on", "that the file is YAML")]),
-    "JSON Lines": ('{"text": "a"}\n{"text": "b"}\n', [("line 2: this line does not go on", "that the file is YAML")]),
+    "JSON Lines": (
+        '{"text": "a"}\n{"text": "b"}\n',
+        [("line 2: this line does not go on", "that the file is YAML")],
+    ),
     "empty": ("", [("c.yaml is empty", "write at least one key")]),
     "comments only": ("# name: a\n", [("c.yaml is empty", "write at least one key")]),
     "only null": ("null\n", [("c.yaml is empty",)]),
     "list at the top": ("- name: a\n", [("c.yaml must hold keys at the top", 'not [{"name": "a"}]')]),
-    "text at the top": ("name:a\nepochs:3\n", [("c.yaml must hold keys at the top, with a colon, a blank", 'not "name:a epochs:3"')]),
+    "text at the top": (
+        "name:a\nepochs:3\n",
+        [("c.yaml must hold keys at the top, with a colon, a blank", 'not "name:a epochs:3"')],
+    ),
     # bytes
-    "Latin-1": (b"epochs: 1\nname: caf\xe9\n", [("line 2: byte 0xe9 is not UTF-8", "save the file as UTF-8")]),
+    "Latin-1": (
+        b"epochs: 1\nname: caf\xe9\n",
+        [("line 2: byte 0xe9 is not UTF-8", "save the file as UTF-8")],
+    ),
     "UTF-16": ("name: a\n".encode("utf-16"), [("line 1: byte 0xff is not UTF-8", "save the file as UTF-8")]),
-    "UTF-16 without a mark": ("name: a\n".encode("utf-16-le"), [("line 1: the control character U+0000", "save the file as UTF-8")]),
-    "control character": ("epochs: 1\nname: a\x07b\n", [("line 2: the control character U+0007 cannot stand in YAML", "delete it")]),
+    "UTF-16 without a mark": (
+        "name: a\n".encode("utf-16-le"),
+        [("line 1: the control character U+0000", "save the file as UTF-8")],
+    ),
+    "control character": (
+        "epochs: 1\nname: a\x07b\n",
+        [("line 2: the control character U+0007 cannot stand in YAML", "delete it")],
+    ),
     "zero bytes": (b"\0" * 10, [("line 1: the control character U+0000",)]),
-    "byte order mark inside": ("epochs: 1\n\ufeffname: a\n", [(r'line 2: "\ufeffname" is not a key', 'did you mean "name"?')]),
-    "invisible line breaks": ("name: a\u2028b\nepochs: 1\n'\x85': 1\n",
-                              [(r"line 1: the invisible line break U+2028", r"or write \u2028 in double quotes"), ("line 3:", "U+0085")]),
+    "byte order mark inside": (
+        "epochs: 1\n\ufeffname: a\n",
+        [(r'line 2: "\ufeffname" is not a key', 'did you mean "name"?')],
+    ),
+    "invisible line breaks": (
+        "name: a\u2028b\nepochs: 1\n'\x85': 1\n",
+        [
+            (r"line 1: the invisible line break U+2028", r"or write \u2028 in double quotes"),
+            ("line 3:", "U+0085"),
+        ],
+    ),
     # together
-    "in the order of the file": ("epochz: 3\noptimizer:\n  betas: [a, 0.9]\n  kind: 5\n  kind: !x y\nfolder: !x y\nepochs: x\n",
-                                 [("line 1", "epochz"), ("line 3", "optimizer.betas.0"), ("line 4", "optimizer.kind"),
-                                  ("line 5", "optimizer.kind"), ("line 6", "folder"), ("line 7", "epochs")]),
+    "in the order of the file": (
+        "epochz: 3\noptimizer:\n  betas: [a, 0.9]\n  kind: 5\n  kind: !x y\nfolder: !x y\nepochs: x\n",
+        [
+            ("line 1", "epochz"),
+            ("line 3", "optimizer.betas.0"),
+            ("line 4", "optimizer.kind"),
+            ("line 5", "optimizer.kind"),
+            ("line 6", "folder"),
+            ("line 7", "epochs"),
+        ],
+    ),
 }
 
 
@@ -272,15 +471,29 @@ def bind(name):
     with socket.socket(socket.AF_UNIX) as s: s.bind(name)
 
 
-PLACES = { # name: (how to make it, what to ask for, pieces)
-    "near name": (lambda: Path("sft-config.yaml").touch(), "sft-confg.yaml", ("no configuration sft-confg.yaml", '"sft-config.yaml"?')),
-    "name without its ending": (lambda: Path("sft-config.yaml").touch(), "sft-config",
-                                ("no configuration sft-config,", '"sft-config.yaml"?')),
-    "nothing near": (lambda: None, "zzz.yaml", ("no configuration zzz.yaml, neither from here nor in configs/", "check the path")),
+PLACES = {  # name: (how to make it, what to ask for, pieces)
+    "near name": (
+        lambda: Path("sft-config.yaml").touch(),
+        "sft-confg.yaml",
+        ("no configuration sft-confg.yaml", '"sft-config.yaml"?'),
+    ),
+    "name without its ending": (
+        lambda: Path("sft-config.yaml").touch(),
+        "sft-config",
+        ("no configuration sft-config,", '"sft-config.yaml"?'),
+    ),
+    "nothing near": (
+        lambda: None,
+        "zzz.yaml",
+        ("no configuration zzz.yaml, neither from here nor in configs/", "check the path"),
+    ),
     "no name": (lambda: None, "", ('no configuration ""', "check the path")),
     "directory": (lambda: Path("d").mkdir(), "d", ("d is a directory", "name a YAML file in it")),
-    "a run's directory": (lambda: (Path("Llama (2M)").mkdir(), Path("Llama (2M)/config.yaml").touch()), "Llama (2M)",
-                          ("Llama (2M) is a directory", 'did you mean "Llama (2M)/config.yaml"?')),
+    "a run's directory": (
+        lambda: (Path("Llama (2M)").mkdir(), Path("Llama (2M)/config.yaml").touch()),
+        "Llama (2M)",
+        ("Llama (2M) is a directory", 'did you mean "Llama (2M)/config.yaml"?'),
+    ),
     "pipe": (lambda: os.mkfifo("p"), "p", ("p is a pipe or a device", "write the configuration into a file")),
     "socket": (lambda: bind("s"), "s", ("s is a pipe or a device",)),
     "endless device": (lambda: None, "/dev/zero", ("/dev/zero is a pipe or a device",)),
@@ -308,10 +521,16 @@ def test_a_name_that_would_break_the_line(write):
 
 
 def test_files_that_cannot_be_read(write, monkeypatch):
-    with pytest.raises(ConfigError, match="zzz.yaml cannot be read: No such file or directory; check the path"): read_yaml("zzz.yaml")
+    with pytest.raises(
+        ConfigError, match="zzz.yaml cannot be read: No such file or directory; check the path"
+    ):
+        read_yaml("zzz.yaml")
     def refuse(*args): raise PermissionError(13, "Permission denied")
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(ConfigError, match="c.yaml cannot be read: Permission denied; check the path and its perm"): read_yaml("c.yaml")
+    with pytest.raises(
+        ConfigError, match="c.yaml cannot be read: Permission denied; check the path and its perm"
+    ):
+        read_yaml("c.yaml")
 
 
 def test_configs_folder(write, caplog):
@@ -386,34 +605,52 @@ def test_section():
     with pytest.raises(ValidationError): Optimizer(learning_rate=math.inf)
     with pytest.raises(ValidationError): Recipe(epochs="3")
     assert Windows.model_fields["size"].description == "Tokens in a window."
-    assert issubclass(ConfigError, UserError) and not issubclass(UserError, ValueError) # pydantic would swallow a ValueError
+    # pydantic would swallow a ValueError
+    assert issubclass(ConfigError, UserError) and not issubclass(UserError, ValueError)
 
 
 def test_lines(write):
     values, lines = read_yaml(write("a:\n  b: [1,\n    2]\n'c d': {e: f}\n"))
     assert values == {"a": {"b": [1, 2]}, "c d": {"e": "f"}}
-    assert lines == {("a",): 1, ("a", "b"): 2, ("a", "b", 0): 2, ("a", "b", 1): 3, ("c d",): 4, ("c d", "e"): 4}
+    assert lines == {("a",): 1, ("a", "b"): 2, ("a", "b", 0): 2, ("a", "b", 1): 3, ("c d",): 4,
+                     ("c d", "e"): 4}
     with pytest.raises(ConfigError, match="line 2.*already"): read_yaml(write("a: 1\na: 2\n"))
 
 
 def test_import_is_light():
     heavy = {"matplotlib", "ipywidgets", "tyro", "pandas", "torch", "transformers"}
     code = f"import sys; from mlx_pretrain import config; print(sorted({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          check=True).stdout.strip() == "[]"
 
 
 # ------------------------------------------------------------------------------------------------ the command line
 
-OVERRIDES = { # name: (file, overrides, dotted key, value)
+OVERRIDES = {  # name: (file, overrides, dotted key, value)
     "beats the file": ("epochs: 2", {"epochs": 3}, "epochs", 3),
     "makes a section": ("epochs: 2", {"data.windows.size": 8}, "data.windows.size", 8),
     "fills an empty section": ("data:\n", {"data.windows.size": 8}, "data.windows.size", 8),
-    "leaves the siblings": ("optimizer: {kind: sgd}", {"optimizer.learning_rate": 1e-4}, "optimizer.kind", "sgd"),
+    "leaves the siblings": (
+        "optimizer: {kind: sgd}",
+        {"optimizer.learning_rate": 1e-4},
+        "optimizer.kind",
+        "sgd",
+    ),
     "heals the file": ("epochs: x", {"epochs": 3}, "epochs", 3),
-    "heals a list": ("optimizer: {betas: [x, y]}", {"optimizer.betas": (0.5, 0.6)}, "optimizer.betas", (0.5, 0.6)),
+    "heals a list": (
+        "optimizer: {betas: [x, y]}",
+        {"optimizer.betas": (0.5, 0.6)},
+        "optimizer.betas",
+        (0.5, 0.6),
+    ),
     "none is the default": ("epochs: 2", {"epochs": None}, "epochs", 1),
     "none for the name": ("name: a", {"name": None}, "name", "c"),
-    "whole section": ("optimizer: {kind: sgd, x: 1}", {"optimizer": {"learning_rate": 0.5}}, "optimizer.kind", "adamw"),
+    "whole section": (
+        "optimizer: {kind: sgd, x: 1}",
+        {"optimizer": {"learning_rate": 0.5}},
+        "optimizer.kind",
+        "adamw",
+    ),
     "a path": ("epochs: 2", {"folder": Path("a")}, "folder", Path("a")),
 }
 
@@ -427,55 +664,80 @@ def test_override(write, case):
 
 
 BAD_OVERRIDES = {
-    "unknown": ({"optimizer.learning_rat": 1}, ['"optimizer.learning_rat" is not a key; did you mean "optimizer.learning_rate"?']),
+    "unknown": (
+        {"optimizer.learning_rat": 1},
+        ['"optimizer.learning_rat" is not a key; did you mean "optimizer.learning_rate"?'],
+    ),
     "unknown, without a value": ({"optimizer.learning_rat": None}, ['"optimizer.learning_rat" is not a key']),
     "unknown section": ({"optimiser.kind": "sgd"}, ['"optimiser" is not a key; did you mean "optimizer"?']),
     "of a later stage": ({"resume.checkpoint": "a"}, ['"resume" is not a key; the keys here are']),
     "wrong type": ({"epochs": "3"}, ['"epochs" should be a whole number, not "3"']),
-    "nan": ({"optimizer.learning_rate": math.nan}, ['"optimizer.learning_rate" should be a finite number, not NaN']),
+    "nan": (
+        {"optimizer.learning_rate": math.nan},
+        ['"optimizer.learning_rate" should be a finite number, not NaN'],
+    ),
     "too large": ({"epochs": 2**63}, ['"epochs" should be a number below 2**63']),
     "far too large": ({"epochs": 10**5000}, ['"epochs" should be a number below 2**63']),
     "inside a list": ({"optimizer.betas": [0.9, "x"]}, ['"optimizer.betas.1" should be a number, not "x"']),
     "below a value": ({"epochs.x": 1}, ['"epochs.x" cannot be set, because "epochs" is 2 and not a section']),
-    "below a wrong section": ({"folder.x": 1}, ['"folder.x" cannot be set, because "folder" is [] and not a section']),
-    "into a list": ({"optimizer.betas.0": 1},
-                    ['"optimizer.betas.0" cannot be set, because "optimizer.betas" is [0.9, 0.9] and not a section']),
-    "inside a section": ({"optimizer": {"learning_rat": 1}},
-                         ['"optimizer.learning_rat" is not a key; did you mean "optimizer.learning_rate"?']),
-    "nothing": ({"": 1}, ['"" is not a key; the keys here are name, overwrite, epochs, folder, data, optimizer']),
+    "below a wrong section": (
+        {"folder.x": 1},
+        ['"folder.x" cannot be set, because "folder" is [] and not a section'],
+    ),
+    "into a list": (
+        {"optimizer.betas.0": 1},
+        ['"optimizer.betas.0" cannot be set, because "optimizer.betas" is [0.9, 0.9] and not a section'],
+    ),
+    "inside a section": (
+        {"optimizer": {"learning_rat": 1}},
+        ['"optimizer.learning_rat" is not a key; did you mean "optimizer.learning_rate"?'],
+    ),
+    "nothing": (
+        {"": 1},
+        ['"" is not a key; the keys here are name, overwrite, epochs, folder, data, optimizer'],
+    ),
     "not UTF-8": ({"name": "caf\udce9"}, ['"name" is not UTF-8 text; type it anew']),
-    "several": ({"name": 3, "data.input_file": "caf\udce9", "data.windows.size": 1},
-                ['"data.input_file" is not', '"name" should be text', '"data.windows.size" should be']),
+    "several": (
+        {"name": 3, "data.input_file": "caf\udce9", "data.windows.size": 1},
+        ['"data.input_file" is not', '"name" should be text', '"data.windows.size" should be'],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_OVERRIDES)
 def test_bad_override(write, case):
     overrides, sentences = BAD_OVERRIDES[case]
-    text = "epochs: 2\noptimizer:\n  betas: [0.9, 0.9]\n" + ("folder: []\n" if "folder.x" in overrides else "")
+    text = "epochs: 2\noptimizer:\n  betas: [0.9, 0.9]\n" + (
+        "folder: []\n" if "folder.x" in overrides else ""
+    )
     check(complaint(write(text), overrides), [(f"command line: {sentence}",) for sentence in sentences])
 
 
 def test_two_fields_at_odds_are_blamed_on_the_one_that_was_typed(write):
-    check(complaint(write("data: {windows: {size: 8}}\n"), {"data.windows.overlap": 8}), [('command line: "data.windows": overlap 8',)])
-    check(complaint(write("data: {windows: {size: 8, overlap: 8}}\n"), {"epochs": 8}), [('c.yaml, line 1: "data.windows": overlap 8',)])
+    check(complaint(write("data: {windows: {size: 8}}\n"), {"data.windows.overlap": 8}),
+          [('command line: "data.windows": overlap 8',)])
+    check(complaint(write("data: {windows: {size: 8, overlap: 8}}\n"), {"epochs": 8}),
+          [('c.yaml, line 1: "data.windows": overlap 8',)])
 
 
 def test_file_and_command_line_together(write):
     said = complaint(write("epochz: 3\noverwrite: no\n"), {"epochs": 1.5, "data.x": 1})
-    check(said, [("c.yaml, line 1", "epochz"), ("c.yaml, line 2", "overwrite"), ("command line", "epochs"), ("command line", "data.x")])
+    check(said, [("c.yaml, line 1", "epochz"), ("c.yaml, line 2", "overwrite"), ("command line", "epochs"),
+                 ("command line", "data.x")])
 
 
 # ------------------------------------------------------------------------------------------------ anything at all
 
-anything = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+anything = settings(max_examples=300, deadline=None,
+                    suppress_health_check=[HealthCheck.function_scoped_fixture])
 GOOD = b"name: a\noptimizer:\n  learning_rate: 1e-4\n  betas: [0.9, 0.99]\ndata: {input_file: \"b\\n\", special: {x: 'y'}}\n"
 
 
 def config_or_sentences(cls, path):
     "What `load_config` makes of a file: a configuration that survives being written, or sentences."
     try: cfg = load_config(cls, path)
-    except ConfigError as e: assert all(line.startswith(str(path)) and line.isprintable() for line in str(e).split("\n"))
+    except ConfigError as e:
+        assert all(line.startswith(str(path)) and line.isprintable() for line in str(e).split("\n"))
     else:
         dump_yaml(cfg, path)
         assert load_config(cls, path) == cfg
@@ -487,7 +749,9 @@ def damaged(draw):
     data = bytearray(GOOD)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data) - 1))
-        data[at:at + draw(st.integers(0, 3))] = draw(st.text("[]{}:-?,&*!|>'\"%@`#~<\n \t\\.0aeNU\x85\u2028", max_size=6)).encode()
+        data[at:at + draw(st.integers(0,
+                                      3))] = draw(st.text("[]{}:-?,&*!|>'\"%@`#~<\n \t\\.0aeNU\x85\u2028",
+                                                          max_size=6)).encode()
     return bytes(data) or b"\n"
 
 
@@ -500,14 +764,16 @@ def test_any_bytes(tmp_path, data):
 
 
 WORDS = ["cosine", "adamw", "gpu", "none", "llama", "../x", "a\nb", "1e-4", "\ud83d"]
-scalar = st.one_of(st.none(), st.booleans(), st.integers(-3, 3000), st.integers(10**17, 10**30), st.floats(), st.text(max_size=20),
-                   st.sampled_from(WORDS))
-value = st.recursive(scalar, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3), max_leaves=5)
+scalar = st.one_of(st.none(), st.booleans(), st.integers(-3, 3000), st.integers(10**17, 10**30), st.floats(),
+                   st.text(max_size=20), st.sampled_from(WORDS))
+value = st.recursive(scalar, lambda v: st.lists(v, max_size=3)
+                     | st.dictionaries(st.text(max_size=5), v, max_size=3), max_leaves=5)
 
 
 def section(cls):
     "Values with the keys of a section, most of them of the right shape, and now and then a key that is none."
-    keys = {name: section(f.annotation) | value if config._is_section(f.annotation) else value for name, f in cls.model_fields.items()}
+    keys = {name: section(f.annotation) | value if config._is_section(f.annotation) else value
+            for name, f in cls.model_fields.items()}
     return st.fixed_dictionaries({}, optional={**keys, "learning_rat": scalar})
 
 
@@ -520,14 +786,24 @@ def test_any_values_below_the_right_keys(tmp_path, values, as_json):
     config_or_sentences(PretrainConfig, tmp_path / "c.yaml")
 
 
-text = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), st.text("019.eE+-_:~ynofNOtrue\n #'\"\\", max_size=8))
+text = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
+                 st.text("019.eE+-_:~ynofNOtrue\n #'\"\\", max_size=8))
 recipes = st.builds(
-    Recipe, name=text, overwrite=st.booleans(), epochs=st.integers(1 - 2**63, 2**63 - 1),
+    Recipe,
+    name=text,
+    overwrite=st.booleans(),
+    epochs=st.integers(1 - 2**63, 2**63 - 1),
     folder=st.sampled_from([None, Path("a b"), Path("1e-4")]),
-    data=st.builds(Data, input_file=st.none() | text, prompt_format=text, special=st.dictionaries(text, text, max_size=3)),
-    optimizer=st.builds(Optimizer, kind=st.sampled_from(["adamw", "sgd"]),
-                        learning_rate=st.floats(0, allow_infinity=False, exclude_min=True),
-                        betas=st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 2)))
+    data=st.builds(
+        Data, input_file=st.none() | text, prompt_format=text, special=st.dictionaries(text, text, max_size=3)
+    ),
+    optimizer=st.builds(
+        Optimizer,
+        kind=st.sampled_from(["adamw", "sgd"]),
+        learning_rate=st.floats(0, allow_infinity=False, exclude_min=True),
+        betas=st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 2),
+    ),
+)
 
 
 @anything

@@ -30,7 +30,8 @@ NOT_SAID = ("Traceback", "Logging error", "ignored")
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("text.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of a short text: é, ☕."}) + "\n" for i in range(20)))
+    Path("text.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of a short text: é, ☕."}) + "\n"
+                                          for i in range(20)))
     Path("run.yaml").write_text(YAML, encoding="utf-8")
     return tmp_path
 
@@ -39,7 +40,13 @@ def here(tmp_path, monkeypatch):
 def test_a_terminal_that_is_not_unicode(encoding, here, monkeypatch):
     "What cannot be shown is replaced."
     said = {}
-    for words in (["--help"], ["sft", "--help"], TRAIN, ["runs"], ["generate", "--run", "Où", "--prompt", "☕", "--max_new_tokens", "3"]):
+    for words in (
+        ["--help"],
+        ["sft", "--help"],
+        TRAIN,
+        ["runs"],
+        ["generate", "--run", "Où", "--prompt", "☕", "--max_new_tokens", "3"],
+    ):
         streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
         monkeypatch.setattr(sys, "stdout", streams[0])
         monkeypatch.setattr(sys, "stderr", streams[1])
@@ -55,8 +62,8 @@ def test_a_terminal_that_is_not_unicode(encoding, here, monkeypatch):
 def test_streams_that_cannot_be_written(shell, here):
     "A training finishes all the same, and its log says that somebody did not get everything."
     env = {**os.environ, "PYTHONUNBUFFERED": "1" if "2>/dev" in shell else ""}
-    done = subprocess.run(["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-m", "mlx_pretrain", *TRAIN], capture_output=True,
-                          text=True, env=env)
+    done = subprocess.run(["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-m", "mlx_pretrain",
+                           *TRAIN], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and not any(word in done.stderr for word in NOT_SAID), done.stderr
     assert json.loads(Path("runs/Où/metadata.json").read_text())["outcome"] == "finished"
     noted = "standard output could not be written" in Path("runs/Où/logs/log.txt").read_text()
@@ -68,13 +75,14 @@ def test_streams_that_cannot_be_written(shell, here):
 def test_what_a_command_is_for_must_be_written(words):
     "One sentence where it cannot be."
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "mlx_pretrain", *words], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, "-m", "mlx_pretrain", *words], stdout=full,
+                              stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "could not be written" in done.stderr
 
 
 def test_whoever_reads_no_further_is_no_error(here):
-    done = subprocess.run(f"{sys.executable} -m mlx_pretrain --help | true; echo ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash",
-                          capture_output=True, text=True)
+    done = subprocess.run(f"{sys.executable} -m mlx_pretrain --help | true; echo ${{PIPESTATUS[0]}}",
+                          shell=True, executable="/bin/bash", capture_output=True, text=True)
     assert done.stdout in ("141\n", "0\n") and done.stderr == ""
 
 
@@ -96,8 +104,10 @@ def test_stopped_at_any_moment(here):
     for names in SIGNALS:
         children = []
         for n in range(3):
-            words = [*TRAIN, "--name", f"{names[0]} {len(names)} {n}", "--training.hyperparameters.iters", "100000"]
-            child = subprocess.Popen([sys.executable, "-c", AS_COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            words = [*TRAIN, "--name", f"{names[0]} {len(names)} {n}", "--training.hyperparameters.iters",
+                     "100000"]
+            child = subprocess.Popen([sys.executable, "-c", AS_COMMAND, *words], stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, text=True)
             assert child.stdout.readline() == "ready\n"
             children.append((time.monotonic() + random.uniform(0.005, 2), child))
         for moment, child in sorted(children, key=lambda pair: pair[0]):
@@ -115,12 +125,15 @@ def test_stopped_at_any_moment(here):
 def test_stopped_while_it_trains(name, here):
     "It saves, and says how to go on; the exit code is that of the signal."
     words = [*TRAIN, "--name", name, "--training.hyperparameters.iters", "100000"]
-    child = subprocess.Popen([sys.executable, "-m", "mlx_pretrain", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-m", "mlx_pretrain", *words], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True)
     while not Path("runs", name, "metrics.jsonl").exists(): assert child.poll() is None
     child.send_signal(getattr(signal, name))
     _, said = child.communicate(timeout=60)
     assert child.returncode == 128 + getattr(signal, name), said
-    assert "--resume.checkpoint latest" in said and said.endswith("Stopped.\n") and "Traceback" not in said, said
+    assert "--resume.checkpoint latest" in said and said.endswith("Stopped.\n") and "Traceback" not in said, (
+        said
+    )
 
 
 def test_an_import_that_hides_ctrl_c(tmp_path, monkeypatch):
@@ -129,7 +142,8 @@ def test_an_import_that_hides_ctrl_c(tmp_path, monkeypatch):
                                           "except BaseException: pass\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     code = "from mlx_pretrain.console import run_process\ndef command():\n import stubborn\n print('lost')\nrun_process(command)"
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True)
     assert child.stdout.readline() == "here\n"
     child.send_signal(signal.SIGINT)
     assert child.communicate(timeout=30) == ("", "Stopped.\n") and child.returncode == 130
@@ -146,7 +160,8 @@ def command():
     except BaseException: raise ValueError("odd")
 run_process(command)
 """
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True)
     assert child.stdout.readline() == "here\n"
     child.send_signal(signal.SIGINT)
     assert child.communicate(timeout=30) == ("", "Stopped.\n") and child.returncode == 130
@@ -165,7 +180,8 @@ def command():
     print("forgotten", flush=True)
 run_process(command)
 """
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True)
     assert child.stdout.readline() == "here\n"
     child.send_signal(signal.SIGINT)
     assert child.communicate(timeout=30) == ("", "Stopped.\n") and child.returncode == 130

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from mlx_pretrain import data
 from mlx_pretrain.config import ConfigError, load_config
 from mlx_pretrain.data import (
-    DataConfig, Windows, batch_indices, cache_dir, cached_windows, load_object, make_tokenizer, pack, read_jsonl, read_texts, num_steps)
+    DataConfig, Windows, batch_indices, cache_dir, cached_windows, load_object, make_tokenizer, pack,
+    read_jsonl, read_texts, num_steps)
 from mlx_pretrain.tokenizer import ByteTokenizer, DataError, SpecialTokens, load_tokenizer
 
 
@@ -45,23 +46,27 @@ def check_epochs(n, batch_size, epochs, seed, batches=batch_indices):
     assert (visited[n * epochs:] == -1).all()
 
 
-COUNTS = dict(n=st.integers(1, 40), batch_size=st.integers(1, 50), epochs=st.integers(1, 5), seed=st.integers(0, 2**32))
+COUNTS = dict(n=st.integers(1, 40), batch_size=st.integers(1, 50), epochs=st.integers(1, 5),
+              seed=st.integers(0, 2**32))
 
 
 @forall(**COUNTS)
-def test_batches_lose_double_and_reorder_nothing(n, batch_size, epochs, seed): check_epochs(n, batch_size, epochs, seed)
+def test_batches_lose_double_and_reorder_nothing(n, batch_size, epochs, seed):
+    check_epochs(n, batch_size, epochs, seed)
 
 
 @forall(**COUNTS)
 def test_a_step_depends_on_nothing_but_seed_and_step(n, batch_size, epochs, seed):
     data._order.cache_clear()
-    backwards = [batch_indices(n, batch_size, step, seed) for step in reversed(range(num_steps(n, batch_size, epochs)))][::-1]
+    backwards = [batch_indices(n, batch_size, step, seed)
+                 for step in reversed(range(num_steps(n, batch_size, epochs)))][::-1]
     data._order.cache_clear()
     for step, expected in enumerate(backwards):
         limited = batch_indices(n, batch_size, step, seed, epochs)
         assert np.array_equal(batch_indices(n, batch_size, step, seed), expected)
         assert np.array_equal(limited[limited >= 0], expected[limited >= 0])
-    with pytest.raises(ValueError, match="is after the end"): batch_indices(n, batch_size, len(backwards), seed, epochs)
+    with pytest.raises(ValueError, match="is after the end"):
+        batch_indices(n, batch_size, len(backwards), seed, epochs)
 
 
 def test_epochs_and_seeds_have_their_own_order():
@@ -72,10 +77,12 @@ def test_epochs_and_seeds_have_their_own_order():
 def drop_last(n, batch_size, step, seed, epochs):
     "Planted bug: a batch that straddles two epochs is dropped."
     got = batch_indices(n, batch_size, step, seed, epochs)
-    return np.full_like(got, -1) if (step * batch_size) // n != (step * batch_size + batch_size - 1) // n else got
+    return np.full_like(got,
+                        -1) if (step * batch_size) // n != (step * batch_size + batch_size - 1) // n else got
 
 
-def sample_with_replacement(n, batch_size, step, seed, epochs): return np.random.default_rng([seed, step]).integers(0, n, batch_size)
+def sample_with_replacement(n, batch_size, step, seed, epochs):
+    return np.random.default_rng([seed, step]).integers(0, n, batch_size)
 
 
 def reshuffle_each_step(n, batch_size, step, seed, epochs):
@@ -102,9 +109,9 @@ def check_windows(windows, documents, tok):
     assert inputs[mask].tolist() == stream[:-1]
     assert windows.n_targets == mask.sum() == len(stream) - 1
     assert mask.any(axis=1).all()                                                # no window for nothing
-    assert (inputs[:, 1:] == targets[:, :-1]).all()                              # targets are the inputs moved by one
+    assert (inputs[:, 1:] == targets[:, :-1]).all()  # targets are the inputs moved by one
     kept = targets[:-1] if len(windows) > 1 else targets[:0]
-    assert not (kept == tok.pad_id).any()                                        # padding in the last window only
+    assert not (kept == tok.pad_id).any()  # padding in the last window only
     assert Counter(targets[mask].tolist())[tok.eos_id] == len(documents)
     assert Counter(targets[mask].tolist())[tok.bos_id] == len(documents) - 1
     full = stream.index(tok.eos_id) + 1
@@ -112,8 +119,12 @@ def check_windows(windows, documents, tok):
     assert windows.n_bytes == sum(len(d.encode()) for d in documents)
 
 
-PACKED = dict(documents=st.lists(TEXT, min_size=1, max_size=6).filter(lambda ds: any(ds)), shape=st.integers(1, 24).flatmap(
-    lambda context: st.tuples(st.just(context), st.integers(0, context - 1))))
+PACKED = dict(
+    documents=st.lists(TEXT, min_size=1, max_size=6).filter(lambda ds: any(ds)),
+    shape=st.integers(1, 24).flatmap(
+        lambda context: st.tuples(st.just(context), st.integers(0, context - 1))
+    ),
+)
 
 
 @KINDS
@@ -129,7 +140,8 @@ def test_overlap_is_context_from_the_window_before(documents, shape):
     context, overlap = shape
     windows = pack(documents, ByteTokenizer(), context, overlap)
     inputs, _, mask = (np.array(a) for a in windows.batch(range(len(windows))))
-    for before, after in zip(inputs[:-1], inputs[1:], strict=True): assert before[context - overlap:].tolist() == after[:overlap].tolist()
+    for before, after in zip(inputs[:-1], inputs[1:], strict=True):
+        assert before[context - overlap:].tolist() == after[:overlap].tolist()
     assert not mask[1:, :overlap].any()
 
 
@@ -183,7 +195,8 @@ def test_planted_bugs_in_windows_are_caught(bug, overlap):
 def test_planted_bugs_in_the_stream_are_caught(change):
     documents, tok = ["one two three", "four five"], ByteTokenizer()
     good = pack(documents, tok, 8)
-    with pytest.raises(AssertionError): check_windows(replace(good, tokens=change(good.tokens, tok)), documents, tok)
+    with pytest.raises(AssertionError):
+        check_windows(replace(good, tokens=change(good.tokens, tok)), documents, tok)
 
 
 def test_ids_are_checked_before_mlx_sees_them():
@@ -211,7 +224,8 @@ def test_grouping_changes_nothing(monkeypatch):
 @forall(texts=st.lists(TEXT, min_size=1, max_size=6), ascii=st.booleans(), end=st.sampled_from(["\n", "\r\n", "\n\n"]), last=st.booleans())
 def test_rows_come_back(texts, ascii, end, last):
     file = f"{mkdtemp()}/rows.jsonl"
-    content = end.join(json.dumps({"text": t, "id": i}, ensure_ascii=ascii) for i, t in enumerate(texts)) + (end if last else "")
+    content = end.join(json.dumps({"text": t, "id": i}, ensure_ascii=ascii)
+                       for i, t in enumerate(texts)) + (end if last else "")
     with open(file, "wb") as f: f.write(content.encode())
     rows = list(read_jsonl(file))
     assert [row.value for row in rows] == [{"text": t, "id": i} for i, t in enumerate(texts)]
@@ -234,7 +248,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
     texts = read_texts(file)
-    assert next(texts) == "fine"                                             # rows before it are read: it is a stream
+    assert next(texts) == "fine"  # rows before it are read: it is a stream
     with pytest.raises(DataError) as error: next(texts)
     sentence = str(error.value)
     assert sentence.startswith(f"{file}, line 3: ") and message in sentence and "\n" not in sentence
@@ -244,27 +258,45 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 # Mistakes ----------------------------------------------------------------------------------------------------------------------------
 
 def test_the_check_of_sentences_can_fail():
-    for bad in ("no remedy", "two. Sentences; mend it", "two\nlines; mend it", "a remedy; perhaps", "ends with a full stop; mend it."):
+    for bad in (
+        "no remedy",
+        "two. Sentences; mend it",
+        "two\nlines; mend it",
+        "a remedy; perhaps",
+        "ends with a full stop; mend it.",
+    ):
         with pytest.raises(AssertionError): check_sentence(bad)
     with pytest.raises(AssertionError): check_sentence("fine; mend it", "line 3")
 
 
-ROWS = { # what stands on line 3 → what is said
-    "not JSON": (b"text: a", "not valid JSON"), "cut off": (b'{"text": "a', "each line must hold one whole object"),
-    "two objects": (b'{"text": "a"}{"text": "b"}', "Extra data"), "trailing comma": (b'{"text": "a",}', "not valid JSON"),
+ROWS = {  # what stands on line 3 → what is said
+    "not JSON": (b"text: a", "not valid JSON"),
+    "cut off": (b'{"text": "a', "each line must hold one whole object"),
+    "two objects": (b'{"text": "a"}{"text": "b"}', "Extra data"),
+    "trailing comma": (b'{"text": "a",}', "not valid JSON"),
     "NaN": (b'{"text": "a", "x": NaN}', "NaN is not a number that JSON knows"),
     "Infinity": (b'{"x": Infinity}', "Infinity is not a number"),
-    "too large": (b'{"x": 1e999}', "1e999 is not a number"), "long number": (b'{"x": -1' + b"0" * 5000 + b"}", "thousands of digits"),
+    "too large": (b'{"x": 1e999}', "1e999 is not a number"),
+    "long number": (b'{"x": -1' + b"0" * 5000 + b"}", "thousands of digits"),
     "long float": (b'{"x": 1' + b"0" * 5000 + b".5}", "is not a number that JSON knows"),
-    "key twice": (b'{"text": "a", "text": "b"}', 'the key "text" stands there twice'), "deep": (b'{"x":' * 100_000, "too deeply nested"),
-    "half a pair": (b'{"text": "\\ud83d"}', "half a character"), "half a pair in a key": (b'{"\\udc00": "a"}', "half a character"),
-    "encoded half": (b'{"text": "\xed\xa0\xbd"}', "byte 0xed is not UTF-8"), "Latin-1": (b'{"text": "\xe9"}', "byte 0xe9 is not UTF-8"),
-    "zero bytes": (b"\0" * 40, "holds zero bytes"), "a zero byte": (b'{"text": "a\0"}', "holds zero bytes"),
-    "control character": (b'{"text": "a\x1b"}', "Invalid control character"), "lone CR": (b'{"text": "a\rb"}', "Invalid control character"),
-    "list": (b'["a"]', "found a list"), "number": (b"7", "found a number"), "text": (b'"a"', "found a text"),
+    "key twice": (b'{"text": "a", "text": "b"}', 'the key "text" stands there twice'),
+    "deep": (b'{"x":' * 100_000, "too deeply nested"),
+    "half a pair": (b'{"text": "\\ud83d"}', "half a character"),
+    "half a pair in a key": (b'{"\\udc00": "a"}', "half a character"),
+    "encoded half": (b'{"text": "\xed\xa0\xbd"}', "byte 0xed is not UTF-8"),
+    "Latin-1": (b'{"text": "\xe9"}', "byte 0xe9 is not UTF-8"),
+    "zero bytes": (b"\0" * 40, "holds zero bytes"),
+    "a zero byte": (b'{"text": "a\0"}', "holds zero bytes"),
+    "control character": (b'{"text": "a\x1b"}', "Invalid control character"),
+    "lone CR": (b'{"text": "a\rb"}', "Invalid control character"),
+    "list": (b'["a"]', "found a list"),
+    "number": (b"7", "found a number"),
+    "text": (b'"a"', "found a text"),
     "null": (b"null", "found null"),
-    "boolean": (b"false", "found true or false"), "no field": (b'{"txt": "a"}', 'there is no field "text", the row has "txt"'),
-    "empty object": (b"{}", "no field at all"), "null text": (b'{"text": null}', "found null"),
+    "boolean": (b"false", "found true or false"),
+    "no field": (b'{"txt": "a"}', 'there is no field "text", the row has "txt"'),
+    "empty object": (b"{}", "no field at all"),
+    "null text": (b'{"text": null}', "found null"),
     "list of texts": (b'{"text": ["a"]}', "found a list"),
     "number as text": (b'{"text": 1.5}', "found a number"),
     "row too large": (b'{"text": "' + b"a" * 32_000_000 + b'"}', "longer than 32 MB"),
@@ -285,7 +317,7 @@ def test_a_bad_row_is_one_sentence_with_file_and_line(tmp_path, line, says, read
     file.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
     with pytest.raises(DataError) as error: reader(file)
     check_sentence(str(error.value), f"{file}, line 3: ", says)
-    assert list(cache_dir().glob("*")) == list(cache_dir().glob(".*")) == []              # nothing half-made stays behind
+    assert list(cache_dir().glob("*")) == list(cache_dir().glob(".*")) == []  # nothing half-made stays behind
 
 
 @contextmanager
@@ -313,19 +345,27 @@ def written(path, content):
     return path
 
 
-FILES = { # makes the file → what is said
-    "empty": (lambda f: written(f, b""), "holds no rows"), "blank lines": (lambda f: written(f, b"\n \r\n\t\n"), "holds no rows"),
+FILES = {  # makes the file → what is said
+    "empty": (lambda f: written(f, b""), "holds no rows"),
+    "blank lines": (lambda f: written(f, b"\n \r\n\t\n"), "holds no rows"),
     "byte order mark only": (lambda f: written(f, b"\xef\xbb\xbf\n"), "holds no rows"),
     "no text": (lambda f: written(f, b'{"text": ""}\n' * 3), "no text"),
-    "directory": (lambda f: f.mkdir() or f, "is a directory"), "missing": (lambda f: f, "cannot be read (No such file or directory)"),
-    "fifo": (fifo, "is a pipe or a device"), "device": (lambda f: Path("/dev/zero"), "is a pipe or a device"),
-    "unreadable": (private, "cannot be read (Permission denied)"), "below a file": (lambda f: written(f, b"") / "x", "(Not a directory)"),
-    "zero in the name": (lambda f: f"{f}\0", "cannot be read"), "long name": (lambda f: Path(f"{f}{'x' * 300}"), "(File name too long)"),
+    "directory": (lambda f: f.mkdir() or f, "is a directory"),
+    "missing": (lambda f: f, "cannot be read (No such file or directory)"),
+    "fifo": (fifo, "is a pipe or a device"),
+    "device": (lambda f: Path("/dev/zero"), "is a pipe or a device"),
+    "unreadable": (private, "cannot be read (Permission denied)"),
+    "below a file": (lambda f: written(f, b"") / "x", "(Not a directory)"),
+    "zero in the name": (lambda f: f"{f}\0", "cannot be read"),
+    "long name": (lambda f: Path(f"{f}{'x' * 300}"), "(File name too long)"),
     "gzip": (lambda f: written(f, b"\x1f\x8b\x08\0\0"), "is a gzip file"),
     "zstandard": (lambda f: written(f, b"(\xb5/\xfd\0"), "is a zstandard file"),
     "Parquet": (lambda f: written(f, b"PAR1\x15"), "is a Parquet file"),
     "UTF-16": (lambda f: written(f, '{"text": "a"}'.encode("utf-16")), "is a UTF-16 file"),
-    "pretty-printed": (lambda f: written(f, json.dumps({"text": "a"}, indent=1).encode()), "spread over several lines"),
+    "pretty-printed": (
+        lambda f: written(f, json.dumps({"text": "a"}, indent=1).encode()),
+        "spread over several lines",
+    ),
     "one list": (lambda f: written(f, b'[{"text": "a"}]'), "is one JSON array"),
     "loop": (lambda f: f.symlink_to(f) or f, "cannot be read (Too many levels"),
 }
@@ -346,16 +386,20 @@ def test_a_bad_file_is_one_sentence(tmp_path, make, says):
 
 @pytest.mark.linux
 def test_a_disk_that_gives_up_in_the_middle():
-    with pytest.raises(DataError) as error: list(read_jsonl("/proc/self/mem"))            # a regular file that answers with an I/O error
+    with pytest.raises(DataError) as error:  # a regular file that answers with an I/O error
+        list(read_jsonl("/proc/self/mem"))
     check_sentence(str(error.value), "/proc/self/mem, line 1: cannot be read (Input/output error)")
     with pytest.raises(DataError) as error: cached_windows("/proc/self/mem", ByteTokenizer(), 8)
     check_sentence(str(error.value), "/proc/self/mem cannot be read (Input/output error)")
 
 
-BYTES = st.lists(st.one_of(st.binary(max_size=6), st.sampled_from([
-    b'{"text": "', b'"}', b'{"text": "a"}', b"\n", b"\r\n", b"\\ud83d", b"\\ude42", b"\\u0000", b"\xff", b"\xef\xbb\xbf", b"\0", b"NaN",
-    b"1e999", b"[" * 2000, b"{", b"}", b'"', b":", b",", b"\xe2\x80\xa8", b"\xc3\xa9", b"9" * 5000, b"-", b".", b"null", b"\x1f\x8b",
-    b'{"text": ""}'])), max_size=12).map(b"".join)
+BYTES = st.lists(st.one_of(st.binary(max_size=6),
+                           st.sampled_from([b'{"text": "', b'"}', b'{"text": "a"}', b"\n", b"\r\n",
+                                            b"\\ud83d", b"\\ude42", b"\\u0000", b"\xff", b"\xef\xbb\xbf",
+                                            b"\0", b"NaN", b"1e999", b"[" * 2000, b"{", b"}", b'"', b":",
+                                            b",", b"\xe2\x80\xa8", b"\xc3\xa9", b"9" * 5000, b"-", b".",
+                                            b"null", b"\x1f\x8b", b'{"text": ""}'])),
+                 max_size=12).map(b"".join)
 
 
 @forall(400, content=BYTES)
@@ -367,7 +411,8 @@ def test_any_bytes_are_rows_or_one_sentence(content):
         with pytest.raises(DataError): cached_windows(file, ByteTokenizer(), 8)
         return
     assert texts
-    if any(texts): assert cached_windows(file, ByteTokenizer(), 8).n_bytes == sum(len(t.encode()) for t in texts)
+    if any(texts):
+        assert cached_windows(file, ByteTokenizer(), 8).n_bytes == sum(len(t.encode()) for t in texts)
 
 
 def test_line_separators_inside_a_string_are_text(tmp_path):
@@ -379,11 +424,13 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}')
     assert list(read_texts(tmp_path / "a.jsonl")) == ["a"]
     (tmp_path / "b.jsonl").write_bytes('{"text": "a"}'.encode("utf-16"))
-    with pytest.raises(DataError, match="is a UTF-16 file; make UTF-8 of it with `iconv"): list(read_texts(tmp_path / "b.jsonl"))
+    with pytest.raises(DataError, match="is a UTF-16 file; make UTF-8 of it with `iconv"):
+        list(read_texts(tmp_path / "b.jsonl"))
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(DataError, match="No such file or directory.; check the path"): list(read_texts(tmp_path / "missing"))
+    with pytest.raises(DataError, match="No such file or directory.; check the path"):
+        list(read_texts(tmp_path / "missing"))
     with pytest.raises(DataError, match="is a directory"): list(read_texts(tmp_path))
     with pytest.raises(DataError, match="cannot be read"): list(read_texts("nul\0byte"))
     (tmp_path / "empty").write_bytes(b"\n \r\n")
@@ -432,7 +479,8 @@ def strange(row): return {"text": row["text"], 7: 1, None: 2}
 @pytest.fixture
 def rules(tmp_path):
     (tmp_path / "rules.py").write_text(RULES)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {n}", "n": n}) + "\n" for n in range(6)))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {n}", "n": n}) + "\n"
+                                                 for n in range(6)))
     return tmp_path
 
 
@@ -450,33 +498,42 @@ def test_rows_are_changed_and_dropped(rules, monkeypatch):
     assert both_ways(rules, lambda row: {"text": row["text"][4:]}) == (list("012345"), 0)
     assert both_ways(rules, f"{rules}/rules.py:shout")[0][0] == "row 0!"
     assert both_ways(rules, f"{rules}/rules.py:strange")[0][0] == "row 0"
-    monkeypatch.chdir(rules)                                                           # importable from the working directory
+    monkeypatch.chdir(rules)  # importable from the working directory
     (rules / "package").mkdir()
     (rules / "package" / "inner_rules.py").write_text("from .more import odd")
     (rules / "package" / "more.py").write_text("def odd(row): return row if row['n'] % 2 else None")
-    for spec in ("rules.py:odd", "rules:odd", "package.inner_rules:odd"): assert both_ways(rules, spec) == (odd, 3)
+    for spec in ("rules.py:odd", "rules:odd", "package.inner_rules:odd"):
+        assert both_ways(rules, spec) == (odd, 3)
 
 
-FUNCTIONS = { # what is named → what is said
-    "no colon": ("rules", "'rules' names no function"), "no name": ("rules.py:", "names no function"),
+FUNCTIONS = {  # what is named → what is said
+    "no colon": ("rules", "'rules' names no function"),
+    "no name": ("rules.py:", "names no function"),
     "no module": (":odd", "names no function"),
-    "a path without .py": ("here/rules:odd", "names no function"), "empty": ("", "names no function"),
+    "a path without .py": ("here/rules:odd", "names no function"),
+    "empty": ("", "names no function"),
     "line break": ("a\nb:c", "names no function"),
     "missing file": ("nowhere.py:odd", "nowhere.py cannot be read (No such file or directory)"),
-    "a folder": ("folder.py:odd", "folder.py cannot be read (Is a directory)"), "zero byte": ("a\0.py:odd", "cannot be read"),
+    "a folder": ("folder.py:odd", "folder.py cannot be read (Is a directory)"),
+    "zero byte": ("a\0.py:odd", "cannot be read"),
     "missing module": ("no_such_rules:odd", "there is no module 'no_such_rules' to import from"),
     "missing submodule": ("json.no_such:odd", "there is no module 'json.no_such'"),
     "inside a module": ("rules.odd:x", "there is no module 'rules.odd'"),
     "misspelled": ("rules.py:oddd", "rules.py has no 'oddd'; did you mean 'odd'?"),
     "no such name": ("rules.py:zzzz", "has no 'zzzz'; check the name"),
-    "not callable": ("rules.py:CONSTANT", "is no function, but a number"), "itself": ("__main__:x", "x"),
-    "fails": ("bad.py:f", "bad.py cannot be loaded, it fails in bad.py, line 2 (ZeroDivisionError: division by zero)"),
+    "not callable": ("rules.py:CONSTANT", "is no function, but a number"),
+    "itself": ("__main__:x", "x"),
+    "fails": (
+        "bad.py:f",
+        "bad.py cannot be loaded, it fails in bad.py, line 2 (ZeroDivisionError: division by zero)",
+    ),
     "fails as a module": ("bad:f", "/bad.py, line 2 (ZeroDivisionError: division by zero)"),
     "fails deeper": ("deeper.py:f", "it fails in deeper.py, line 1 (ZeroDivisionError"),
     "in its package": ("broken.sub:f", "__init__.py, line 1 (NameError"),
     "not Python": ("syntax.py:f", "fails in syntax.py, line 1 (SyntaxError: "),
     "imports what is missing": ("needs.py:f", "(ModuleNotFoundError: No module named 'not_there')"),
-    "leaves": ("leave.py:f", "it fails in leave.py, line 1 (SystemExit: 3)"), "not text": ("binary.py:f", "it fails"),
+    "leaves": ("leave.py:f", "it fails in leave.py, line 1 (SystemExit: 3)"),
+    "not text": ("binary.py:f", "it fails"),
     "zero bytes": ("zero.py:f", "it fails"),
 }
 
@@ -517,18 +574,25 @@ FAILURES = { # function → what is said about line 1
 @pytest.mark.parametrize(("name", "says"), FAILURES.items(), ids=FAILURES)
 def test_a_function_that_fails_is_one_sentence(rules, monkeypatch, name, says):
     monkeypatch.chdir(rules)
-    for use in (lambda f: cached_windows("rows.jsonl", ByteTokenizer(), 8, preprocess=f), lambda f: list(read_texts("rows.jsonl", f))):
+    for use in (
+        lambda f: cached_windows("rows.jsonl", ByteTokenizer(), 8, preprocess=f),
+        lambda f: list(read_texts("rows.jsonl", f)),
+    ):
         with pytest.raises(DataError) as error: use(f"rules.py:{name}")
         place = '"data.preprocess"' if name == "CONSTANT" else "rows.jsonl, line 1: "
-        check_sentence(str(error.value).replace("lines. And", "lines And"), place, says.replace("lines. And", "lines And"))
+        check_sentence(str(error.value).replace("lines. And", "lines And"), place,
+                       says.replace("lines. And", "lines And"))
     assert list(cache_dir().iterdir()) == []
-    with pytest.raises(DataError, match="rows.jsonl, line 1: preprocess len returned int"): list(read_texts("rows.jsonl", len))
-    with pytest.raises(DataError, match=r"preprocess ord fails \(TypeError"): list(read_texts("rows.jsonl", ord))
+    with pytest.raises(DataError, match="rows.jsonl, line 1: preprocess len returned int"):
+        list(read_texts("rows.jsonl", len))
+    with pytest.raises(DataError, match=r"preprocess ord fails \(TypeError"):
+        list(read_texts("rows.jsonl", ord))
 
 
 def test_a_function_that_drops_all(rules):
     with pytest.raises(DataError) as error: both_ways(rules, f"{rules}/rules.py:drop")
-    check_sentence(str(error.value), f"{rules}/rows.jsonl: preprocess {rules}/rules.py:drop dropped every row")
+    check_sentence(str(error.value),
+                   f"{rules}/rows.jsonl: preprocess {rules}/rules.py:drop dropped every row")
 
 
 def test_an_edited_function_is_another_function(rules, monkeypatch):
@@ -565,8 +629,13 @@ def test_the_cache_gives_the_same_batches_as_memory(kind, documents, shape):
     home, tok = Path(mkdtemp()), ByteTokenizer(65_536) if kind == "wide" else tokenizer(kind)
     file = write_documents(home / "rows.jsonl", documents)
     memory = pack(documents, tok, *shape)
-    for windows in (cached_windows(file, tok, *shape, cache=home / "cache"), cached_windows(file, tok, *shape, cache=home / "cache")):
-        assert len(windows.tokens) == len(memory.tokens) and windows.tokens[:].tolist() == memory.tokens.tolist()
+    for windows in (
+        cached_windows(file, tok, *shape, cache=home / "cache"),
+        cached_windows(file, tok, *shape, cache=home / "cache"),
+    ):
+        assert (
+            len(windows.tokens) == len(memory.tokens) and windows.tokens[:].tolist() == memory.tokens.tolist()
+        )
         assert windows.tokens.dtype == memory.tokens.dtype == (np.uint32 if kind == "wide" else np.uint16)
         assert windows.n_bytes == memory.n_bytes and same_batches(windows, memory)
         check_windows(windows, documents, tok)
@@ -576,18 +645,32 @@ def test_where_windows_come_from(tmp_path, monkeypatch):
     file = write_documents(tmp_path / "rows.jsonl", ["one", "two 🙂"])
     windows = cached_windows(str(file), ByteTokenizer(), 4)
     key = windows.source["key"]
-    assert windows.source == {"path": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "documents": 2, "dropped": 0,
-                              "tokens": 15, "cache": str(cache_dir() / key), "key": key}
-    assert json.loads(json.dumps(windows.source)) == windows.source and pack(["one"], ByteTokenizer(), 4).source == {}
+    assert windows.source == {"path": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                              "documents": 2, "dropped": 0, "tokens": 15, "cache": str(cache_dir() / key),
+                              "key": key}
+    assert (
+        json.loads(json.dumps(windows.source)) == windows.source
+        and pack(["one"], ByteTokenizer(), 4).source == {}
+    )
     meta = json.loads((cache_dir() / key / "meta.json").read_text())
-    assert meta == {"path": str(file), "sha256": windows.source["sha256"], "vocab_size": 259, "preprocess": None, "tokens": 15, "bytes": 11,
-                    "documents": 2, "dropped": 0, "dtype": "uint16",
-                    "tokens_sha256": hashlib.sha256((cache_dir() / key / "tokens.bin").read_bytes()).hexdigest()}
+    assert meta == {
+        "path": str(file),
+        "sha256": windows.source["sha256"],
+        "vocab_size": 259,
+        "preprocess": None,
+        "tokens": 15,
+        "bytes": 11,
+        "documents": 2,
+        "dropped": 0,
+        "dtype": "uint16",
+        "tokens_sha256": hashlib.sha256((cache_dir() / key / "tokens.bin").read_bytes()).hexdigest(),
+    }
     assert (cache_dir() / key / "tokens.bin").stat().st_size == 30
     assert cache_dir(tmp_path) == tmp_path and cache_dir("~") == Path.home()
     monkeypatch.delenv("MLX_PRETRAIN_CACHE")
     assert cache_dir() == Path.home() / ".cache" / "mlx-pretrain"
-    with pytest.raises(DataError, match="has no place .*; set MLX_PRETRAIN_CACHE"): cache_dir("~no-such-user-here/x")
+    with pytest.raises(DataError, match="has no place .*; set MLX_PRETRAIN_CACHE"):
+        cache_dir("~no-such-user-here/x")
 
 
 def test_the_key_is_what_the_tokens_depend_on(tmp_path, rules):
@@ -595,8 +678,10 @@ def test_the_key_is_what_the_tokens_depend_on(tmp_path, rules):
     other = write_documents(tmp_path / "c.jsonl", ["one", "tow"])
     def key(file=file, tok=None, context=8, overlap=0, **more):
         return cached_windows(file, tok or ByteTokenizer(), context, overlap, **more).source["key"]
-    same = [key(), key(), key(again), key(context=4, overlap=2), key(tok=load_tokenizer(saved(ByteTokenizer())))]
-    different = [same[0], key(other), key(tok=ByteTokenizer(300)), key(tok=ByteTokenizer(special_tokens=SpecialTokens(eos="<end>"))),
+    same = [key(), key(), key(again), key(context=4, overlap=2),
+            key(tok=load_tokenizer(saved(ByteTokenizer())))]
+    different = [same[0], key(other), key(tok=ByteTokenizer(300)),
+                 key(tok=ByteTokenizer(special_tokens=SpecialTokens(eos="<end>"))),
                  key(tok=tokenizer("sentencepiece")), key(preprocess=f"{rules}/rules.py:same"),
                  key(preprocess=f"{rules}/rules.py:shout")]
     (rules / "rules.py").write_text(RULES.replace("CONSTANT = Shout(), 7", "CONSTANT = Shout('?'), 7"))
@@ -606,38 +691,53 @@ def test_the_key_is_what_the_tokens_depend_on(tmp_path, rules):
 
 
 def test_a_function_object_is_used_and_not_kept(rules):
-    def windows(letter): return cached_windows(rules / "rows.jsonl", ByteTokenizer(), 8, preprocess=lambda row: {"text": letter})
-    a, b = windows("a"), windows("b")                                                # the same code, and another meaning
+    def windows(letter):
+        return cached_windows(rules / "rows.jsonl", ByteTokenizer(), 8,
+                              preprocess=lambda row: {"text": letter})
+    a = windows("a")  # the same code, and another meaning
+    b = windows("b")
     assert 97 in a.tokens[:] and 97 not in b.tokens[:] and 98 in b.tokens[:]
     assert a.source["key"] is None and a.source["cache"] is None and list(cache_dir().iterdir()) == []
-    assert a.batch([0]).inputs.tolist() == [[257, 97, 258, 257, 97, 258, 257, 97]]   # its place on the disk is gone, its content is not
+    # its place on the disk is gone, its content is not
+    assert a.batch([0]).inputs.tolist() == [[257, 97, 258, 257, 97, 258, 257, 97]]
 
 
 def test_tokens_are_made_once_and_the_file_is_hashed_once(tmp_path, monkeypatch):
     file, opened, made = write_documents(tmp_path / "rows.jsonl", ["one"]), [], []
     open_rows, write = data._open_rows, data._write_cache
-    monkeypatch.setattr(data, "_open_rows", lambda path: opened.extend([path] * (path == file)) or open_rows(path))
+    monkeypatch.setattr(data, "_open_rows", lambda path: opened.extend([path] * (path == file))
+                        or open_rows(path))
     monkeypatch.setattr(data, "_write_cache", lambda *a: made.append(a) or write(*a))
     cached_windows(file, ByteTokenizer(), 8)
-    assert len(opened) == 2 and len(made) == 1                                       # once to hash, once to read
+    assert len(opened) == 2 and len(made) == 1  # once to hash, once to read
     cached_windows(file, ByteTokenizer(), 8)
     assert len(opened) == 3 and len(made) == 1
 
 
 DAMAGE = {
-    "cut off": lambda d: os.truncate(d / "tokens.bin", 4), "odd size": lambda d: os.truncate(d / "tokens.bin", 5),
+    "cut off": lambda d: os.truncate(d / "tokens.bin", 4),
+    "odd size": lambda d: os.truncate(d / "tokens.bin", 5),
     "emptied": lambda d: os.truncate(d / "tokens.bin", 0),
     "another token": lambda d: (d / "tokens.bin").write_bytes(b"\7" + (d / "tokens.bin").read_bytes()[1:]),
     "too long": lambda d: (d / "tokens.bin").write_bytes((d / "tokens.bin").read_bytes() * 2),
     "a pipe": lambda d: (d / "tokens.bin").unlink() or os.mkfifo(d / "tokens.bin"),
     "no tokens": lambda d: (d / "tokens.bin").unlink(),
-    "no meta": lambda d: (d / "meta.json").unlink(), "cut meta": lambda d: os.truncate(d / "meta.json", 20),
+    "no meta": lambda d: (d / "meta.json").unlink(),
+    "cut meta": lambda d: os.truncate(d / "meta.json", 20),
     "meta of text": lambda d: (d / "meta.json").write_text("[]"),
-    "no hash": lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"tokens_sha256"', '"tokens_md5"')),
-    "missing field": lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"bytes"', '"bites"')),
-    "wrong field": lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"documents": 2', '"documents": "2"')),
-    "binary meta": lambda d: (d / "meta.json").write_bytes(b"\xff\xfe"), "deep meta": lambda d: (d / "meta.json").write_text("[" * 100_000),
-    "nothing": lambda d: [f.unlink() for f in d.iterdir()]}
+    "no hash": lambda d: (d / "meta.json").write_text(
+        (d / "meta.json").read_text().replace('"tokens_sha256"', '"tokens_md5"')
+    ),
+    "missing field": lambda d: (d / "meta.json").write_text(
+        (d / "meta.json").read_text().replace('"bytes"', '"bites"')
+    ),
+    "wrong field": lambda d: (d / "meta.json").write_text(
+        (d / "meta.json").read_text().replace('"documents": 2', '"documents": "2"')
+    ),
+    "binary meta": lambda d: (d / "meta.json").write_bytes(b"\xff\xfe"),
+    "deep meta": lambda d: (d / "meta.json").write_text("[" * 100_000),
+    "nothing": lambda d: [f.unlink() for f in d.iterdir()],
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -648,7 +748,8 @@ def test_a_damaged_cache_is_made_again(tmp_path, damage):
     damage(folder)
     assert data._open_cache(folder, 259) is None
     assert same_batches(cached_windows(file, ByteTokenizer(), 8), memory)
-    assert data._open_cache(folder, 259) is not None and [p.name for p in cache_dir().iterdir()] == [folder.name]
+    assert data._open_cache(folder, 259) is not None and [p.name
+                                                          for p in cache_dir().iterdir()] == [folder.name]
 
 
 @pytest.mark.parametrize("size", [0, 7, 30])
@@ -661,7 +762,8 @@ def test_a_cache_that_is_cut_off_while_it_is_read(tmp_path, size):
     for i in range(len(windows)):
         if 2 * min(4 * i + 5, len(windows.tokens)) <= size: windows.batch([-1, i]); continue
         with pytest.raises(DataError) as error: windows.batch([-1, i])
-        check_sentence(str(error.value), f"the token cache {folder} was cut off while it was in use; start again")
+        check_sentence(str(error.value),
+                       f"the token cache {folder} was cut off while it was in use; start again")
     assert cached_windows(file, ByteTokenizer(), 4).batch([0, 3]).inputs.tolist() == before
 
 
@@ -689,8 +791,10 @@ def test_a_disk_that_reads_back_other_bytes(tmp_path, monkeypatch):
         write(folder, *how)
         (folder / "tokens.bin").write_bytes(b"\0" * (folder / "tokens.bin").stat().st_size)
     monkeypatch.setattr(data, "_write_cache", rot)
-    with pytest.raises(DataError) as error: cached_windows(write_documents(tmp_path / "rows.jsonl", ["one"]), ByteTokenizer(), 4)
-    check_sentence(str(error.value), "cannot be written (it does not read as it was written)", "set MLX_PRETRAIN_CACHE")
+    with pytest.raises(DataError) as error:
+        cached_windows(write_documents(tmp_path / "rows.jsonl", ["one"]), ByteTokenizer(), 4)
+    check_sentence(str(error.value), "cannot be written (it does not read as it was written)",
+                   "set MLX_PRETRAIN_CACHE")
 
 
 def test_rotten_tokens_never_reach_mlx(tmp_path, monkeypatch):
@@ -705,7 +809,8 @@ def test_rotten_tokens_never_reach_mlx(tmp_path, monkeypatch):
         with monkeypatch.context() as m, pytest.raises(DataError) as error:
             m.setattr(data.mx, "array", lambda *a: pytest.fail("reached MLX"))
             windows.batch(range(len(windows)))
-        check_sentence(str(error.value), f"the token cache {folder} is damaged (id {value} of 259); delete this folder")
+        check_sentence(str(error.value),
+                       f"the token cache {folder} is damaged (id {value} of 259); delete this folder")
     wide = replace(pack(["a"], ByteTokenizer(65_536), 4), tokens=np.array([1, 2**32 - 1, 3], np.uint32))
     with pytest.raises(DataError, match="made id -1"): wide.batch([0])
 
@@ -721,7 +826,8 @@ print(windows.batch(range(len(windows))).inputs.sum().item(), windows.source["ke
 
 
 def builder(*args):
-    return subprocess.Popen([sys.executable, "-c", BUILDER, *map(str, args)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", BUILDER, *map(str, args)], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.long
@@ -747,7 +853,9 @@ def test_a_faster_writer_wins(tmp_path, monkeypatch):
         beaten.made = Path(beaten.other).stat().st_ino
     monkeypatch.setattr(data, "_write_cache", beaten)
     windows = cached_windows(file, ByteTokenizer(), 8)
-    assert Path(windows.source["cache"]).stat().st_ino == beaten.made and same_batches(windows, pack(["one", "two"], ByteTokenizer(), 8))
+    assert Path(windows.source["cache"]).stat().st_ino == beaten.made and same_batches(
+        windows, pack(["one", "two"], ByteTokenizer(), 8)
+    )
     assert [str(p) for p in cache_dir().iterdir()] == [beaten.other]
 
 
@@ -759,7 +867,9 @@ def in_use(file):
 
 def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
     file = write_documents(tmp_path / "rows.jsonl", ["one", "two", "three"])
-    (tmp_path / "slow.py").write_text("import os, time\ndef f(row):\n    if os.environ.get('SLOW'): time.sleep(600)\n    return row")
+    (tmp_path / "slow.py").write_text(
+        "import os, time\ndef f(row):\n    if os.environ.get('SLOW'): time.sleep(600)\n    return row"
+    )
     os.environ["SLOW"] = "yes"
     try: writer = builder(file, f"{tmp_path}/slow.py:f")
     finally: del os.environ["SLOW"]
@@ -767,9 +877,10 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
     while not (left := list(cache_dir().glob(".*-*/tokens.bin"))): time.sleep(0.01)
     while not in_use(left[0]): time.sleep(0.01)
     os.utime(left[0], (1, 1))                                                         # as if it were old
-    def key(): return cached_windows(file, ByteTokenizer(), 8, preprocess=f"{tmp_path}/slow.py:f").source["key"]
+    def key():
+        return cached_windows(file, ByteTokenizer(), 8, preprocess=f"{tmp_path}/slow.py:f").source["key"]
     made = key()
-    assert left[0].exists()                                                           # somebody is at it: nobody sweeps it away
+    assert left[0].exists()  # somebody is at it: nobody sweeps it away
     os.kill(writer.pid, signal.SIGKILL)
     writer.communicate()
     (cache_dir() / made / "meta.json").unlink()
@@ -791,8 +902,10 @@ def test_a_young_or_locked_folder_is_in_use(tmp_path):
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, where):
     def full(*args): raise OSError(28, "No space left on device")
     monkeypatch.setattr(data, where, full)
-    with pytest.raises(DataError) as error: cached_windows(write_documents(tmp_path / "rows.jsonl", ["one"]), ByteTokenizer(), 8)
-    check_sentence(str(error.value), f"the token cache {cache_dir()} cannot be written (No space left on device)", "make room")
+    with pytest.raises(DataError) as error:
+        cached_windows(write_documents(tmp_path / "rows.jsonl", ["one"]), ByteTokenizer(), 8)
+    check_sentence(str(error.value),
+                   f"the token cache {cache_dir()} cannot be written (No space left on device)", "make room")
     assert list(cache_dir().iterdir()) == []
 
 
@@ -800,11 +913,13 @@ def test_a_place_where_nobody_can_write(tmp_path):
     file = write_documents(tmp_path / "rows.jsonl", ["one"])
     for place in (file, file / "below"):
         with pytest.raises(DataError) as error: cached_windows(file, ByteTokenizer(), 8, cache=place)
-        check_sentence(str(error.value), f"the token cache {place} cannot be written (", "set MLX_PRETRAIN_CACHE to another folder")
+        check_sentence(str(error.value), f"the token cache {place} cannot be written (",
+                       "set MLX_PRETRAIN_CACHE to another folder")
     key = cached_windows(file, ByteTokenizer(), 8).source["key"]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / key).write_text("a file where the folder should be")
-    with pytest.raises(DataError, match="cannot be written"): cached_windows(file, ByteTokenizer(), 8, cache=tmp_path / "cache")
+    with pytest.raises(DataError, match="cannot be written"):
+        cached_windows(file, ByteTokenizer(), 8, cache=tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == [key]
 
 
@@ -832,11 +947,13 @@ def test_progress_counts_the_bytes_of_the_file(tmp_path, monkeypatch, capfd):
     file = write_documents(tmp_path / "rows.jsonl", ["one", "two"] * 500)
     cached_windows(file, ByteTokenizer(), 8, preprocess=lambda row: row if row["text"] == "one" else None)
     (bar, options), = bars
-    assert bar.n == options["total"] == file.stat().st_size and options["unit"] == "B" and options["delay"] == 2
+    assert (
+        bar.n == options["total"] == file.stat().st_size and options["unit"] == "B" and options["delay"] == 2
+    )
     assert capfd.readouterr() == ("", "")                                            # too fast to be shown
     cached_windows(file, ByteTokenizer(), 8)
     cached_windows(file, ByteTokenizer(), 8)
-    assert len(bars) == 2                                                            # nothing to do, nothing to show
+    assert len(bars) == 2  # nothing to do, nothing to show
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface"])
@@ -850,8 +967,10 @@ def test_the_document_that_a_tokenizer_refuses_is_named(tmp_path, kind):
     file = write_documents(tmp_path / "rows.jsonl", ["one", "two", "a bad one", "four"])
     with pytest.raises(DataError) as error: cached_windows(file, tok, 8)
     check_sentence(str(error.value), f"{file}, line 3: the tokenizer made id {tok.vocab_size}, but has only")
-    with pytest.raises(DataError, match="document 3: the tokenizer made id"): pack(["one", "two", "bad"], tok, 8)
-    with pytest.raises(DataError, match="document 2: a text holds half a character"): pack(["one", "a\ud800"], tok, 8)
+    with pytest.raises(DataError, match="document 3: the tokenizer made id"):
+        pack(["one", "two", "bad"], tok, 8)
+    with pytest.raises(DataError, match="document 2: a text holds half a character"):
+        pack(["one", "a\ud800"], tok, 8)
 
 
 # Settings ----------------------------------------------------------------------------------------------------------------------------
@@ -869,10 +988,12 @@ def test_settings(tmp_path):
                           ("tokenizer: {normal_vocab_size: 255}", "256"),
                           ("tokenizer_path: 3", "tokenizer_path"), ("inputfile: x", "input_file")):
         with pytest.raises(ConfigError, match=message): load(text)
-    with pytest.raises(DataError, match="mlx-pretrain tokenizer"): make_tokenizer(load("tokenizer_path: nowhere"))
+    with pytest.raises(DataError, match="mlx-pretrain tokenizer"):
+        make_tokenizer(load("tokenizer_path: nowhere"))
 
 
-def test_steps_by_hand(): assert [num_steps(*a) for a in ((10, 4, 1), (10, 4, 2), (1, 8, 3), (8, 8, 1))] == [3, 5, 1, 1]
+def test_steps_by_hand():
+    assert [num_steps(*a) for a in ((10, 4, 1), (10, 4, 2), (1, 8, 3), (8, 8, 1))] == [3, 5, 1, 1]
 
 
 def test_one_error_for_both(): assert data.DataError is DataError

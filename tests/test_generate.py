@@ -10,13 +10,15 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_pretrain.config import UserError
 from mlx_pretrain.core import key_for
-from mlx_pretrain.generate import GenerateError, Generation, generate, generate_text, response_mask, sample, stream_text, text_pieces
+from mlx_pretrain.generate import (
+    GenerateError, Generation, generate, generate_text, response_mask, sample, stream_text, text_pieces)
 from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.tokenizer import ByteTokenizer, train_sentencepiece
 
 V, PAD, EOS = 40, 0, 3
-ARGS = LlamaArgs(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 head_dim=8, max_position_embeddings=64, tie_word_embeddings=False)
+ARGS = LlamaArgs(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+                 tie_word_embeddings=False)
 HOW = {"eos_ids": [EOS], "pad_id": PAD}
 PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 10, 11, 12], [20, 21, 22], [5]]
 
@@ -30,7 +32,9 @@ def opinionated(cls=Llama, args=ARGS, seed=1):
 MODEL = opinionated()
 
 
-def rows(out): return [tokens[mask].tolist() for tokens, mask in zip(np.array(out.tokens), np.array(out.response_mask), strict=True)]
+def rows(out):
+    return [tokens[mask].tolist() for tokens, mask in zip(np.array(out.tokens), np.array(out.response_mask),
+                                                          strict=True)]
 
 
 def uncached(model, prompt, n, eos=(EOS,)):
@@ -63,7 +67,8 @@ def by_definition(logits, temperature, top_k, top_p):
 
 def support(logits, n=4000, **how):
     "Which tokens are ever drawn, and how often."
-    drawn = np.array(sample(mx.broadcast_to(mx.array(logits, mx.float32), (n, len(logits))), key_for(0, 0, "test"), **how))
+    drawn = np.array(sample(mx.broadcast_to(mx.array(logits, mx.float32), (n, len(logits))),
+                            key_for(0, 0, "test"), **how))
     return np.bincount(drawn, minlength=len(logits)) / n
 
 
@@ -99,14 +104,16 @@ def test_frequencies_match_softmax():
     for temperature in (0.7, 1.0, 3.0):
         p, n = softmax(logits / temperature), 50_000
         chi2 = (n * (support(logits, n, temperature=temperature) - p) ** 2 / p).sum()
-        assert chi2 < 24.3                                                # 999 of 1,000 honest samples, 7 degrees of freedom
+        assert chi2 < 24.3  # 999 of 1,000 honest samples, 7 degrees of freedom
 
 
 def test_temperature_to_zero_is_greedy():
     logits = mx.random.normal((200, 50), key=mx.random.key(0))
     for scale in (1.0, 1e4, 1e37):
-        for t in (0, 0.0, 1e-40, 1e-12, 1e-7, 2e-6): assert mx.array_equal(sample(scale * logits, mx.random.key(1), t), logits.argmax(-1))
-    agree = [mx.mean(sample(logits, mx.random.key(1), t) == logits.argmax(-1)).item() for t in (3.0, 1.0, 0.3, 0.1, 2e-6)]
+        for t in (0, 0.0, 1e-40, 1e-12, 1e-7, 2e-6):
+            assert mx.array_equal(sample(scale * logits, mx.random.key(1), t), logits.argmax(-1))
+    agree = [mx.mean(sample(logits, mx.random.key(1), t) == logits.argmax(-1)).item()
+             for t in (3.0, 1.0, 0.3, 0.1, 2e-6)]
     assert agree == sorted(agree) and agree[0] < 0.5 and agree[-1] == 1
 
 
@@ -127,7 +134,8 @@ def test_greedy_is_uncached_argmax():
     out = generate(MODEL, PROMPTS, 12, temperature=0, **HOW)
     assert isinstance(out, Generation)
     assert rows(out) == [uncached(MODEL, p, 12) for p in PROMPTS]
-    assert any(len(r) < 12 for r in rows(out)) and any(len(r) == 12 for r in rows(out))     # both ways to end are in this test
+    # both ways to end are in this test
+    assert any(len(r) < 12 for r in rows(out)) and any(len(r) == 12 for r in rows(out))
 
 
 @settings(deadline=None, max_examples=15)
@@ -143,7 +151,8 @@ def test_copies_differ_and_repeat():
     out = rows(generate(MODEL, [[5]] * 6, 12, **HOW))
     assert len(set(map(tuple, out))) > 3
     assert rows(generate(MODEL, [[6], *[[5]] * 6], 12, **HOW))[1:] == out
-    assert rows(generate(MODEL, [[5]] * 6, 12, seed=1, **HOW)) != out != rows(generate(MODEL, [[5]] * 6, 12, step=1, **HOW))
+    assert rows(generate(MODEL, [[5]] * 6, 12, seed=1,
+                         **HOW)) != out != rows(generate(MODEL, [[5]] * 6, 12, step=1, **HOW))
     mx.random.seed(3)
     assert rows(generate(MODEL, [[5]] * 6, 12, **HOW)) == out
 
@@ -152,7 +161,8 @@ def test_drawn_tokens_have_the_models_odds():
     "The second token given the first, over copies of one prompt: a key used twice would show here."
     out = np.array(generate(MODEL, [[5]] * 6000, 2, temperature=3.0, eos_ids=[], pad_id=PAD).tokens)
     first = softmax(np.array(MODEL(mx.array([[5]]))[0, -1]) / 3)
-    second = softmax(np.array(MODEL(mx.array([[5, t] for t in range(V)]))[:, -1]) / 3)      # (first token, second token)
+    # (first token, second token)
+    second = softmax(np.array(MODEL(mx.array([[5, t] for t in range(V)]))[:, -1]) / 3)
     want = (first[:, None] * second).sum(0) * 6000
     chi2 = ((np.bincount(out[:, 1], minlength=V) - want) ** 2 / want).sum()
     assert want.min() > 1 and chi2 < 73
@@ -180,7 +190,8 @@ def test_planted_padding_bug_is_seen():
 def test_planted_cache_bug_is_seen():
     shifted = opinionated(Shifted, ARGS.model_copy(update={"max_position_embeddings": 64}))
     shifted.make_cache = lambda batch, capacity: Llama.make_cache(shifted, batch, 2 * capacity)
-    assert rows(generate(shifted, [[20, 21, 22]], 12, temperature=0, **HOW)) != [uncached(MODEL, [20, 21, 22], 12)]
+    assert rows(generate(shifted, [[20, 21, 22]], 12, temperature=0,
+                         **HOW)) != [uncached(MODEL, [20, 21, 22], 12)]
 
 
 class Counting:
@@ -211,7 +222,9 @@ def test_mask_without_eos_is_seen():
     tokens, mask = np.array(out.tokens), np.array(out.response_mask)
 
     def ends_in_eos(mask): return all(row[m][-1] == 12 for row, m in zip(tokens, mask, strict=True))
-    assert ends_in_eos(mask) and not ends_in_eos(mask & (tokens != 12)) and not ends_in_eos(tokens != PAD + 99)
+    assert (
+        ends_in_eos(mask) and not ends_in_eos(mask & (tokens != 12)) and not ends_in_eos(tokens != PAD + 99)
+    )
 
 
 @settings(max_examples=200)
@@ -255,7 +268,9 @@ def test_bfloat16_model():
 ])
 def test_mistakes_are_one_sentence(prompts, new, eos, pad, words):
     with pytest.raises(GenerateError) as caught: generate(MODEL, prompts, new, eos_ids=eos, pad_id=pad)
-    assert words in str(caught.value) and "\n" not in str(caught.value) and isinstance(caught.value, UserError)
+    assert (
+        words in str(caught.value) and "\n" not in str(caught.value) and isinstance(caught.value, UserError)
+    )
 
 
 def test_the_whole_context_can_be_used():
@@ -274,7 +289,8 @@ def test_settings_out_of_range(how):
 # ---- text
 
 BYTE = ByteTokenizer()
-BYTE_MODEL = opinionated(args=ARGS.model_copy(update={"vocab_size": BYTE.vocab_size, "max_position_embeddings": 300}))
+BYTE_MODEL = opinionated(args=ARGS.model_copy(update={"vocab_size": BYTE.vocab_size,
+                                                      "max_position_embeddings": 300}))
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +330,10 @@ def test_no_half_character_and_no_delay(text):
 def test_pieces_of_sentencepiece(sentencepiece, data):
     tokens = data.draw(st.lists(st.integers(0, sentencepiece.vocab_size - 1), max_size=30))
     pieces = list(text_pieces(sentencepiece, sentencepiece.encode("The llama"), tokens))
-    assert "".join(pieces) == sentencepiece.decode(sentencepiece.encode("The llama") + tokens)[len("The llama"):]
+    assert (
+        "".join(pieces)
+        == sentencepiece.decode(sentencepiece.encode("The llama") + tokens)[len("The llama") :]
+    )
     text = "a 🦙 ate\n  the grüße"
     assert not any("\ufffd" in piece for piece in text_pieces(sentencepiece, [], sentencepiece.encode(text)))
 
@@ -352,7 +371,8 @@ def test_stream_is_batch(temperature):
     assert ["".join(stream_text(BYTE_MODEL, BYTE, p, 60, temperature, seed=2)) for p in prompts] == batch
     for prompt, text in zip(prompts, batch, strict=True):
         ids = [BYTE.bos_id, *BYTE.encode(prompt)]
-        [tokens] = rows(generate(BYTE_MODEL, [ids], 60, eos_ids=[BYTE.eos_id], pad_id=BYTE.pad_id, temperature=temperature, seed=2))
+        [tokens] = rows(generate(BYTE_MODEL, [ids], 60, eos_ids=[BYTE.eos_id], pad_id=BYTE.pad_id,
+                                 temperature=temperature, seed=2))
         assert text == BYTE.decode(tokens)
 
 
@@ -401,7 +421,8 @@ def test_text_mistakes():
     with pytest.raises(GenerateError, match="prompt 1 is empty"): stream_text(BYTE_MODEL, NoBos(), "")
     with pytest.raises(GenerateError, match="do not fit"): stream_text(BYTE_MODEL, BYTE, "x" * 100)
     with pytest.raises(GenerateError, match="no prompt"): generate_text(BYTE_MODEL, BYTE, [])
-    with pytest.raises(GenerateError, match="use the tokenizer it was trained with"): generate_text(MODEL, BYTE, ["a"], 4)
+    with pytest.raises(GenerateError, match="use the tokenizer it was trained with"):
+        generate_text(MODEL, BYTE, ["a"], 4)
     assert len(generate_text(BYTE_MODEL, NoBos(), ["a"], 4)) == 1
 
 

@@ -117,17 +117,33 @@ def test_the_guide(place):
     run(place, "train.py", "--config", "model-config.yaml")
     said = run(place, "sft.py", "--config", "sft-config.yaml", "--pretrained_model", "runs/Llama (2M)")
     path = place / "runs" / "Llama-2M-SFT"
-    assert '"model.dimensions.hidden_size" is 2048, the pretrained model has 32; "model.dimensions.intermediate_size" is 4096' in said
-    assert '"model.dimensions.num_layers" is 12, the pretrained model has 2' in said and said.count("The pretrained model counts.") == 1
+    assert (
+        '"model.dimensions.hidden_size" is 2048, the pretrained model has 32; "model.dimensions.intermediate_size" is 4096'
+        in said
+    )
+    assert (
+        '"model.dimensions.num_layers" is 12, the pretrained model has 2' in said
+        and said.count("The pretrained model counts.") == 1
+    )
     assert "2 rows, 2 kept" in said
     assert [row["step"] for row in read_metrics(path)] == [1, 3] and "val_loss" in read_metrics(path)[-1]
     known = read_metadata(path)
-    assert (known["outcome"], known["total_steps"], known["parameters"]) == ("finished", 3, read_metadata(path.with_name("Llama (2M)"))["parameters"])
-    assert checkpoints(path)[-1].name == "step_000003" and "ended: finished" in (path / "logs" / "log.txt").read_text()
+    assert (known["outcome"], known["total_steps"],
+            known["parameters"]) == ("finished", 3, read_metadata(path.with_name("Llama (2M)"))["parameters"])
+    assert (
+        checkpoints(path)[-1].name == "step_000003"
+        and "ended: finished" in (path / "logs" / "log.txt").read_text()
+    )
     ask = load(path).format.format_question("Write a poem about machine learning")
-    assert ask == "You are a helpful, harmless, and honest AI assistant.\n\n### Instruction:\nWrite a poem about machine learning\n\n### Response:"
-    assert run(place, "-m", "mlx_pretrain", "generate", "--run", "Llama-2M-SFT", "--instruction", "Write a poem", "--max_new_tokens", "5")
-    run(place, "-m", "mlx_pretrain", "sft", "--config", "sft-config.yaml", "--pretrained_model", "runs/Llama (2M)")   # overwrite: true
+    assert (
+        ask
+        == "You are a helpful, harmless, and honest AI assistant.\n\n### Instruction:\nWrite a poem about machine learning\n\n### Response:"
+    )
+    assert run(place, "-m", "mlx_pretrain", "generate", "--run", "Llama-2M-SFT", "--instruction",
+               "Write a poem", "--max_new_tokens", "5")
+    # overwrite: true
+    run(place, "-m", "mlx_pretrain", "sft", "--config", "sft-config.yaml", "--pretrained_model",
+        "runs/Llama (2M)")
 
 
 @pytest.mark.long
@@ -141,26 +157,38 @@ def test_the_guide_goes_on_with_rewards(place):
     (place / "rl-config.yaml").write_text(RL_CONFIG + more)
     said = run(place, "rl.py", "--config", "rl-config.yaml", "--pretrained_model", "runs/Llama-2M-SFT")
     last = read_metrics(place / "runs" / "rl-config")[-1]
-    assert "off-policy" in said and "3 rows, 3 kept" in said and "As in the pretrained model: data.system_prompt" in said
-    assert {"row_logratio", "val_row_logratio", "val_reward", "val_loss", "reward", "policy_loss", "tokens_per_second"} <= last.keys()
+    assert (
+        "off-policy" in said
+        and "3 rows, 3 kept" in said
+        and "As in the pretrained model: data.system_prompt" in said
+    )
+    assert {"row_logratio", "val_row_logratio", "val_reward", "val_loss", "reward", "policy_loss",
+            "tokens_per_second"} <= last.keys()
     assert "kl" not in last
     code = "from mlx_pretrain.core import RewardModel\n\n" + CUSTOM_REWARD.replace(
-        "# Implement your custom reward logic here", "rewards = [r.count('o') - len(p) / 100 for p, r in zip(prompts, responses)]")
+        "# Implement your custom reward logic here",
+        "rewards = [r.count('o') - len(p) / 100 for p, r in zip(prompts, responses)]",
+    )
     (place / "reward_model.py").write_text(code)
-    said = run(place, "rl.py", "--config", "rl-config.yaml", "--pretrained_model", "runs/Llama-2M-SFT", "--name", "mine", "--reward_model",
-               "reward_model.py:CustomRewardModel")
+    said = run(place, "rl.py", "--config", "rl-config.yaml", "--pretrained_model", "runs/Llama-2M-SFT",
+               "--name", "mine", "--reward_model", "reward_model.py:CustomRewardModel")
     last = read_metrics(place / "runs" / "mine")[-1]
-    assert "off-policy" not in said and {"kl", "val_kl", "val_reward", "clip_fraction", "entropy", "eos_fraction"} <= last.keys()
+    assert "off-policy" not in said and {"kl", "val_kl", "val_reward", "clip_fraction", "entropy",
+                                         "eos_fraction"} <= last.keys()
     assert ", reward " in (place / "runs" / "mine" / "logs" / "log.txt").read_text()
     pairs = [{"instruction": "Sing", "chosen": "o" * i, "rejected": "a" * i} for i in range(1, 9)]
     (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (place / "taste.yaml").write_text(PAIRS)
-    said = run(place, "-m", "mlx_pretrain", "reward", "--config", "taste.yaml", "--pretrained_model", "runs/Llama-2M-SFT")
+    said = run(place, "-m", "mlx_pretrain", "reward", "--config", "taste.yaml", "--pretrained_model",
+               "runs/Llama-2M-SFT")
     assert "8 rows, 8 kept; pairs" in said and "in the right order" in said
     shutil.copytree(place / "runs" / "taste", place / "path" / "to" / "reward_model")
-    run(place, "rl.py", "--config", "rl-config.yaml", "--pretrained_model", "runs/Llama-2M-SFT", "--overwrite", "--reward_model",
-        "path/to/reward_model")
+    run(place, "rl.py", "--config", "rl-config.yaml", "--pretrained_model", "runs/Llama-2M-SFT",
+        "--overwrite", "--reward_model", "path/to/reward_model")
     assert {"kl", "val_kl", "val_reward"} <= read_metrics(place / "runs" / "rl-config")[-1].keys()
     run(place, "-m", "mlx_pretrain", "plot", "mine")
     assert (place / "runs" / "mine" / "curve.png").stat().st_size > 10_000
-    assert load(place / "runs" / "mine").format.system_prompt == "You are a helpful, harmless, and honest AI assistant."
+    assert (
+        load(place / "runs" / "mine").format.system_prompt
+        == "You are a helpful, harmless, and honest AI assistant."
+    )

@@ -5,16 +5,18 @@ import sys
 
 import pytest
 
-HEAVY = {"matplotlib", "ipywidgets", "transformers", "torch", "pandas", "IPython", "sentencepiece", "tqdm", "tyro", "fastcore", "nbdev"}
-MODULES = ["model", "tokenizer", "data", "prompt", "stage", "pretrain", "sft", "generate", "pretrained", "trainer", "optim", "run",
-           "config", "core", "ops"]
+HEAVY = {"matplotlib", "ipywidgets", "transformers", "torch", "pandas", "IPython", "sentencepiece", "tqdm",
+         "tyro", "fastcore", "nbdev"}
+MODULES = ["model", "tokenizer", "data", "prompt", "stage", "pretrain", "sft", "generate", "pretrained",
+           "trainer", "optim", "run", "config", "core", "ops"]
 
 
 def loaded_and_seconds(statement):
     "Top-level modules in memory after a statement, and the processor seconds that the process took."
     report = "print(json.dumps([sorted({m.split('.')[0] for m in sys.modules}), time.process_time()]))"
     code = f"import json, sys, time\n{statement}\n{report}"
-    return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                     check=True).stdout)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -31,8 +33,10 @@ def test_first_questions_need_no_mlx(word):
     "Answered from the standard library alone."
     code = f"from mlx_pretrain.__main__ import main; assert main(['{word}']) == 0"
     report = "import sys; sys.stderr.write(' '.join(sorted({m.split('.')[0] for m in sys.modules})))"
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
-    assert done.stdout and not (HEAVY | {"mlx", "numpy", "pydantic", "yaml", "tokenizers"}) & set(done.stderr.split())
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True,
+                          check=True)
+    assert done.stdout and not (HEAVY | {"mlx", "numpy", "pydantic", "yaml",
+                                         "tokenizers"}) & set(done.stderr.split())
 
 
 def test_reward_model_is_found_where_people_look():
@@ -48,4 +52,4 @@ def test_hardly_slower_than_mlx():
     "Processor time, the best of three: other programs do not count."
     ours = min(loaded_and_seconds("import mlx_pretrain.pretrain")[1] for _ in range(3))
     mlx = min(loaded_and_seconds("import mlx.core, mlx.nn, mlx.optimizers, numpy")[1] for _ in range(3))
-    assert ours - mlx < 0.65                                             # about 0.47 on a slow machine, most of it pydantic
+    assert ours - mlx < 0.65  # about 0.47 on a slow machine, most of it pydantic

@@ -51,24 +51,47 @@ def make(stage, tmp_path, name=None, steps=12, reward=count_a, **data):
     if stage == "ppo": trainer = task(reward, steps=steps, batch=16, response_length=6, **data)
     elif stage == "reward": trainer = trainer_on(tmp_path, pairs(60), pairs(8, seed=1), steps=steps)
     else:
-        rows, file = [{"text": "the cat sat on the mat. " * 40}] if stage == "pretrain" else [
-            {"instruction": f"say {w}", "response": w} for w in ("red", "green", "blue", "white") * 4], tmp_path / f"{stage}.jsonl"
+        rows = (
+            [{"text": "the cat sat on the mat. " * 40}]
+            if stage == "pretrain"
+            else [{"instruction": f"say {w}", "response": w} for w in ("red", "green", "blue", "white") * 4]
+        )
+        file = tmp_path / f"{stage}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         cls, of = (PretrainConfig, PretrainTrainer) if stage == "pretrain" else (SFTConfig, SFTTrainer)
-        trainer = of(cls.model_validate_json(json.dumps({
-            "data": {"input_file": str(file), "validation_file": str(file), "preprocessing": {"max_context_size": 64}},
-            "model": {"dimensions": {"hidden_size": 32, "num_layers": 1}, "attention": {"num_heads": 2}},
-            "training": {"hyperparameters": {"batch_size": 4, "learning_rate": 3e-3, "iters": steps}}})))
+        trainer = of(
+            cls.model_validate_json(
+                json.dumps(
+                    {
+                        "data": {
+                            "input_file": str(file),
+                            "validation_file": str(file),
+                            "preprocessing": {"max_context_size": 64},
+                        },
+                        "model": {
+                            "dimensions": {"hidden_size": 32, "num_layers": 1},
+                            "attention": {"num_heads": 2},
+                        },
+                        "training": {
+                            "hyperparameters": {"batch_size": 4, "learning_rate": 3e-3, "iters": steps}
+                        },
+                    }
+                )
+            )
+        )
     trainer.cfg = trainer.cfg.model_copy(update={"name": name or stage})
     return trainer
 
 
 def same(a, b):
     pairs = [*zip(tree_flatten(a.arrays()), tree_flatten(b.arrays()), strict=True)]
-    return bool(pairs) and all(name == other and mx.array_equal(x, y).item() for (name, x), (other, y) in pairs)
+    return bool(pairs) and all(name == other and mx.array_equal(x, y).item()
+                               for (name, x), (other, y) in pairs)
 
 
-def lines(run): return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(run) if "event" not in line]
+def lines(run):
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"}
+            for line in read_metrics(run) if "event" not in line]
 
 
 async def until(true, most=3000):
@@ -102,8 +125,13 @@ def test_a_panel_changes_nothing(stage, tmp_path, jupyter):
     assert same(live.trainer, plain)
     run = live.trainer.run_dir.path
     assert read_metadata(run)["outcome"] == "finished" and (run / "model" / "model.safetensors").exists()
-    assert "Finished" in live.panel.message.value and live.panel.buttons["run"].disabled and live.panel.bar.value == 12
-    assert [name for panel in live.curves.panels.values() for name in panel if len(live.curves[name][0]) == 12]
+    assert (
+        "Finished" in live.panel.message.value
+        and live.panel.buttons["run"].disabled
+        and live.panel.bar.value == 12
+    )
+    assert [name for panel in live.curves.panels.values()
+            for name in panel if len(live.curves[name][0]) == 12]
 
 
 def test_buttons(tmp_path, jupyter):
@@ -121,7 +149,11 @@ def test_buttons(tmp_path, jupyter):
         await until(lambda: at_rest(live))
         at = live.trainer.steps_done
         await asyncio.sleep(0.05)
-        assert live.trainer.steps_done == at and live.panel.buttons["run"].description == "Run" and "paused" in live.panel.status.value
+        assert (
+            live.trainer.steps_done == at
+            and live.panel.buttons["run"].description == "Run"
+            and "paused" in live.panel.status.value
+        )
         for n in (1, 2):
             pressed(live, "step")
             await until(lambda n=n: live.trainer.steps_done == at + n and at_rest(live))
@@ -133,18 +165,22 @@ def test_buttons(tmp_path, jupyter):
         pressed(live, "stop")
         await until(lambda: "Stopped after step" in live.panel.message.value and at_rest(live))
         stopped, run = live.trainer.steps_done, live.trainer.run_dir.path
-        assert read_metadata(run)["outcome"] == "interrupted" and checkpoints(run)[-1].name == f"step_{stopped:06d}"
+        assert (
+            read_metadata(run)["outcome"] == "interrupted"
+            and checkpoints(run)[-1].name == f"step_{stopped:06d}"
+        )
         pressed(live, "run")
         await until(lambda: live.is_over and at_rest(live))
         assert read_metadata(run)["outcome"] == "finished"
         return live
     live, plain = asyncio.run(main()), make("ppo", tmp_path, steps=24)
     plain.run()
-    assert same(live.trainer, plain) and [line["step"] for line in lines(live.trainer.run_dir.path)] == [*range(1, 25)]
+    assert same(live.trainer, plain) and [line["step"]
+                                          for line in lines(live.trainer.run_dir.path)] == [*range(1, 25)]
 
 
-TURNS = {2: ("kl_coef", 0.4), 4: ("learning_rate_factor", 2.0), 5: ("clip_range", 0.1), 7: ("temperature", 1.3), 8: ("target_kl", 0.01),
-         9: ("learning_rate_factor", 0.5)}
+TURNS = {2: ("kl_coef", 0.4), 4: ("learning_rate_factor", 2.0), 5: ("clip_range", 0.1),
+         7: ("temperature", 1.3), 8: ("target_kl", 0.01), 9: ("learning_rate_factor", 0.5)}
 
 
 def steer(tmp_path, name="steered", stage="ppo", turns=TURNS):
@@ -176,7 +212,9 @@ def test_a_slider_reaches_the_very_next_step(tmp_path, jupyter):
     check_reached(live, TURNS)
     rates = [line["learning_rate"] for line in lines(live.trainer.run_dir.path)]
     plain = [line["learning_rate"] for line in lines(steer(tmp_path, "plain", turns={}).trainer.run_dir.path)]
-    assert rates == pytest.approx([factor * rate for factor, rate in zip([1] * 4 + [2] * 5 + [0.5] * 3, plain)]) and rates[4] > rates[3]
+    assert rates == pytest.approx([factor * rate
+                                   for factor, rate in zip([1] * 4 + [2] * 5 + [0.5] * 3,
+                                                           plain)]) and rates[4] > rates[3]
 
 
 def test_a_deaf_slider_is_found_out(tmp_path, jupyter, monkeypatch):
@@ -209,12 +247,15 @@ def test_interrupt_pauses_after_the_step(at, tmp_path, jupyter):
             while True:
                 try: phase = next(pieces)
                 except StopIteration as end: return end.value
-                if phase == at and trainer.now.number == 3 and not done: done.append(os.kill(os.getpid(), signal.SIGINT))
+                if phase == at and trainer.now.number == 3 and not done:
+                    done.append(os.kill(os.getpid(), signal.SIGINT))
                 yield phase
         trainer.phases = watched
         live.start()
         await until(lambda: done and at_rest(live))
-        assert trainer.steps_done == 4 and "paused" in live.panel.status.value and not live.panel.message.value
+        assert (
+            trainer.steps_done == 4 and "paused" in live.panel.status.value and not live.panel.message.value
+        )
         press(live, "run")
         await until(lambda: live.is_over and at_rest(live))
         return trainer
@@ -294,7 +335,13 @@ def test_widgets_touch_no_mlx(tmp_path, jupyter, monkeypatch):
         await until(lambda: live.trainer.steps_done >= 2)
         threads, others = set(), []
         for name in ("eval", "where", "exp", "arange"):
-            monkeypatch.setattr(mx, name, lambda *a, real=getattr(mx, name), **k: (threads.add(threading.get_ident()), real(*a, **k))[1])
+            monkeypatch.setattr(
+                mx,
+                name,
+                lambda *a, real=getattr(mx, name), **k: (threads.add(threading.get_ident()), real(*a, **k))[
+                    1
+                ],
+            )
         def all_of_it():
             others.append(threading.get_ident())
             for name in ("sample", "save", "run", "step", "run"): press(live, name)
@@ -345,8 +392,10 @@ def test_one_at_a_time(tmp_path, jupyter):
         await until(lambda: third.trainer.steps_done >= 3)
         fourth = Live(third.trainer, tmp_path / "runs")
         at = third.trainer.steps_done
-        press(third, "run")                                               # nobody listens to the old panel any more
-        assert fourth.curves["reward"][0].tolist() == [*range(1, at + 1)] and third.panel.buttons["run"].disabled
+        press(third, "run")  # nobody listens to the old panel any more
+        assert (
+            fourth.curves["reward"][0].tolist() == [*range(1, at + 1)] and third.panel.buttons["run"].disabled
+        )
         fourth.start()
         await until(lambda: fourth.is_over and at_rest(fourth))
         assert [line["step"] for line in lines(tmp_path / "runs/two")] == [*range(1, 13)]
@@ -364,8 +413,11 @@ def test_show_again(tmp_path, jupyter):
     panels = [args[0] for args, kwargs in jupyter if "display_id" not in kwargs]
     pictures = [kwargs for _, kwargs in jupyter if "display_id" in kwargs]
     assert len(panels) == 2 and panels[0] is panels[1]
-    assert len({kwargs["display_id"] for kwargs in pictures}) == 1 and [kwargs["update"] for kwargs in pictures][:2] == [False, False]
-    assert all(kwargs["update"] for kwargs in pictures[2:]) and "finished: step 6 of 6" in jupyter[-1][0][0]["text/plain"]
+    assert len({kwargs["display_id"]
+                for kwargs in pictures}) == 1 and [kwargs["update"]
+                                                   for kwargs in pictures][:2] == [False, False]
+    assert all(kwargs["update"]
+               for kwargs in pictures[2:]) and "finished: step 6 of 6" in jupyter[-1][0][0]["text/plain"]
 
 
 def test_goes_on_from_a_checkpoint_with_its_curve(tmp_path, jupyter):
@@ -380,10 +432,15 @@ def test_goes_on_from_a_checkpoint_with_its_curve(tmp_path, jupyter):
 
     async def go_on():
         trainer = make("ppo", tmp_path, steps=10)
-        trainer.cfg = trainer.cfg.model_copy(update={"resume": trainer.cfg.resume.model_copy(update={"checkpoint": "latest"})})
+        trainer.cfg = trainer.cfg.model_copy(
+            update={"resume": trainer.cfg.resume.model_copy(update={"checkpoint": "latest"})}
+        )
         live = Live(trainer, tmp_path / "runs")
         live.start()
-        assert len(live.curves["reward"][0]) == trainer.steps_done == at and live.panel.sliders["kl_coef"].value == 0.3
+        assert (
+            len(live.curves["reward"][0]) == trainer.steps_done == at
+            and live.panel.sliders["kl_coef"].value == 0.3
+        )
         assert live.curves.turns == [(0, "kl_coef", 0.3)]
         await until(lambda: live.is_over and at_rest(live))
         return trainer
@@ -422,11 +479,17 @@ def test_in_a_script(cut, tmp_path):
     "The same line in a script trains to its end, with a sentence and a progress line; Ctrl-C saves, and ends it."
     env = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
     env.pop("IN_TEST", None)
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + textwrap.dedent(SCRIPT.format(cut=cut))
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + textwrap.dedent(
+        SCRIPT.format(cut=cut)
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert lab.NOBODY in done.stderr and "tok/s" in done.stderr
     assert read_metadata(tmp_path / "runs/run")["outcome"] == ("interrupted" if cut else "finished")
-    assert done.stdout.endswith("6\n") if not cut else "KeyboardInterrupt" in done.stderr and "step_000003" in done.stderr
+    assert (
+        done.stdout.endswith("6\n")
+        if not cut
+        else "KeyboardInterrupt" in done.stderr and "step_000003" in done.stderr
+    )
 
 
 EXECUTED = """
@@ -446,7 +509,8 @@ def test_executed_by_a_program(tmp_path):
     cells = head + "import mlx_pretrain\nfrom test_lab import Live, make", EXECUTED
     nb = v4.new_notebook(cells=[*map(v4.new_code_cell, cells)])
     environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
-    NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute(env=environment)
+    NotebookClient(nb, timeout=120, kernel_name="python3",
+                   resources={"metadata": {"path": str(tmp_path)}}).execute(env=environment)
     outputs = nb.cells[1].outputs
     assert lab.NOBODY in (said := "".join(o.get("text", "") for o in outputs)) and "to its end\n" in said
     assert [o.output_type for o in outputs].count("display_data") == 1

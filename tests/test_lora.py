@@ -13,12 +13,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_pretrain import lora as lora_module, model as model_module, ops, stage as stage_module, trainer as trainer_module
+from mlx_pretrain import (
+    lora as lora_module, model as model_module, ops, stage as stage_module, trainer as trainer_module)
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import UserError
 from mlx_pretrain.core import key_for
 from mlx_pretrain.lora import (
-    AdapterError, Dropout, LoRAConfig, LoRALinear, adapters, apply_lora, dropping, load_adapters, lora_layers, merge, save_adapters)
+    AdapterError, Dropout, LoRAConfig, LoRALinear, adapters, apply_lora, dropping, load_adapters, lora_layers,
+    merge, save_adapters)
 from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.pretrain import PretrainConfig, pretrain
 from mlx_pretrain.pretrained import Pretrained, PretrainedError, load
@@ -28,15 +30,17 @@ from mlx_pretrain.tokenizer import ByteTokenizer
 
 ROWS = [{"instruction": f"Count {i}", "response": "one " * i} for i in range(1, 11)]
 PLANTED = pytest.mark.parametrize("planted", [False, True])
-ARGS = LlamaArgs(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                 head_dim=8)
-KINDS = {"plain": {}, "biases": {"attention_bias": True, "mlp_bias": True}, "neighbours": {"rope_traditional": True},
-         "untied": {"tie_word_embeddings": False}}
+ARGS = LlamaArgs(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+KINDS = {"plain": {}, "biases": {"attention_bias": True, "mlp_bias": True},
+         "neighbours": {"rope_traditional": True}, "untied": {"tie_word_embeddings": False}}
 KIND = pytest.mark.parametrize("kind", KINDS)
 IDS = mx.random.randint(0, 64, (2, 12), key=mx.random.key(1))
 
 
-def merged(a, b): return {**a, **{k: merged(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
+def merged(a, b):
+    return {**a, **{k: merged(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v
+                    for k, v in b.items()}}
 def weights(model): return dict(tree_flatten(model.parameters()))
 def equal(a, b): return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
 def near(a, b): return mx.abs(a - b).max().item() < 1e-5 * mx.abs(b).max().item()
@@ -58,9 +62,11 @@ def speaking(model, **cfg):
 
 def line(**sections):
     "A configuration, as YAML may have it."
-    data = {"input_file": "rows.jsonl", "validation_file": "val.jsonl", "preprocessing": {"max_context_size": 128}}
+    data = {"input_file": "rows.jsonl", "validation_file": "val.jsonl",
+            "preprocessing": {"max_context_size": 128}}
     return merged({"name": "run", "data": data,
-                   "training": {"lora": {"rank": 2}, "hyperparameters": {"batch_size": 4, "learning_rate": 1e-2}},
+                   "training": {"lora": {"rank": 2},
+                                "hyperparameters": {"batch_size": 4, "learning_rate": 1e-2}},
                    "logging": {"steps": {"validation_interval": 4, "checkpoint_interval": 2}}}, sections)
 
 
@@ -73,11 +79,26 @@ def trained(tmp_path_factory):
     home = tmp_path_factory.mktemp("base")
     (home / "text.jsonl").write_text(json.dumps({"text": "bottles of beer on the wall " * 20}) + "\n")
     for name in ("base", "turned"):
-        pretrain(PretrainConfig.model_validate_json(json.dumps({
-            "name": name, "data": {"input_file": str(home / "text.jsonl"), "preprocessing": {"max_context_size": 16}},
-            "model": {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2},
-                      "attention": {"num_heads": 2, "max_position_embeddings": 128}, "rope": {"traditional": name == "turned"}},
-            "training": {"hyperparameters": {"batch_size": 2, "iters": 1, "learning_rate": 0.1}}})), home / "runs")
+        pretrain(
+            PretrainConfig.model_validate_json(
+                json.dumps(
+                    {
+                        "name": name,
+                        "data": {
+                            "input_file": str(home / "text.jsonl"),
+                            "preprocessing": {"max_context_size": 16},
+                        },
+                        "model": {
+                            "dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2},
+                            "attention": {"num_heads": 2, "max_position_embeddings": 128},
+                            "rope": {"traditional": name == "turned"},
+                        },
+                        "training": {"hyperparameters": {"batch_size": 2, "iters": 1, "learning_rate": 0.1}},
+                    }
+                )
+            ),
+            home / "runs",
+        )
     return home / "runs"
 
 
@@ -86,7 +107,8 @@ def place(trained, tmp_path, monkeypatch):
     "A directory with rows and both runs in it."
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "runs")
-    for name, rows in (("rows", ROWS), ("val", ROWS[:3])): Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, rows in (("rows", ROWS), ("val", ROWS[:3])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 
@@ -103,14 +125,17 @@ def test_step_zero_is_the_base(kind, planted):
     model = apply_lora(base, LoRAConfig(rank=4, dropout=0.5))
     if planted: model.model.layers[0].mlp.up_proj.lora_b += 1e-5          # not zero
     assert mx.array_equal(model(IDS), base(IDS)) != planted and not lora_layers(base)
-    with dropping(model, mx.random.key(0)): assert mx.array_equal(model(IDS), base(IDS)) != planted    # only the adapters' input is dropped
+    with dropping(model, mx.random.key(0)):  # only the adapters' input is dropped
+        assert mx.array_equal(model(IDS), base(IDS)) != planted
 
 
 @KIND
 @PLANTED
 def test_merged_is_unmerged(kind, planted, monkeypatch):
     model = speaking(lively(kind), alpha=12)
-    if planted: monkeypatch.setattr(LoRALinear, "merged", property(lambda self: self.weight + (self.lora_a @ self.lora_b).T))   # no scale
+    if planted:  # no scale
+        monkeypatch.setattr(LoRALinear, "merged",
+                            property(lambda self: self.weight + (self.lora_a @ self.lora_b).T))
     assert near(merge(model)(IDS), model(IDS)) != planted
     assert not lora_layers(merge(model)) and not near(model(IDS), lively(kind)(IDS))
 
@@ -137,7 +162,9 @@ def test_targets_and_num_layers(cfg, blocks, names):
     model = apply_lora(lively(), LoRAConfig(rank=2, **cfg))
     want = [f"model.layers.{i}.{name}" for i in blocks for name in names]
     assert [*lora_layers(model)] == want
-    assert sorted(dict(tree_flatten(model.trainable_parameters()))) == sorted(f"{name}.lora_{x}" for name in want for x in "ab")
+    assert sorted(dict(tree_flatten(model.trainable_parameters()))) == sorted(
+        f"{name}.lora_{x}" for name in want for x in "ab"
+    )
 
 
 # What is trained
@@ -153,7 +180,8 @@ def gain_left_free(monkeypatch):
 
 def only_attention(monkeypatch):
     few = {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
-    monkeypatch.setattr(stage_module, "apply_lora", lambda model, cfg, seed: apply_lora(model, cfg.model_copy(update=few), seed))
+    monkeypatch.setattr(stage_module, "apply_lora",
+                        lambda model, cfg, seed: apply_lora(model, cfg.model_copy(update=few), seed))
 
 
 def trains_the_adapters_alone(**sections):
@@ -161,13 +189,15 @@ def trains_the_adapters_alone(**sections):
     names = {f"model.layers.{i}.{name}.lora_{x}" for i in range(2) for name in SEVEN for x in "ab"}
     before, base = weights(t.model), weights(load("base").model)
     t.step()
-    grads = dict(tree_flatten(nn.value_and_grad(t.model, lambda batch: t.loss(t.model, batch)[0])(t.draw(1)[0])[1]))
+    grads = dict(tree_flatten(nn.value_and_grad(t.model,
+                                                lambda batch: t.loss(t.model, batch)[0])(t.draw(1)[0])[1]))
     for _ in range(2): t.step()
     after = weights(t.model)
     moved = {name for name in after if not mx.array_equal(before[name], after[name])}
     memory = [{name for name in names if name in key} for key in t.arrays()["optimizer"] if "model." in key]
-    return (grads.keys() == moved == {*t.arrays()["model"]} == names and all(mx.abs(g).max() > 0 for g in grads.values())
-            and all(memory) and {*()}.union(*memory) in (names, set()) and all(w.dtype == mx.float32 for w in after.values())
+    return (grads.keys() == moved == {*t.arrays()["model"]} == names
+            and all(mx.abs(g).max() > 0 for g in grads.values()) and all(memory)
+            and {*()}.union(*memory) in (names, set()) and all(w.dtype == mx.float32 for w in after.values())
             and equal({name: w for name, w in after.items() if name not in names}, base))
 
 
@@ -188,7 +218,8 @@ def test_a_planted_bug_is_seen(place, monkeypatch, bug):
 # Dropout
 
 
-def with_dropout(**sections): return trainer(**merged({"training": {"lora": {"dropout": 0.5}, "epochs": 2}}, sections))
+def with_dropout(**sections):
+    return trainer(**merged({"training": {"lora": {"dropout": 0.5}, "epochs": 2}}, sections))
 
 
 def start(): return adapters(speaking(load("base").model, rank=2))
@@ -206,39 +237,51 @@ def own_numbers(monkeypatch):
 
     def draw(self, x):
         if self.key is None: return x
-        return mx.where(mx.random.bernoulli(1 - self.share, x.shape, key=mx.random.key(next(numbers))), x / (1 - self.share), 0)
+        return mx.where(mx.random.bernoulli(1 - self.share, x.shape, key=mx.random.key(next(numbers))),
+                        x / (1 - self.share), 0)
     monkeypatch.setattr(Dropout, "__call__", draw)
 
 
 def test_dropout_follows_from_seed_and_step(place):
     t, key = with_dropout(), [key_for(42, step, "dropout") for step in (0, 1)]
     one, again, later = gradient(t, key[0]), gradient(t, key[0]), gradient(t, key[1])
-    assert mx.array_equal(one, again) and not mx.array_equal(one, later) and not mx.array_equal(one, gradient(t, None))
+    assert mx.array_equal(one,
+                          again) and not mx.array_equal(one,
+                                                        later) and not mx.array_equal(one, gradient(t, None))
     runs = [with_dropout(), with_dropout(), with_dropout(training={"lora": {"dropout": 0.0}})]
     for n, run in enumerate(runs):
         for _ in range(3):
             run.step()
-            mx.random.seed(n)                                             # somebody else's random numbers are none of ours
-    assert equal(runs[0].arrays()["model"], runs[1].arrays()["model"]) and not equal(runs[0].arrays()["model"], runs[2].arrays()["model"])
+            mx.random.seed(n)  # somebody else's random numbers are none of ours
+    assert equal(runs[0].arrays()["model"],
+                 runs[1].arrays()["model"]) and not equal(runs[0].arrays()["model"],
+                                                          runs[2].arrays()["model"])
 
 
 @PLANTED
 def test_nothing_is_dropped_in_validation_and_in_answers(place, monkeypatch, planted):
     dry, wet = (with_dropout(training={"lora": {"dropout": share}}) for share in (0.0, 0.9))
-    wet.step()                                                            # a step drops, and leaves no key behind
+    wet.step()  # a step drops, and leaves no key behind
     for t in (dry, wet): trainer_module._put(t.model, start())
-    if planted: monkeypatch.setattr(Dropout, "__call__", lambda self, x: x * mx.random.bernoulli(1 - self.share, x.shape, mx.random.key(0)))
+    if planted:
+        monkeypatch.setattr(
+            Dropout,
+            "__call__",
+            lambda self, x: x * mx.random.bernoulli(1 - self.share, x.shape, mx.random.key(0)),
+        )
     assert (wet.evaluate() == dry.evaluate()) != planted and (wet.answers() == dry.answers()) != planted
 
 
 @PLANTED
 def test_checkpointing_drops_the_same(place, monkeypatch, planted):
     if planted: own_numbers(monkeypatch)
-    key, models = mx.random.key(3), [with_dropout(system={"gradient_checkpointing": on}) for on in (False, True)]
+    key = mx.random.key(3)
+    models = [with_dropout(system={"gradient_checkpointing": on}) for on in (False, True)]
     grads = []
     for t in models:
         trainer_module._put(t.model, start())
-        with dropping(t.model, key): _, g = nn.value_and_grad(t.model, lambda batch, t=t: t.loss(t.model, batch)[0])(t.draw(0)[0])
+        with dropping(t.model, key):
+            _, g = nn.value_and_grad(t.model, lambda batch, t=t: t.loss(t.model, batch)[0])(t.draw(0)[0])
         grads.append(flat(g))
     assert near(*grads) != planted
     assert planted or near(*(gradient(t, key) for t in models))            # compiled
@@ -246,7 +289,8 @@ def test_checkpointing_drops_the_same(place, monkeypatch, planted):
 
 @PLANTED
 def test_accumulated_batches_drop_differently(place, monkeypatch, planted):
-    t, seen = with_dropout(training={"hyperparameters": {"gradient_accumulation_steps": 3, "batch_size": 3}}), []
+    t = with_dropout(training={"hyperparameters": {"gradient_accumulation_steps": 3, "batch_size": 3}})
+    seen = []
     original = t.update.gradient
     t.update.gradient = lambda batch, key=None: seen.append(key.tolist()) or original(batch, key)
     if planted: monkeypatch.setattr(trainer_module.mx.random, "split", lambda key, n: mx.stack([key] * n))
@@ -257,7 +301,8 @@ def test_accumulated_batches_drop_differently(place, monkeypatch, planted):
 # Going on
 
 
-LONG = {"epochs": 4, "lora": {"rank": 2, "dropout": 0.4}, "hyperparameters": {"gradient_accumulation_steps": 2, "batch_size": 2}}
+LONG = {"epochs": 4, "lora": {"rank": 2, "dropout": 0.4},
+        "hyperparameters": {"gradient_accumulation_steps": 2, "batch_size": 2}}
 
 
 def stop_at(step):
@@ -285,7 +330,9 @@ def test_a_cut_run_is_the_whole_run(place, monkeypatch, planted):
     if planted: return
     (arrays, state), (others, _) = (load_checkpoint(checkpoints(run)[-1]) for run in (whole, again))
     assert all(equal(arrays[name], others[name]) for name in ("model", "optimizer")) and state["step"] == 12
-    def lines(path): return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(path) if "event" not in row]
+    def lines(path):
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"}
+                for row in read_metrics(path) if "event" not in row]
     assert lines(again) == lines(whole)
 
 
@@ -295,9 +342,13 @@ def tuned(place): return sft(config(name="tuned", pretrained_model="base", train
 
 def test_a_checkpoint_holds_adapters_and_opens_as_a_whole_model(tuned):
     saved = checkpoints(tuned)[-1]
-    assert load_checkpoint(saved)[0]["model"].keys() == adapters(apply_lora(load("base").model, LoRAConfig(rank=2))).keys()
+    assert (
+        load_checkpoint(saved)[0]["model"].keys()
+        == adapters(apply_lora(load("base").model, LoRAConfig(rank=2))).keys()
+    )
     at_the_end, opened, result = saved.name == "step_000006", load(saved), load(tuned)
-    assert at_the_end and equal(weights(opened.model), weights(result.model)) and opened.format == result.format
+    assert at_the_end and equal(weights(opened.model),
+                                weights(result.model)) and opened.format == result.format
     assert not equal(weights(opened.model), weights(load("base").model))
     next_one = trainer(name="next", pretrained_model=str(saved))
     assert mx.array_equal(next_one.model(IDS), result.model(IDS))          # and new adapters beside it
@@ -319,9 +370,11 @@ def test_no_checkpoint_without_its_base(tuned, spoil, opened, resumed):
     saved = checkpoints(tuned)[-2]
     spoil()
     with pytest.raises(PretrainedError) as one: load(saved)
-    on = config(name="tuned", pretrained_model="base", training={"epochs": 3}, resume={"checkpoint": "latest"})
+    on = config(name="tuned", pretrained_model="base", training={"epochs": 3},
+                resume={"checkpoint": "latest"})
     with pytest.raises(UserError) as other: sft(on)
-    for error, said in ((one, opened), (other, resumed)): assert said in str(error.value) and "\n" not in str(error.value)
+    for error, said in ((one, opened), (other, resumed)):
+        assert said in str(error.value) and "\n" not in str(error.value)
     assert load(tuned).format                                             # the merged model needs nobody
 
 
@@ -334,14 +387,18 @@ def test_run_and_base_may_move_together(tuned):
 @pytest.mark.parametrize("lora", [
     {"rank": 0}, {"rank": 4}, {"alpha": 1}, {"dropout": 0.1}, {"targets": ["q_proj"]}, {"num_layers": 1}], ids=str)
 def test_no_going_on_with_other_adapters(tuned, lora):
-    with pytest.raises(RunError, match='"training.lora" was rank 2, and is .*; make it what it was, or start a new run'):
-        sft(config(name="tuned", pretrained_model="base", training={"epochs": 3, "lora": lora}, resume={"checkpoint": "latest"}))
+    with pytest.raises(
+        RunError, match='"training.lora" was rank 2, and is .*; make it what it was, or start a new run'
+    ):
+        sft(config(name="tuned", pretrained_model="base", training={"epochs": 3, "lora": lora},
+                   resume={"checkpoint": "latest"}))
 
 
 def test_no_adapters_in_the_middle_of_a_whole_training(place):
     sft(config(name="full", pretrained_model="base", training={"lora": {"rank": 0}}))
     with pytest.raises(RunError, match='"training.lora" was left out, and is rank 2; make it what it was'):
-        sft(config(name="full", pretrained_model="base", training={"epochs": 2}, resume={"checkpoint": "latest"}))
+        sft(config(name="full", pretrained_model="base", training={"epochs": 2},
+                   resume={"checkpoint": "latest"}))
 
 
 # What is written
@@ -361,7 +418,8 @@ def test_model_and_adapters_say_the_same(place, monkeypatch, source, planted):
 
 def test_whoever_rotates_neighbours_takes_no_file(place):
     save_adapters(speaking(lively()), "ad")
-    with pytest.raises(AdapterError, match="open this model from its exported directory"): load_adapters(lively("neighbours"), "ad")
+    with pytest.raises(AdapterError, match="open this model from its exported directory"):
+        load_adapters(lively("neighbours"), "ad")
 
 
 # Settings
@@ -372,14 +430,19 @@ def test_settings_arrive(place, capsys, way):
     lora = {"rank": 3, "alpha": 1.5, "dropout": 0.25, "targets": ["q_proj", "v_proj"], "num_layers": 1}
     cfg, flags = line(pretrained_model="base"), []
     if way == "yaml": cfg["training"]["lora"] = lora
-    else: flags = "".join(f" --training.lora.{key} {v}" for key, v in lora.items()).translate(str.maketrans("", "", "[],'")).split()
+    else:
+        flags = "".join(f" --training.lora.{key} {v}"
+                        for key, v in lora.items()).translate(str.maketrans("", "", "[],'")).split()
     Path("run.yaml").write_text(json.dumps(cfg))
     assert main(["sft", "--config", "run.yaml", *flags]) == 0
     assert "in adapters, which are trained" in capsys.readouterr().out
     about = json.loads(Path("runs/run/adapters/adapter_config.json").read_text())
-    assert about == {"model": str(Path("runs/base/model").resolve()), "fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {
-        "rank": 3, "scale": 0.5, "dropout": 0.25, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}}
-    assert mx.load("runs/run/adapters/adapters.safetensors")["model.layers.1.self_attn.v_proj.lora_a"].shape == (16, 3)
+    assert about == {"model": str(Path("runs/base/model").resolve()), "fine_tune_type": "lora",
+                     "num_layers": 1, "lora_parameters": {"rank": 3, "scale": 0.5, "dropout": 0.25,
+                                                          "keys": ["self_attn.q_proj", "self_attn.v_proj"]}}
+    assert mx.load("runs/run/adapters/adapters.safetensors")[
+        "model.layers.1.self_attn.v_proj.lora_a"
+    ].shape == (16, 3)
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -411,18 +474,22 @@ def text(said): return lambda cfg, arrays: (cfg.clear(), cfg.update(text=said))
 
 
 NAME = "model.layers.2.mlp.up_proj.lora_a"
-BROKEN = {
-    "no JSON": text("{"), "a list": text("[1]"), "nested": text("[" * 100_000), "not UTF-8": text("\udcff"),
-    "no sizes": lambda cfg, arrays: cfg.pop("lora_parameters"), "another kind": lambda cfg, arrays: cfg.update(fine_tune_type="dora"),
-    "rank as text": about(rank="8"), "another rank": about(rank=3), "rank 0": about(rank=0), "scale 0": about(scale=0),
-    "scale NaN": about(scale=np.nan), "dropout 1": about(dropout=1), "unknown key": about(keys=["self_attn.w"]),
-    "a key that is no text": about(keys=[1]), "nothing in it": lambda cfg, arrays: arrays.clear(),
-    "one missing": lambda cfg, arrays: arrays.pop(NAME), "one too many": weight(lambda a: {"model.layers.2.mlp.other.lora_a": a[NAME]}),
-    "PEFT's": lambda cfg, arrays: cfg.update(peft_type="LORA"), "whole numbers": weight(lambda a: {NAME: a[NAME].astype(mx.int32)}),
-    "another shape": weight(lambda a: {NAME: a[NAME][:-1]}), "NaN": weight(lambda a: {NAME: a[NAME] * mx.nan}),
-    "infinity": weight(lambda a: {NAME: a[NAME] / 0}), "another name": weight(lambda a: {"x": a.pop(NAME)}),
-    "too many layers": weight(lambda a: {n.replace("layers.0", "layers.3"): w for n, w in a.items()}),
-}
+BROKEN = {"no JSON": text("{"), "a list": text("[1]"), "nested": text("[" * 100_000),
+          "not UTF-8": text("\udcff"), "no sizes": lambda cfg, arrays: cfg.pop("lora_parameters"),
+          "another kind": lambda cfg, arrays: cfg.update(fine_tune_type="dora"),
+          "rank as text": about(rank="8"), "another rank": about(rank=3), "rank 0": about(rank=0),
+          "scale 0": about(scale=0), "scale NaN": about(scale=np.nan), "dropout 1": about(dropout=1),
+          "unknown key": about(keys=["self_attn.w"]), "a key that is no text": about(keys=[1]),
+          "nothing in it": lambda cfg, arrays: arrays.clear(),
+          "one missing": lambda cfg, arrays: arrays.pop(NAME),
+          "one too many": weight(lambda a: {"model.layers.2.mlp.other.lora_a": a[NAME]}),
+          "PEFT's": lambda cfg, arrays: cfg.update(peft_type="LORA"),
+          "whole numbers": weight(lambda a: {NAME: a[NAME].astype(mx.int32)}),
+          "another shape": weight(lambda a: {NAME: a[NAME][:-1]}),
+          "NaN": weight(lambda a: {NAME: a[NAME] * mx.nan}),
+          "infinity": weight(lambda a: {NAME: a[NAME] / 0}),
+          "another name": weight(lambda a: {"x": a.pop(NAME)}),
+          "too many layers": weight(lambda a: {n.replace("layers.0", "layers.3"): w for n, w in a.items()}), }
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -430,13 +497,18 @@ def test_broken_adapters_are_one_sentence(tmp_path, name):
     model, folder = lively(), tmp_path / "ad"
     save_adapters(speaking(model), folder)
     (folder / "mlx_pretrain.sha256.json").unlink()
-    cfg, arrays = json.loads((folder / "adapter_config.json").read_text()), dict(mx.load(str(folder / "adapters.safetensors")))
+    cfg = json.loads((folder / "adapter_config.json").read_text())
+    arrays = dict(mx.load(str(folder / "adapters.safetensors")))
     mx.eval(arrays)
     BROKEN[name](cfg, arrays)
     (folder / "adapter_config.json").write_text(cfg.get("text") or json.dumps(cfg), errors="surrogateescape")
     mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
     with pytest.raises(AdapterError) as error: load_adapters(model, folder)
-    assert str(error.value).startswith(str(folder)) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert (
+        str(error.value).startswith(str(folder))
+        and "\n" not in str(error.value)
+        and len(str(error.value)) < 400
+    )
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapters.safetensors"])
@@ -452,10 +524,16 @@ def test_bytes_gone_wrong(tmp_path, file, caplog):
         caplog.clear()
         try: load_adapters(model, tmp_path)
         except AdapterError as e: refused += "\n" not in str(e)
-        else: assert file.endswith(".json") and f"{file} changed since the export" in caplog.text or broken == whole
+        else:
+            assert (
+                file.endswith(".json")
+                and f"{file} changed since the export" in caplog.text
+                or broken == whole
+            )
     assert refused > (55 if file.endswith(".safetensors") else 40)
     (tmp_path / file).unlink()
-    with pytest.raises(AdapterError, match="holds no adapters that can be read"): load_adapters(model, tmp_path)
+    with pytest.raises(AdapterError, match="holds no adapters that can be read"):
+        load_adapters(model, tmp_path)
 
 
 # A head that is frozen
@@ -467,9 +545,13 @@ def test_a_frozen_head_has_the_same_gradient_for_what_is_below(rows, monkeypatch
     h, w = mx.random.normal((rows, 8), key=mx.random.key(0)), mx.random.normal((50, 8), key=mx.random.key(1))
     targets, mask = mx.random.randint(0, 50, (rows,), key=mx.random.key(2)), mx.arange(rows) % 3 != 1
     (whole, (dh, dw)), (part, (same, none)) = (
-        mx.value_and_grad(lambda h, w, f=frozen: 3 * ops.head_loss(h, w, targets, mask, True, f)[0], argnums=(0, 1))(h, w)
-        for frozen in (False, True))
-    assert mx.array_equal(whole, part) and mx.array_equal(dh, same) and mx.abs(none).max() == 0 < mx.abs(dw).max()
+        mx.value_and_grad(
+            lambda h, w, f=frozen: 3 * ops.head_loss(h, w, targets, mask, True, f)[0], argnums=(0, 1)
+        )(h, w)
+        for frozen in (False, True)
+    )
+    assert mx.array_equal(whole, part) and mx.array_equal(dh,
+                                                          same) and mx.abs(none).max() == 0 < mx.abs(dw).max()
     naive = mx.grad(lambda h: 3 * (nn.losses.cross_entropy(h @ w.T, targets) * mask).sum())(h)
     assert mx.abs(dh - naive).max() < 1e-4
 
@@ -478,7 +560,8 @@ def test_a_frozen_head_has_the_same_gradient_for_what_is_below(rows, monkeypatch
 def test_adapters_freeze_the_head(kind, monkeypatch):
     seen, original = [], model_module.head_loss
     monkeypatch.setattr(model_module, "head_loss", lambda *args: seen.append(args[5]) or original(*args))
-    for model in (lively(kind), apply_lora(lively(kind), LoRAConfig(rank=2))): model.loss(model.hidden(IDS), IDS, IDS >= 0)
+    for model in (lively(kind), apply_lora(lively(kind), LoRAConfig(rank=2))):
+        model.loss(model.hidden(IDS), IDS, IDS >= 0)
     assert seen == [False, True]
 
 
@@ -489,13 +572,15 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(tmp_path, monkeypatch
     def naive(h, w, t, m, *_): return mx.where(m, nn.losses.cross_entropy(h @ w.T, t), 0).sum(), m.sum()
     if planted: monkeypatch.setattr(model_module, "head_loss", naive)
     tok, peaks = ByteTokenizer(49_149), []
-    base = Pretrained(lively(vocab_size=tok.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1), tok, tmp_path)
+    base = Pretrained(lively(vocab_size=tok.vocab_size, hidden_size=16, intermediate_size=16,
+                             num_hidden_layers=1), tok, tmp_path)
     for rows in (2, 8):
         Path("rows.jsonl").write_text((json.dumps({"prompt": "?", "completion": "x" * 125}) + "\n") * rows)
-        t = SFTTrainer(config(data={"validation_file": None}, training={"hyperparameters": {"batch_size": rows}}), base)
+        t = SFTTrainer(config(data={"validation_file": None},
+                              training={"hyperparameters": {"batch_size": rows}}), base)
         mx.eval(t.model.parameters()); mx.clear_cache(); mx.reset_peak_memory()
         held = mx.get_active_memory()
         t.step()
         peaks.append(mx.get_peak_memory() - held)
-    logits = 6 * 126 * tok.vocab_size * 4                                 # those of the larger step beyond the smaller's, in bytes
+    logits = 6 * 126 * tok.vocab_size * 4  # those of the larger step beyond the smaller's, in bytes
     assert (peaks[1] - peaks[0] < logits / 4) != planted

@@ -16,8 +16,9 @@ from mlx.utils import tree_flatten
 
 from mlx_pretrain.config import ConfigError, dump_yaml, load_config
 from mlx_pretrain.model import Llama, LlamaArgs, ScalarHead
-from mlx_pretrain.optim import (SGD, Adam, AdamW, Muon, Optimization, SchedulerConfig, check_optimizer, is_hidden, make_optimizer,
-                                make_schedule, orthogonalize)
+from mlx_pretrain.optim import (
+    SGD, Adam, AdamW, Muon, Optimization, SchedulerConfig, check_optimizer, is_hidden, make_optimizer,
+    make_schedule, orthogonalize)
 
 SHAPES, NAMES = ["linear", "cosine", "cosine_with_warmup", "wsd"], ["adam", "adamw", "muon", "sgd"]
 ratios = st.floats(0, 1, allow_subnormal=False)
@@ -59,7 +60,8 @@ def test_a_schedule_is_a_function_of_the_step(case):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_short_runs_by_hand(shape):
-    run = lambda total: [make_schedule(SchedulerConfig(type=shape, min_lr_ratio=0.25), 8.0, total)(s) for s in range(total)]
+    run = lambda total: [make_schedule(SchedulerConfig(type=shape, min_lr_ratio=0.25), 8.0, total)(s)
+                         for s in range(total)]
     assert run(1) == [8.0]
     assert run(2) == [8.0, 2.0]
     assert run(3) == pytest.approx([8.0, 8.0 if shape == "wsd" else 5.0, 2.0], abs=1e-12)
@@ -99,7 +101,8 @@ def test_default_warmup_is_a_twentieth():
     (100, {"type": "wsd", "decay_ratio": 1.0}, "decay_ratio"),
 ])
 def test_no_room(total, cfg, key):
-    with pytest.raises(ConfigError, match=f"training.scheduler.{key}") as caught: make_schedule(SchedulerConfig(**cfg), 1.0, total)
+    with pytest.raises(ConfigError, match=f"training.scheduler.{key}") as caught:
+        make_schedule(SchedulerConfig(**cfg), 1.0, total)
     assert "\n" not in str(caught.value) and f"a run of {total}" in str(caught.value)
 
 
@@ -183,28 +186,34 @@ def muon(w, grads, decay, kept=0.95, mistake=None):
         if mistake == "decay first": g = g + decay * w
         v = kept * v + g
         x = {"no look ahead": v, "exchanged": v + kept * g}.get(mistake, g + kept * v)
-        length = max(1, w.shape[0] / w.shape[1]) ** 0.5 if mistake == "Jordan's length" else 0.2 * max(w.shape) ** 0.5
+        length = (
+            max(1, w.shape[0] / w.shape[1]) ** 0.5
+            if mistake == "Jordan's length"
+            else 0.2 * max(w.shape) ** 0.5
+        )
         w = w - LR * (length * newton_schulz(x) + (0 if mistake == "decay first" else decay) * w)
     return w
 
 
-PAPERS = {
-    "adamw": (lambda: AdamW(LR, weight_decay=DECAY), partial(adam, decoupled=True)),
-    "adamw, long memory": (lambda: AdamW(LR, (0.9, 0.999), weight_decay=DECAY), partial(adam, decoupled=True, b2=0.999)),
-    "adam": (lambda: Adam(LR, weight_decay=DECAY), partial(adam, decoupled=False)),
-    "sgd": (lambda: SGD(LR, weight_decay=DECAY), sgd),
-    "sgd, no momentum": (lambda: SGD(LR, 0.0, DECAY), partial(sgd, kept=0.0)),
-    "muon": (lambda: Muon(LR, weight_decay=DECAY), muon),
-    "muon, less momentum": (lambda: Muon(LR, 0.8, DECAY), partial(muon, kept=0.8)),
-}
-WRONG = { # name: (the right paper, a known mistake, decay of the mistake)
+PAPERS = {"adamw": (lambda: AdamW(LR, weight_decay=DECAY), partial(adam, decoupled=True)),
+          "adamw, long memory": (lambda: AdamW(LR, (0.9, 0.999), weight_decay=DECAY),
+                                 partial(adam, decoupled=True, b2=0.999)),
+          "adam": (lambda: Adam(LR, weight_decay=DECAY), partial(adam, decoupled=False)),
+          "sgd": (lambda: SGD(LR, weight_decay=DECAY), sgd),
+          "sgd, no momentum": (lambda: SGD(LR, 0.0, DECAY), partial(sgd, kept=0.0)),
+          "muon": (lambda: Muon(LR, weight_decay=DECAY), muon),
+          "muon, less momentum": (lambda: Muon(LR, 0.8, DECAY), partial(muon, kept=0.8)), }
+WRONG = {  # name: (the right paper, a known mistake, decay of the mistake)
     "no bias correction": ("adamw", partial(adam, decoupled=True, corrected=False), DECAY),
     "penalty for decay": ("adamw", partial(adam, decoupled=False), DECAY),
     "decay for penalty": ("adam", partial(adam, decoupled=True), DECAY),
     "adamw without decay": ("adamw", partial(adam, decoupled=True), 0),
     "sgd without penalty": ("sgd", sgd, 0),
     "muon without decay": ("muon", muon, 0),
-} | {f"muon, {m}": ("muon", partial(muon, mistake=m), DECAY) for m in ("decay first", "no look ahead", "exchanged", "Jordan's length")}
+} | {
+    f"muon, {m}": ("muon", partial(muon, mistake=m), DECAY)
+    for m in ("decay first", "no look ahead", "exchanged", "Jordan's length")
+}
 
 
 def example(shape, seed=0):
@@ -243,7 +252,8 @@ def test_the_comparison_sees(name, shape):
 def test_the_comparison_sees_decay_on_a_vector(name):
     w, grads = example((7,))
     with pytest.raises(AssertionError):
-        np.testing.assert_allclose(walk(PAPERS[name][0](), w, grads), PAPERS[name][1](w, grads, DECAY), atol=3e-5)
+        np.testing.assert_allclose(walk(PAPERS[name][0](), w, grads), PAPERS[name][1](w, grads, DECAY),
+                                   atol=3e-5)
 
 
 def test_mlx_muon_is_not_ours():
@@ -265,7 +275,7 @@ def test_singular_values_come_to_about_one(shape, smallest):
     out = np.array(orthogonalize(mx.array((u * np.geomspace(1, smallest, n)) @ v.T)), dtype=float)
     values = np.linalg.svd(out, compute_uv=False)
     assert out.shape == shape and 0.68 < values.min() and values.max() < 1.21
-    assert np.abs(u.T @ out @ v - np.diag(np.diag(u.T @ out @ v))).max() < 1e-3                         # the same directions
+    assert np.abs(u.T @ out @ v - np.diag(np.diag(u.T @ out @ v))).max() < 1e-3  # the same directions
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -288,13 +298,14 @@ def test_steps_are_as_long_as_promised():
         g = mx.random.normal(shape, key=mx.random.key(1))
         new = Muon(1.0, weight_decay=0).apply_gradients({"w": g}, {"w": mx.zeros(shape)})["w"]
         rms = mx.sqrt(mx.square(new).mean()).item() / 0.2
-        assert 0.68 < rms < 1.21 or shape == (64, 64) and 0.6 < rms < 1.21                         # a square one has values near zero
+        # a square one has values near zero
+        assert 0.68 < rms < 1.21 or shape == (64, 64) and 0.6 < rms < 1.21
 
 
 # ---- on a model, compiled, saved, continued
 
-SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-             head_dim=8)
+SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=1, head_dim=8)
 
 
 class Scored(nn.Module):
@@ -324,7 +335,8 @@ def head_only():
     return model
 
 
-MODELS = {"tied": Scored, "untied": partial(Scored, tie_word_embeddings=False), "frozen": frozen, "head only": head_only}
+MODELS = {"tied": Scored, "untied": partial(Scored, tie_word_embeddings=False), "frozen": frozen,
+          "head only": head_only}
 
 
 def loss(model, ids):
@@ -383,7 +395,8 @@ def test_a_saved_run_goes_on(name, kind, tmp_path):
     assert train(step, 3, 6) == losses
     assert same(model.parameters(), fresh.parameters()) and same(opt.state, again.state)
     moved = {n for n, w in tree_flatten(model.parameters()) if not mx.array_equal(w, start[n])}
-    assert moved == {n for n, _ in tree_flatten(model.trainable_parameters())}                     # all that should, and nothing else
+    # all that should, and nothing else
+    assert moved == {n for n, _ in tree_flatten(model.trainable_parameters())}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -402,7 +415,8 @@ def test_forgotten_state_is_seen(name):
 def test_compiled_is_uncompiled(name):
     "Bit for bit, where the compiler does not join a multiplication and an addition into one rounding: measured on Linux, x86-64."
     a, b = MODELS["untied"](), MODELS["untied"]()
-    ours, plain = make_optimizer(Optimization(optimizer=name), 0.01, 0.1), make_optimizer(Optimization(optimizer=name), 0.01, 0.1)
+    ours = make_optimizer(Optimization(optimizer=name), 0.01, 0.1)
+    plain = make_optimizer(Optimization(optimizer=name), 0.01, 0.1)
     assert train(stepper(a, ours), 0, 5) == train(stepper(b, plain, compiled=False), 0, 5)
     assert same(a.parameters(), b.parameters()) and same(ours.state, plain.state)
 
@@ -416,7 +430,8 @@ def test_the_rate_is_the_trainers(name):
     assert same(model.parameters(), start)
     step(ids_at(2), mx.array(0.25))
     assert not any(mx.array_equal(w, start[n]) for n, w in tree_flatten(model.parameters()))
-    assert {o.learning_rate.item() for o in getattr(opt, "optimizers", [opt])} == {0.25} and opt.learning_rate.item() == 0.25
+    assert {o.learning_rate.item() for o in getattr(opt, "optimizers",
+                                                    [opt])} == {0.25} and opt.learning_rate.item() == 0.25
 
 
 @pytest.mark.parametrize("path, hidden", [
@@ -430,11 +445,13 @@ def test_who_gets_muon(path, hidden):
 def test_muon_divides_the_model():
     opt = make_optimizer(Optimization(optimizer="muon", betas=(0.8, 0.9), eps=1e-5, momentum=0.5), 0.01, 0.3)
     opt.init(MODELS["untied"]().trainable_parameters())
-    for_muon, for_adamw = ({n.rsplit(".", 1)[0] for n, _ in tree_flatten(o.state) if n.endswith(".v")} for o in opt.optimizers)
+    for_muon, for_adamw = ({n.rsplit(".", 1)[0] for n, _ in tree_flatten(o.state) if n.endswith(".v")}
+                           for o in opt.optimizers)
     every = {n: w for n, w in tree_flatten(MODELS["untied"]().trainable_parameters())}
     assert for_muon | for_adamw == every.keys() and not for_muon & for_adamw and len(for_muon) == 2 * 7
     left, right = opt.optimizers
-    assert (left.momentum, left.weight_decay, right.betas, right.eps, right.weight_decay) == (0.5, 0.3, [0.8, 0.9], 1e-5, 0.3)
+    assert (left.momentum, left.weight_decay, right.betas, right.eps,
+            right.weight_decay) == (0.5, 0.3, [0.8, 0.9], 1e-5, 0.3)
 
 
 # ---- what users bring
@@ -473,5 +490,6 @@ def test_a_refused_one_would_have_moved():
 
 
 def test_rates_are_numbers():
-    assert all(isinstance(make_schedule(SchedulerConfig(type=shape), 1, 10)(s), float) for shape in SHAPES for s in range(12))
+    assert all(isinstance(make_schedule(SchedulerConfig(type=shape), 1, 10)(s), float) for shape in SHAPES
+               for s in range(12))
     assert math.isfinite(make_schedule(SchedulerConfig(type="wsd", decay_ratio=1.0), 1.0, 1)(5))

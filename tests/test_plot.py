@@ -33,8 +33,8 @@ def dotted(axes): return [line.get_xdata()[0] for line in axes.get_lines() if li
 def trained(run, turn, every=1, steps=40, **scheduler):
     "Fit one number, at 8 tokens a step, and let `turn` do something to the trainer after each."
     def loss(model, batch): return mx.square(model.weight - batch).sum(), mx.array(8)
-    trainer = Trainer(nn.Linear(1, 1, bias=False), loss, lambda step: mx.array([[1.0]]), steps, TrainingConfig(scheduler=scheduler),
-                      run=run, callbacks=[log_metrics(run, every), turn])
+    trainer = Trainer(nn.Linear(1, 1, bias=False), loss, lambda step: mx.array([[1.0]]), steps,
+                      TrainingConfig(scheduler=scheduler), run=run, callbacks=[log_metrics(run, every), turn])
     trainer.run()
     run.finish("finished")
     return trainer
@@ -60,8 +60,11 @@ def test_a_turn_is_drawn_where_it_happened(tmp_path):
     run = Run("run", "", root=tmp_path)
     trained(run, turn, every=10)
     figure = plot_runs([run.path])
-    assert figure.axes[0].get_xlabel() == "tokens seen" and dotted(figure.axes[0]) == pytest.approx([13 * 8, 25 * 8])
-    assert [text.get_text() for text in figure.axes[0].texts] == ["learning_rate_factor 0.13", "learning_rate_factor 0.25"]
+    assert figure.axes[0].get_xlabel() == "tokens seen" and dotted(figure.axes[0]) == pytest.approx(
+        [13 * 8, 25 * 8]
+    )
+    assert [text.get_text()
+            for text in figure.axes[0].texts] == ["learning_rate_factor 0.13", "learning_rate_factor 0.25"]
 
 
 def test_a_dragged_slider_is_one_mark_and_a_slow_one_is_not(tmp_path):
@@ -75,7 +78,8 @@ def test_a_dragged_slider_is_one_mark_and_a_slow_one_is_not(tmp_path):
         run.finish("finished")
     fast, slow = (plot_runs([tmp_path / name]).axes[0] for name in turns)
     assert dotted(fast) == [52] and [text.get_text() for text in fast.texts] == ["kl_coef 3"]
-    assert 5 < len(dotted(slow)) < 20 and all(text.get_text() == f"kl_coef {text.xy[0]:g}" for text in slow.texts)
+    assert 5 < len(dotted(slow)) < 20 and all(text.get_text() == f"kl_coef {text.xy[0]:g}"
+                                              for text in slow.texts)
 
 
 def test_labels_of_turns_do_not_cover_each_other(tmp_path):
@@ -99,7 +103,8 @@ def test_each_name_is_told_once_and_as_it_is(tmp_path):
     places = [logged(tmp_path / name, *rows) for name in ("a/run", "b/run", "_x", "$^$", "other")]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = plot_runs([*places, str(places[0]), places[1] / "metrics.jsonl", tmp_path / "a" / ".." / "_x"])
+        figure = plot_runs([*places, str(places[0]), places[1] / "metrics.jsonl",
+                            tmp_path / "a" / ".." / "_x"])
         save_figure(figure, tmp_path / "a.png")
     assert legend(figure) == ["a/run", "b/run", "_x", r"\$^\$", "other", "training", "validation"]
 
@@ -115,7 +120,8 @@ def test_a_name_that_is_not_utf8_is_drawn(tmp_path):
 @pytest.mark.parametrize("n", [1, 2, 5, 10])
 def test_the_legend_is_outside_and_in_the_picture(tmp_path, n):
     "Red if names of ordinary length run over the edge, or lie on curves."
-    runs = [logged(tmp_path / f"smollm2-135m-sft-seed{i}", {"step": 1, "reward": 1.0, "kl": 1.0}) for i in range(n)]
+    runs = [logged(tmp_path / f"smollm2-135m-sft-seed{i}", {"step": 1, "reward": 1.0, "kl": 1.0})
+            for i in range(n)]
     for figure in (plot_runs(runs), plot_reward_kl(runs)):
         save_figure(figure, tmp_path / "a.png")
         box = figure.legends[0].get_window_extent()
@@ -126,11 +132,17 @@ def test_the_legend_is_outside_and_in_the_picture(tmp_path, n):
 
 def test_reward_against_kl_takes_what_there_is(tmp_path):
     "Only validations, or a line that has only one of the two. Red if a half point is drawn, or a run without either is let through."
-    val = logged(tmp_path / "val", {"step": 0, "val_kl": 0.0, "val_reward": 0.1}, {"step": 9, "val_kl": 2.0, "val_reward": 0.5})
-    half = logged(tmp_path / "half", {"step": 1, "kl": 1.0, "reward": 0.5}, {"step": 2, "kl": None, "reward": 0.7}, {"step": 3, "kl": 2.0})
+    val = logged(tmp_path / "val", {"step": 0, "val_kl": 0.0, "val_reward": 0.1},
+                 {"step": 9, "val_kl": 2.0, "val_reward": 0.5})
+    half = logged(tmp_path / "half", {"step": 1, "kl": 1.0, "reward": 0.5},
+                  {"step": 2, "kl": None, "reward": 0.7}, {"step": 3, "kl": 2.0})
     figure = plot_reward_kl([val, half])
-    (points,), lines = figure.axes[0].collections, {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
-    assert points.get_offsets().tolist() == lines["last step"] == [[1.0, 0.5]] and lines["validation"] == [[0.0, 0.1], [2.0, 0.5]]
+    (points,), lines = figure.axes[0].collections, {line.get_label(): line.get_xydata().tolist()
+                                                    for line in figure.axes[0].get_lines()}
+    assert points.get_offsets().tolist() == lines["last step"] == [[1.0, 0.5]] and lines["validation"] == [
+        [0.0, 0.1],
+        [2.0, 0.5],
+    ]
     bare = logged(tmp_path / "bare", {"step": 1, "reward": 1.0})
     with pytest.raises(UserError, match="bare has logged no reward with a KL"): plot_reward_kl([val, bare])
 
@@ -138,18 +150,21 @@ def test_reward_against_kl_takes_what_there_is(tmp_path):
 def test_lengths_are_counted_per_row():
     "Two answers in a row add up. Red if trained tokens are shifted by a row, or a count falls into a neighbour's bar."
     mask = np.array([0, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 1], bool)
-    rows = SFTDataset(np.arange(12, dtype=np.uint16), mask, np.array([0, 3, 7, 12]), np.array([1, 2, 2]), 0, {"rows": 5, "dropped": 2})
+    rows = SFTDataset(np.arange(12, dtype=np.uint16), mask, np.array([0, 3, 7, 12]), np.array([1, 2, 2]), 0,
+                      {"rows": 5, "dropped": 2})
     figure = plot_lengths(rows, context=4)
     total, answer = (bars.get_data() for bars in figure.axes[0].patches)
     assert dict(zip(total.edges + 0.5, total.values)) == {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1}
     assert dict(zip(answer.edges + 0.5, answer.values)) == {0: 0, 1: 1, 2: 1, 3: 1, 4: 0, 5: 0}
     assert "5 rows, 3 kept, 2 dropped" in figure.axes[0].get_title()
-    assert legend(figure)[2:] == ["median: 4", "95th percentile: 5", "context of 4: 33.3% of the rows are longer"]
+    assert legend(figure)[2:] == ["median: 4", "95th percentile: 5",
+                                  "context of 4: 33.3% of the rows are longer"]
 
 
 def test_a_long_title_stays_in_the_picture(tmp_path):
     "Red if all that became of the rows stands in one line."
     source = dict.fromkeys(("rows", "truncated", "dropped", "filtered", "skipped"), 10_000_000)
-    figure = plot_lengths(SFTDataset(np.zeros(9, np.uint16), np.ones(9, bool), np.array([0, 9]), np.array([1]), 0, source))
+    figure = plot_lengths(SFTDataset(np.zeros(9, np.uint16), np.ones(9, bool), np.array([0, 9]),
+                                     np.array([1]), 0, source))
     save_figure(figure, tmp_path / "a.png")
     assert figure.axes[0].title.get_window_extent().x0 >= 0

@@ -18,15 +18,16 @@ from mlx_pretrain import ppo
 from mlx_pretrain.prompts import pad_prompt_response
 from mlx_pretrain.model import KVCache, ScalarLlama
 from mlx_pretrain.ppo import (
-    ActorCritic, Minibatch, Rollout, gae, kl_estimate, log_probs, minibatches, policy_loss, ppo_loss, token_rewards, value_loss,
-    whiten)
+    ActorCritic, Minibatch, Rollout, gae, kl_estimate, log_probs, minibatches, policy_loss, ppo_loss,
+    token_rewards, value_loss, whiten)
 
 PROMPTS = ("", "a", "abc", "hgfedcba")
 count = lambda prompt, response: response.count("a") / 6  # noqa: E731
 
 
 def trainer_on_padded_prompts(**more):
-    return task(count, prompts=PROMPTS, batch=16, response_length=6, temperature=0.7, pretrained=tiny(loud=5), **more)
+    return task(count, prompts=PROMPTS, batch=16, response_length=6, temperature=0.7, pretrained=tiny(loud=5),
+                **more)
 
 
 # 1. What was sampled is what is scored, and what is scored is what is updated
@@ -47,7 +48,8 @@ def scored(trainer, knobs):
     "Log-probabilities of the last samples, each row alone, in the plainest way; as far as they are off from those in the rollout."
     off, mask = 0.0, np.array(trainer.rollout.response_mask)
     for i, (prompt, response) in enumerate(zip(trainer.sampled.prompts, trainer.sampled.responses)):
-        logits = np.array(trainer.before(mx.array([prompt + response]))[0, len(prompt) - 1:-1], np.float64) / knobs["temperature"]
+        logits = np.array(trainer.before(mx.array([prompt + response]))[0, len(prompt) - 1:-1],
+                          np.float64) / knobs["temperature"]
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         got = np.array(trainer.rollout.logp[i])[mask[i]]
         off = max(off, np.abs(logp[np.arange(len(response)), response] - got).max())
@@ -62,7 +64,11 @@ def sound(trainer, steps=2):
         phases = trainer.phases()
         while next(phases) != "update": pass
         first, knobs = trainer.now.updates[0], trainer.now.knobs
-        fine &= first["approx_kl"] <= 1e-10 and first["clip_fraction"] == 0 and math.sqrt(2 * first["approx_kl"]) <= 1e-5
+        fine &= (
+            first["approx_kl"] <= 1e-10
+            and first["clip_fraction"] == 0
+            and math.sqrt(2 * first["approx_kl"]) <= 1e-5
+        )
         fine &= step > 0 or trainer.now.seen["kl"] == 0
         for _ in phases: pass
         fine &= drawn_again(trainer, knobs) and scored(trainer, knobs) < 1e-5
@@ -83,11 +89,19 @@ class Late(KVCache):
 
 
 MINDS = {
-    "temperature only in sampling": lambda m: m.setattr(ppo, "log_probs", planted(log_probs, ", temperature)\n", ")\n")),
-    "temperature not in the update": lambda m: m.setattr(ppo, "ppo_loss", planted(ppo_loss, "length, batch.temperature", "length")),
-    "positions count the padding": lambda m: m.setattr(ppo, "log_probs", planted(log_probs, "pad=pad", "pad=mx.zeros_like(pad)")),
+    "temperature only in sampling": lambda m: m.setattr(
+        ppo, "log_probs", planted(log_probs, ", temperature)\n", ")\n")
+    ),
+    "temperature not in the update": lambda m: m.setattr(
+        ppo, "ppo_loss", planted(ppo_loss, "length, batch.temperature", "length")
+    ),
+    "positions count the padding": lambda m: m.setattr(
+        ppo, "log_probs", planted(log_probs, "pad=pad", "pad=mx.zeros_like(pad)")
+    ),
     "padding is looked at": lambda m: m.setattr(ppo, "log_probs", planted(log_probs, ", pad=pad", "")),
-    "one token late": lambda m: m.setattr(ppo, "log_probs", planted(log_probs, "[:, start - 1:]", "[:, start - 2:-1]")),
+    "one token late": lambda m: m.setattr(
+        ppo, "log_probs", planted(log_probs, "[:, start - 1:]", "[:, start - 2:-1]")
+    ),
     "a stale cache": lambda m: m.setattr("mlx_pretrain.model.KVCache", Late),
 }
 
@@ -102,7 +116,8 @@ def test_a_mind_divided_is_seen(mistake, monkeypatch):
 
 def batch_of(pretrained, prompts, responses, extra=0):
     tokens, pad, mask = pad_prompt_response(prompts, responses, 0)
-    tokens, pad, mask = np.pad(tokens, [(0, 0), (extra, extra)], constant_values=4), pad + extra, np.pad(mask, [(0, 0), (0, extra)])
+    tokens, pad, mask = np.pad(tokens, [(0, 0), (extra, extra)],
+                               constant_values=4), pad + extra, np.pad(mask, [(0, 0), (0, extra)])
     return mx.array(tokens), mx.array(pad), mx.array(mask)
 
 
@@ -112,7 +127,8 @@ def numbers(pretrained, critic, prompts, responses, extra=0):
     R, rng = mask.shape[1], np.random.default_rng(0)
     noise = [{(tuple(p), tuple(r)): rng.normal(size=len(r)) for p, r in zip(ROWS, SAID)} for _ in range(3)]
     def spread(of):
-        rows = [np.pad(of[tuple(p), tuple(r)], (0, R - len(r)), constant_values=9) for p, r in zip(prompts, responses)]
+        rows = [np.pad(of[tuple(p), tuple(r)], (0, R - len(r)), constant_values=9)
+                for p, r in zip(prompts, responses)]
         return mx.array(np.stack(rows), mx.float32)
 
     old, adv, ret = (spread(of) for of in noise)
@@ -153,7 +169,8 @@ def test_padding_that_matters_is_seen(mistake, monkeypatch):
     wrong = {"positions": (ppo, "log_probs", planted(log_probs, "pad=pad", "pad=mx.zeros_like(pad)")),
              "looks": (ppo, "log_probs", planted(log_probs, ", pad=pad", "")),
              "values": (ppo, "critic_values", planted(ppo.critic_values, ", pad)", ")")),
-             "mask": (ppo, "policy_loss", planted(policy_loss, "mx.where(mask, mx.maximum", "mx.where(mask | True, mx.maximum"))}
+             "mask": (ppo, "policy_loss", planted(policy_loss, "mx.where(mask, mx.maximum",
+                                                  "mx.where(mask | True, mx.maximum"))}
     monkeypatch.setattr(*wrong[mistake])
     assert not padding_is_nothing()
 
@@ -165,7 +182,8 @@ def test_minibatches_hold_each_row_once_without_columns_of_padding(lengths, size
     tokens, pad, mask = pad_prompt_response(prompts, responses, 0)
     numbers = np.where(mask, np.arange(mask.size).reshape(mask.shape) + 1.0, 0)
     rollout = Rollout(*map(mx.array, (tokens, pad, mask, *[numbers] * 6)))
-    parts = minibatches(rollout, np.random.default_rng(0).permutation(len(lengths)), size, {"clip_range": 0.2, "temperature": 1.0})
+    parts = minibatches(rollout, np.random.default_rng(0).permutation(len(lengths)), size,
+                        {"clip_range": 0.2, "temperature": 1.0})
     seen = []
     for part in parts:
         t, p, m = (np.array(x) for x in part.rows[:3])
@@ -185,7 +203,8 @@ def gae_by_hand(rewards, values, lengths, gamma, lam):
     "The definition: a discounted sum over all later surprises, row by row."
     out = np.zeros(rewards.shape)
     for b, n in enumerate(lengths):
-        delta = [rewards[b, t] + gamma * (values[b, t + 1] if t + 1 < n else 0) - values[b, t] for t in range(n)]
+        delta = [rewards[b, t] + gamma * (values[b, t + 1] if t + 1 < n else 0) - values[b, t]
+                 for t in range(n)]
         for t in range(n): out[b, t] = sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, n))
     return out
 
@@ -194,16 +213,23 @@ def advantages_are_right(compute, seed, gamma, lam):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 9, size=5)
     mask = np.arange(9) < lengths[:, None]
-    rewards, values = (np.where(mask, rng.normal(size=mask.shape), 1e4 * rng.normal(size=mask.shape)) for _ in range(2))
+    rewards, values = (np.where(mask, rng.normal(size=mask.shape), 1e4 * rng.normal(size=mask.shape))
+                       for _ in range(2))
     advantages, returns = compute(rewards, values, mask, gamma, lam)
     wanted = gae_by_hand(rewards, values, lengths, gamma, lam)
-    fine = np.abs(advantages - wanted).max() < 1e-4 and np.abs(returns - np.where(mask, wanted + values, 0)).max() < 1e-4
-    if (gamma, lam) == (1, 1): fine &= np.abs(returns[mask] - np.where(mask, rewards, 0)[:, ::-1].cumsum(1)[:, ::-1][mask]).max() < 1e-4
+    fine = (
+        np.abs(advantages - wanted).max() < 1e-4
+        and np.abs(returns - np.where(mask, wanted + values, 0)).max() < 1e-4
+    )
+    if (gamma, lam) == (1, 1):
+        fine &= np.abs(returns[mask] - np.where(mask, rewards,
+                                                0)[:, ::-1].cumsum(1)[:, ::-1][mask]).max() < 1e-4
     return fine
 
 
 @forall(60, seed=st.integers(0, 10_000), gamma=st.sampled_from([1.0, 0.9]), lam=st.sampled_from([0.0, 0.5, 0.95, 1.0]))
-def test_advantages_are_the_sum_of_later_surprises(seed, gamma, lam): assert advantages_are_right(gae, seed, gamma, lam)
+def test_advantages_are_the_sum_of_later_surprises(seed, gamma, lam):
+    assert advantages_are_right(gae, seed, gamma, lam)
 
 
 @pytest.mark.parametrize(("right", "wrong"), {
@@ -235,7 +261,8 @@ def test_rewards_stand_where_they_are_earned(): assert rewards_are_right(token_r
     ("mask.sum(axis=1) - 1", "-1"), ("mask.sum(axis=1) - 1", "mask.sum(axis=1) % mask.shape[1]"), ("-kl_coef", "kl_coef"),
     ("np.where(mask, -kl_coef * (logp - ref_logp), 0)", "-kl_coef * (logp - ref_logp)"), ("(logp - ref_logp)", "(ref_logp - logp)"),
     ("+= scores", "= scores")])
-def test_rewards_in_a_wrong_place_are_seen(right, wrong): assert not rewards_are_right(planted(token_rewards, right, wrong))
+def test_rewards_in_a_wrong_place_are_seen(right, wrong):
+    assert not rewards_are_right(planted(token_rewards, right, wrong))
 
 
 # 4. Whitening
@@ -245,7 +272,12 @@ def white(compute):
     mask = rng.random((20, 9)) < 0.6
     x = np.where(mask, 5 + 3 * rng.normal(size=mask.shape), 1e6)
     y, kept = compute(x, mask), compute(x, mask, shift_mean=False)
-    fine = abs(y[mask].mean()) < 1e-5 and abs(y[mask].var() - 1) < 1e-4 and not y[~mask].any() and not kept[~mask].any()
+    fine = (
+        abs(y[mask].mean()) < 1e-5
+        and abs(y[mask].var() - 1) < 1e-4
+        and not y[~mask].any()
+        and not kept[~mask].any()
+    )
     return fine and abs(kept[mask].mean() - x[mask].mean()) < 1e-4 and abs(kept[mask].var() - 1) < 1e-4
 
 
@@ -283,7 +315,8 @@ def gradient_is_classic(make_loss):
                 total = total - float(adv[i, t]) * (at[token] - mx.logsumexp(at))
         return total
     wanted = dict(tree_flatten(nn.value_and_grad(policy, classic)(policy)[1]))
-    same = all(np.abs(np.array(got[f"policy.{name}"]) - np.array(g)).max() < 1e-5 for name, g in wanted.items())
+    same = all(np.abs(np.array(got[f"policy.{name}"]) - np.array(g)).max() < 1e-5
+               for name, g in wanted.items())
     return same and all(mx.abs(g).max().item() > 0 for g in got.values())
 
 
@@ -295,7 +328,8 @@ def test_at_ratio_1_the_gradient_is_the_classic_one(): assert gradient_is_classi
     "values outside": ("value_loss(values, rows", "value_loss(mx.stop_gradient(values), rows"),
     "old minus new": ("policy_loss(logp, rows.logp", "policy_loss(rows.logp, logp"),
     "returns instead of advantages": ("rows.advantages", "rows.returns")}.values())
-def test_a_dead_gradient_is_seen(right, wrong): assert not gradient_is_classic(planted(ppo_loss, right, wrong))
+def test_a_dead_gradient_is_seen(right, wrong):
+    assert not gradient_is_classic(planted(ppo_loss, right, wrong))
 
 
 # 6. The losses
@@ -309,13 +343,17 @@ def losses_are_right(policy, value, kl, seed):
     r, a = np.exp(new - old)[mask], adv[mask]
     # Schulman et al. 2017: E[min(r A, clip(r) A)]; the values: max((v − R)², (v_old + clip(v − v_old) − R)²) / 2
     wanted_policy = -np.minimum(r * a, np.clip(r, 1 - clip, 1 + clip) * a).sum()
-    wanted_value = 0.5 * np.maximum((v - ret) ** 2, (v_old + np.clip(v - v_old, -vclip, vclip) - ret) ** 2)[mask].sum()
+    wanted_value = 0.5 * np.maximum((v - ret) ** 2,
+                                    (v_old + np.clip(v - v_old, -vclip, vclip) - ret) ** 2)[mask].sum()
     arrays = [mx.array(x, dtype=mx.float32) for x in (new, old, adv, v, v_old, ret)]
     m = mx.array(mask)
     loss, count, seen = policy(*arrays[:3], m, clip)
     vloss, vcount = value(*arrays[3:], m, vclip)
     held = ((a > 0) & (r > 1 + clip)) | ((a < 0) & (r < 1 - clip))
-    fine = abs(loss.item() - wanted_policy) < 1e-3 * max(1, abs(wanted_policy)) and abs(vloss.item() - wanted_value) < 1e-3
+    fine = (
+        abs(loss.item() - wanted_policy) < 1e-3 * max(1, abs(wanted_policy))
+        and abs(vloss.item() - wanted_value) < 1e-3
+    )
     fine &= count.item() == vcount.item() == mask.sum() and seen["clip_fraction"].item() == held.sum()
     fine &= abs(seen["approx_kl"].item() - 0.5 * ((new - old)[mask] ** 2).sum()) < 1e-3
     p, q = (np.exp(x) / np.exp(x).sum() for x in rng.normal(size=(2, 6)))
@@ -325,7 +363,8 @@ def losses_are_right(policy, value, kl, seed):
 
 
 @forall(60, seed=st.integers(0, 10_000))
-def test_losses_are_the_published_ones(seed): assert losses_are_right(policy_loss, value_loss, kl_estimate, seed)
+def test_losses_are_the_published_ones(seed):
+    assert losses_are_right(policy_loss, value_loss, kl_estimate, seed)
 
 
 @pytest.mark.parametrize(("function", "right", "wrong"), [
@@ -337,7 +376,8 @@ def test_losses_are_the_published_ones(seed): assert losses_are_right(policy_los
     (value_loss, "mx.maximum", "mx.minimum"), (value_loss, "0.5 * ", ""), (value_loss, "near - returns", "near - old_values"),
     (kl_estimate, "np.expm1(-ratio) + ratio", "np.expm1(ratio) - ratio"), (kl_estimate, "return ratio if", "return -ratio if")])
 def test_other_losses_are_seen(function, right, wrong):
-    functions = {f.__name__: f for f in (policy_loss, value_loss, kl_estimate)} | {function.__name__: planted(function, right, wrong)}
+    functions = {f.__name__: f for f in (policy_loss, value_loss,
+                                         kl_estimate)} | {function.__name__: planted(function, right, wrong)}
     assert not all(losses_are_right(*functions.values(), seed) for seed in range(10))
 
 
@@ -360,9 +400,11 @@ def test_every_stop_token_ends_a_response():
     pretrained = tiny()
     b = 3 + pretrained.tokenizer.letters.index("b")
     pretrained.tokenizer._eos_ids = (2, b)
-    trainer = task(lambda prompt, response: float(len(response)), pretrained=pretrained, response_length=12, missing_eos_penalty=1.0)
+    trainer = task(lambda prompt, response: float(len(response)), pretrained=pretrained, response_length=12,
+                   missing_eos_penalty=1.0)
     responses = trainer.sample(trainer.data, np.zeros(200, int), {"temperature": 1.0}, 0).responses
     assert {2, b} == {response[-1] for response in responses if len(response) < 12}
     assert not any({2, b} & {*response[:-1]} for response in responses)
     metrics = trainer.step()
-    assert metrics["eos_fraction"] == np.mean([response[-1] in (2, b) for response in trainer.sampled.responses]) > 0.5
+    assert metrics["eos_fraction"] == np.mean([response[-1] in (2, b)
+                                               for response in trainer.sampled.responses]) > 0.5

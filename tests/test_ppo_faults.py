@@ -28,8 +28,8 @@ from mlx.utils import tree_flatten
 
 def small(tok=None, seed=0):
     tok = tok or Letters("abcdefgh")
-    args = LlamaArgs(vocab_size=tok.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                     num_key_value_heads=2, head_dim=8, tie_word_embeddings=False)
+    args = LlamaArgs(vocab_size=tok.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                     num_attention_heads=2, num_key_value_heads=2, head_dim=8, tie_word_embeddings=False)
     return Pretrained(Llama(args, seed), tok, Path("small"))
 
 
@@ -61,12 +61,15 @@ class Home:
 
     def run(self, name, resume=False, reward=number, every=2, callbacks=(), **data):
         "A whole run on bytes."
-        if not (base := self.path / "base").exists(): export(small(ByteTokenizer()).model, ByteTokenizer(), base)
+        if not (base := self.path / "base").exists():
+            export(small(ByteTokenizer()).model, ByteTokenizer(), base)
         cfg = self.cfg([{"prompt": text} for text in ("a", "bc", "hello there")], **data)
         steps = {"checkpoint_interval": every, "validation_interval": 3, "logging_interval": 1}
-        logging = cfg.logging.model_copy(update={"keep_last": 50, "steps": cfg.logging.steps.model_copy(update=steps)})
+        logging = cfg.logging.model_copy(update={"keep_last": 50,
+                                                 "steps": cfg.logging.steps.model_copy(update=steps)})
         go_on = cfg.resume.model_copy(update={"checkpoint": "latest"}) if resume else cfg.resume
-        cfg = cfg.model_copy(update={"name": name, "pretrained_model": str(base), "logging": logging, "resume": go_on})
+        cfg = cfg.model_copy(update={"name": name, "pretrained_model": str(base), "logging": logging,
+                                     "resume": go_on})
         return ppo(cfg, self.runs, reward=reward, callbacks=callbacks)
 
 
@@ -91,7 +94,8 @@ def once(monkeypatch, owner, name, nth, error, late=False):
 
 # ---- a step is atomic
 
-PHASES = [("generate", 2), ("score", 2), ("make_rollout", 1), ("whiten", 2), ("minibatches", 1), ("minibatches", 6)]
+PHASES = [("generate", 2), ("score", 2), ("make_rollout", 1), ("whiten", 2), ("minibatches", 1),
+          ("minibatches", 6)]
 
 
 @pytest.mark.parametrize("name, nth", PHASES)
@@ -118,7 +122,7 @@ def test_an_epoch_that_was_cut_short_is_judged_as_a_whole(share, home, monkeypat
     calm.step()
     with pytest.raises(KeyboardInterrupt): cut.step()
     cut.step()
-    assert same(calm, cut) and (len(calls) == 3) == (share == 0.25)       # two updates, one of them tried twice
+    assert same(calm, cut) and (len(calls) == 3) == (share == 0.25)  # two updates, one of them tried twice
 
 
 def test_ctrl_c_during_an_update_does_not_apply_it_twice(home, monkeypatch):
@@ -146,7 +150,11 @@ def test_ctrl_c_while_a_function_is_compiled_loses_nothing(name, home, monkeypat
 @pytest.mark.parametrize("name, nth", [("generate", 6), ("minibatches", 24), ("_one_update", 50)])
 def test_a_killed_run_ends_as_one_that_was_not(name, nth, home, monkeypatch):
     "Killed in the forecast's shadow, in a sample, in an update: the resumed run has the same bits, state and metrics."
-    held_out = {} if name == "generate" else {"validation_file": home.rows([{"prompt": "zz"}, {"prompt": "q"}], "held.jsonl")}
+    held_out = (
+        {}
+        if name == "generate"
+        else {"validation_file": home.rows([{"prompt": "zz"}, {"prompt": "q"}], "held.jsonl")}
+    )
     calm = home.run("calm", **held_out)
     with monkeypatch.context() as patch:
         once(patch, PPOTrainer if name == "_one_update" else module, name, nth, Killed())
@@ -156,8 +164,8 @@ def test_a_killed_run_ends_as_one_that_was_not(name, nth, home, monkeypatch):
     (a, was), (b, now) = (load_checkpoint(checkpoints(run)[-1]) for run in (calm, cut))
     assert all(mx.array_equal(x, y) for (_, x), (_, y) in zip(tree_flatten(a), tree_flatten(b), strict=True))
     assert was == now
-    lines = [[{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(run) if "event" not in row]
-             for run in (calm, cut)]
+    lines = [[{k: v for k, v in row.items() if k != "tokens_per_second"}
+              for row in read_metrics(run) if "event" not in row] for run in (calm, cut)]
     assert lines[0] == lines[1]
 
 
@@ -172,7 +180,8 @@ def test_a_checkpoint_holds_what_the_guards_have_seen(home):
 
 def test_a_step_that_a_guard_stops_is_not_saved(home):
     "A training that stopped because the policy broke leaves no checkpoint of the broken policy as its latest."
-    with pytest.raises(UserError, match="learning_rate"): home.run("wild", every=1, hyper={"learning_rate": 5.0})
+    with pytest.raises(UserError, match="learning_rate"):
+        home.run("wild", every=1, hyper={"learning_rate": 5.0})
     assert not checkpoints(home.runs / "wild")
 
 
@@ -182,8 +191,11 @@ def test_a_reward_that_fails_loses_nothing(home, caplog):
     def gone(prompt, response):
         if len(done) == 2: raise OSError("the server is gone")
         return number(prompt, response)
-    with pytest.raises(RewardError): home.run("gone", every=500, reward=gone, callbacks=[lambda t, m: done.append(m)])
-    assert [path.name for path in checkpoints(home.runs / "gone")] == ["step_000002"] and "step_000002. To go on" in caplog.text
+    with pytest.raises(RewardError):
+        home.run("gone", every=500, reward=gone, callbacks=[lambda t, m: done.append(m)])
+    assert [path.name for path in checkpoints(home.runs / "gone")] == [
+        "step_000002"
+    ] and "step_000002. To go on" in caplog.text
 
 
 def test_another_reward_counts_the_best_anew(home):
@@ -191,7 +203,8 @@ def test_another_reward_counts_the_best_anew(home):
     held_out = {"validation_file": home.rows([{"prompt": "zz"}, {"prompt": "q"}], "held.jsonl")}
     def end(trainer, metrics):
         if metrics["step"] == 5: raise Killed
-    with pytest.raises(Killed): home.run("cut", callbacks=[end], reward=lambda p, r: 100 + number(p, r), **held_out)
+    with pytest.raises(Killed):
+        home.run("cut", callbacks=[end], reward=lambda p, r: 100 + number(p, r), **held_out)
     assert read_metadata(home.run("cut", resume=True, **held_out))["best"]["val_reward"] < 50
 
 
@@ -202,10 +215,13 @@ def test_a_changed_configuration_turns_the_knob_and_a_turned_knob_stays(home):
         if metrics["step"] == 5: raise Killed
     with pytest.raises(Killed): home.run("cut", callbacks=[end])
     seen = []
-    def look(trainer, metrics): seen.append((trainer.last_knobs["kl_coef"], trainer.last_knobs["temperature"]))
+    def look(trainer, metrics):
+        seen.append((trainer.last_knobs["kl_coef"], trainer.last_knobs["temperature"]))
     run = home.run("cut", resume=True, kl_coef=2.5, callbacks=[look])
     assert {*seen} == {(2.5, 0.9)}
-    assert [(row["name"], row["step"]) for row in read_metrics(run) if row.get("event") == "knob"] == [("temperature", 1), ("kl_coef", 4)]
+    assert [(row["name"], row["step"])
+            for row in read_metrics(run)
+            if row.get("event") == "knob"] == [("temperature", 1), ("kl_coef", 4)]
 
 
 # ---- the forecast
@@ -236,7 +252,9 @@ def test_a_forecast_that_is_interrupted_leaves_no_trace(home):
 
 def test_a_warning_does_not_disown_later_steps(home):
     "\"The last good checkpoint\" of a training that ends much later is not the one before a harmless warning."
-    trainer = home.trainer([{"prompt": ""}], reward=lambda p, r: 1.0 if trainer.steps_done < 3 else count_a(p, r), hyper={"iters": 8})
+    trainer = home.trainer([{"prompt": ""}],
+                           reward=lambda p, r: 1.0 if trainer.steps_done < 3 else count_a(p, r),
+                           hyper={"iters": 8})
     for _ in range(8): trainer.step()
     assert trainer.last_good() == 8
 
@@ -246,7 +264,8 @@ def test_a_step_that_is_not_finite_is_no_explosion():
     one, true = mx.array([[0.0]]), mx.array([[True]])
     _, count, seen = policy_loss(mx.array([[mx.nan]]), one, one, true, 0.2)
     metrics = dict.fromkeys(("reward", "reward_std", "kl", "entropy", "eos_fraction", "response_length"), 1.0)
-    assert Guards().check({**metrics, **{key: (value / count).item() for key, value in seen.items()}}, {"kl_coef": 0.1}) == []
+    assert Guards().check({**metrics, **{key: (value / count).item() for key, value in seen.items()}},
+                          {"kl_coef": 0.1}) == []
 
 
 def test_the_report_of_a_skipped_update_tells_the_truth(home, monkeypatch, caplog):
@@ -293,7 +312,8 @@ def test_small_minibatches_together_are_the_large_one(home):
         made.append(home.trainer(hyper={"gradient_accumulation_steps": together}, ppo_mini_batch_size=size))
         made[-1].step()
     assert made[0].rollout.response_mask.sum(axis=1).max() > made[0].rollout.response_mask.sum(axis=1).min()
-    for other in made[1:]: assert max(np.abs(a - b).max() for a, b in zip(arrays(made[0]), arrays(other), strict=True)) < 1e-5
+    for other in made[1:]:
+        assert max(np.abs(a - b).max() for a, b in zip(arrays(made[0]), arrays(other), strict=True)) < 1e-5
 
 
 def test_checkpointed_blocks_change_no_bit(home):
@@ -307,11 +327,13 @@ def test_log_probabilities_in_chunks_are_those_at_once():
     "Values and gradients over a vocabulary that needs several chunks. Red if a chunk loses its gradient, or the temperature."
     rng = np.random.default_rng(0)
     h, w = mx.array(rng.normal(size=(3, 70, 8)), mx.float32), mx.array(rng.normal(size=(5000, 8)), mx.float32)
-    t, g = mx.array(rng.integers(0, 5000, (3, 70)), mx.int32), mx.array(rng.normal(size=(2, 3, 70)), mx.float32)
+    t = mx.array(rng.integers(0, 5000, (3, 70)), mx.int32)
+    g = mx.array(rng.normal(size=(2, 3, 70)), mx.float32)
     def chunked(h, w): return sum((x * y).sum() for x, y in zip(head_logprobs(h, w, t, 0.7), g))
     def at_once(h, w):
         logp = (z := h @ w.T / 0.7) - mx.logsumexp(z, axis=-1, keepdims=True)
-        return (mx.take_along_axis(logp, t[..., None], axis=-1)[..., 0] * g[0] - (mx.exp(logp) * logp).sum(axis=-1) * g[1]).sum()
+        return (mx.take_along_axis(logp, t[..., None],
+                                   axis=-1)[..., 0] * g[0] - (mx.exp(logp) * logp).sum(axis=-1) * g[1]).sum()
     (a, da), (b, db) = (mx.compile(mx.value_and_grad(f, argnums=(0, 1)))(h, w) for f in (chunked, at_once))
     assert abs(a.item() - b.item()) < 1e-2 and all(mx.abs(x - y).max().item() < 1e-3 for x, y in zip(da, db))
 
@@ -327,31 +349,36 @@ def test_a_log_ratio_of_rows_is_the_log_ratio(home):
 
 def test_few_widths_are_compiled(home):
     "Each width of responses is compiled anew; from 1 to 24 tokens the grid has 1 to 4, 8, 12, 16 and 32."
-    trainer = home.trainer([{"prompt": "ab"}], response_length=24, hyper={"batch_size": 2, "iters": 30, "learning_rate": 1e-9},
-                           ppo_epochs=1)
-    assert {(trainer.step(), trainer.rollout.response_mask.shape[1])[1] for _ in range(16)} <= {1, 2, 3, 4, 8, 12, 16, 32}
+    trainer = home.trainer([{"prompt": "ab"}], response_length=24,
+                           hyper={"batch_size": 2, "iters": 30, "learning_rate": 1e-9}, ppo_epochs=1)
+    assert {(trainer.step(), trainer.rollout.response_mask.shape[1])[1]
+            for _ in range(16)} <= {1, 2, 3, 4, 8, 12, 16, 32}
 
 
 # ---- validation
 
 def test_validation_is_what_is_said_about_all_held_out_prompts(home):
     "Five prompts in batches of two. Red if a smaller last batch weighs as much as the others."
-    held_out = {"validation_file": home.rows([{"prompt": p} for p in ("a", "b", "cde", "e", "f")], "held.jsonl")}
+    held_out = {"validation_file": home.rows([{"prompt": p} for p in ("a", "b", "cde", "e", "f")],
+                                             "held.jsonl")}
     trainer = home.trainer(hyper={"batch_size": 2}, **held_out)
     for _ in range(3): trainer.step()
     before, measured = arrays(trainer), trainer.evaluate()
     sampled = trainer.sample(trainer.held_out, np.arange(5), trainer.last_knobs, -1)
     rollout, seen = trainer.score_samples(sampled, trainer.last_knobs)
     errors = np.array(mx.square(rollout.values - rollout.returns))[np.array(rollout.response_mask)]
-    wanted = {"val_reward": sampled.scores.mean(), "val_kl": seen["kl"], "val_loss": 0.1 * 0.5 * errors.mean()}
+    wanted = {"val_reward": sampled.scores.mean(), "val_kl": seen["kl"],
+              "val_loss": 0.1 * 0.5 * errors.mean()}
     assert measured.keys() == wanted.keys() and all(abs(measured[key] - wanted[key]) < 1e-6 for key in wanted)
-    assert measured == trainer.evaluate() and all(np.array_equal(a, b) for a, b in zip(before, arrays(trainer), strict=True))
+    assert measured == trainer.evaluate() and all(np.array_equal(a, b)
+                                                  for a, b in zip(before, arrays(trainer), strict=True))
 
 
 def test_equal_held_out_prompts_get_answers_of_their_own(home):
     "32 times the same prompt is a mean of 32 answers, whatever the batch size."
     held_out = {"validation_file": home.rows([{"prompt": "a"}] * 32, "held.jsonl")}
-    few, many = (home.trainer(hyper={"batch_size": size}, **held_out).evaluate()["val_reward"] for size in (2, 32))
+    few, many = (home.trainer(hyper={"batch_size": size}, **held_out).evaluate()["val_reward"]
+                 for size in (2, 32))
     assert few == many
 
 
@@ -363,7 +390,8 @@ class Wrong(RewardModel):
 
 
 class Attached:
-    def __array__(self, *args, **kwargs): raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
 
 
 @pytest.mark.parametrize("answer", [[10**400, 1], Attached()], ids=["a huge integer", "a tensor with a gradient"])
@@ -397,7 +425,8 @@ def test_responses_of_rows_are_cut_where_the_last_answer_begins(home):
     "Several answers: the earlier ones are part of the prompt. With a chat template, with a format, and for a tokenizer without bos."
     def says(role, text): return {"role": role, "content": text}
     talk = [says("user", "q"), says("assistant", "early"), says("user", "p <eos>"), says("assistant", "late")]
-    rows, folder = [{"messages": talk, "reward": 1.0}, {"messages": talk[2:], "reward": 0.0}], home.path / "tok"
+    rows = [{"messages": talk, "reward": 1.0}, {"messages": talk[2:], "reward": 0.0}]
+    folder = home.path / "tok"
     ByteTokenizer().save(folder)
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}<bos>{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
@@ -406,7 +435,9 @@ def test_responses_of_rows_are_cut_where_the_last_answer_begins(home):
         theirs = home.trainer(rows, reward=None, pretrained=small(tok)._replace(format=fmt))
         ours = home.trainer(rows, pretrained=small(tok)._replace(format=fmt))
         assert theirs.data.prompts == ours.data.prompts and "early" in tok.decode(ours.data.prompts[0])
-        assert [tok.decode(r) for r in theirs.data.responses] == ["late"] * 2 and all(r[-1] == tok.eos_id for r in theirs.data.responses)
+        assert [tok.decode(r) for r in theirs.data.responses] == ["late"] * 2 and all(
+            r[-1] == tok.eos_id for r in theirs.data.responses
+        )
         theirs.step(), ours.step()
         assert {*theirs.sampled.response_texts} == {"late"}
 
@@ -414,7 +445,9 @@ def test_responses_of_rows_are_cut_where_the_last_answer_begins(home):
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface"])
 def test_what_is_asked_is_what_was_taught(kind, home):
     "The prompt to be answered is the prompt of the row with an answer, in tokens. Red if a response changes how its prompt is cut."
-    row, fmt, tok = {"instruction": "the old man ", "response": " counts", "reward": 1}, PromptFormat(), tokenizer(kind)
+    row = {"instruction": "the old man ", "response": " counts", "reward": 1}
+    fmt = PromptFormat()
+    tok = tokenizer(kind)
     asked = encode_pieces(tok, [ask_pieces(fmt, tok, row)])[0].ids
     trainer = home.trainer([row], reward=None, pretrained=small(tok))
     assert trainer.data.prompts == [asked]
@@ -435,14 +468,17 @@ def test_prompts_that_fill_the_context(home):
 def test_a_bad_first_row_can_be_skipped(home):
     "A first row without a response is as bad as a later one."
     good = [{"prompt": "ab", "completion": said, "reward": 1.0} for said in "ab"]
-    assert len(home.trainer([{"prompt": "ab", "reward": 1.0}, *good], reward=None, on_bad_row="skip").data) == 2
+    assert len(home.trainer([{"prompt": "ab", "reward": 1.0}, *good], reward=None,
+                            on_bad_row="skip").data) == 2
 
 
 def test_two_answers_in_a_row_are_two(home):
     "A question of no tokens: the response is the last answer, and ends once."
-    talk = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("user", ""), ("assistant", "b"))]
+    talk = [{"role": role, "content": text}
+            for role, text in (("user", "q"), ("assistant", "a"), ("user", ""), ("assistant", "b"))]
     rows = [{"messages": talk, "reward": 1.0}]
-    trainer = home.trainer(rows, reward=None, pretrained=small(ByteTokenizer()), prompt_format="{instruction}")
+    trainer = home.trainer(rows, reward=None, pretrained=small(ByteTokenizer()),
+                           prompt_format="{instruction}")
     assert trainer.data.responses == [[ord("b"), ByteTokenizer().eos_id]]
 
 
@@ -458,14 +494,19 @@ def test_conversations_are_checked_as_for_fine_tuning(row):
 def test_the_prompt_of_a_conversation_in_two_columns():
     "What stands before the last response of a row includes the turns of the second column."
     def says(role, text): return {"role": role, "content": text}
-    row = {"prompt": [says("user", "q")], "completion": [says("assistant", "early"), says("user", "p"), says("assistant", "late")]}
+    row = {"prompt": [says("user", "q")], "completion": [says("assistant", "early"), says("user", "p"),
+                                                         says("assistant", "late")]}
     fmt, tok = PromptFormat(input_field="prompt", output_field="completion"), tokenizer("bytes")
     assert "early" in tok.decode(encode_pieces(tok, [ask_pieces(fmt, tok, row)])[0].ids)
 
 
 def test_unwrapping_takes_only_what_was_put_around():
     "The response stands last in this format; nothing is behind it."
-    assert PromptFormat(response_format="{instruction}: {response}").parse_response("q: the answer is: ").endswith("the answer is: ")
+    assert (
+        PromptFormat(response_format="{instruction}: {response}")
+        .parse_response("q: the answer is: ")
+        .endswith("the answer is: ")
+    )
 
 
 def test_a_model_with_adapters_is_told_or_merged(home):

@@ -17,7 +17,8 @@ WORKER = Path(__file__).parent / "workers" / "ppo.py"
 
 
 def work(folder, *killed):
-    done = subprocess.run([sys.executable, WORKER, folder, *killed], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, WORKER, folder, *killed], capture_output=True, text=True,
+                          timeout=300, check=False)
     assert done.returncode == (-9 if killed else 0), done.stderr
 
 
@@ -26,7 +27,12 @@ def end(folder):
     arrays, state = load_checkpoint(checkpoints(folder / "runs" / "run")[-1])
     rows = [row for row in read_metrics(folder / "runs" / "run") if "event" not in row]
     lines = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
-    return dict(tree_flatten(arrays)), state, lines, [json.loads(line) for line in (folder / "said.txt").read_text().splitlines()]
+    return (
+        dict(tree_flatten(arrays)),
+        state,
+        lines,
+        [json.loads(line) for line in (folder / "said.txt").read_text().splitlines()],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,7 @@ def test_killed_in_a_step(place, number, calm, tmp_path):
     work(tmp_path)
     arrays, state, lines, said = end(tmp_path)
     wanted, wanted_state, wanted_lines, wanted_said = calm
-    assert arrays.keys() == wanted.keys() and all(mx.array_equal(arrays[name], wanted[name]) for name in wanted)
+    assert arrays.keys() == wanted.keys() and all(mx.array_equal(arrays[name], wanted[name])
+                                                  for name in wanted)
     assert state == wanted_state and lines == wanted_lines
     assert said[-3:] == wanted_said[-3:] and len(said) > before              # the same responses, once more

@@ -23,11 +23,11 @@ def config(tmp_path, monkeypatch):
     write("val.jsonl", "bottles of milk")
 
     def make(**sections):
-        values = {
-            "name": "run", "data": {"input_file": "train.jsonl", "validation_file": "val.jsonl", "preprocessing": {"max_context_size": 16}},
-            "model": {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2}},
-            "training": {"hyperparameters": {"batch_size": 2, "learning_rate": 1e-2, "iters": 6}},
-            "logging": {"steps": {"validation_interval": 3, "checkpoint_interval": 2}}}
+        values = {"name": "run", "data": {"input_file": "train.jsonl", "validation_file": "val.jsonl",
+                                          "preprocessing": {"max_context_size": 16}},
+                  "model": {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2}},
+                  "training": {"hyperparameters": {"batch_size": 2, "learning_rate": 1e-2, "iters": 6}},
+                  "logging": {"steps": {"validation_interval": 3, "checkpoint_interval": 2}}}
         for key, value in sections.items():
             *parents, last = key.split("__")
             section = values
@@ -37,7 +37,9 @@ def config(tmp_path, monkeypatch):
     return make
 
 
-def write(name, what): Path(name).write_text("".join(json.dumps({"text": f"{i} {what} on the wall"}) + "\n" for i in range(10, 20)))
+def write(name, what):
+    Path(name).write_text("".join(json.dumps({"text": f"{i} {what} on the wall"}) + "\n"
+                                  for i in range(10, 20)))
 
 
 ITERS, LATEST = "training__hyperparameters__iters", {"resume__checkpoint": "latest"}
@@ -45,7 +47,9 @@ ITERS, LATEST = "training__hyperparameters__iters", {"resume__checkpoint": "late
 
 @pytest.mark.parametrize("batch_size, accumulate, epochs", [(2, 1, 1), (3, 1, 2), (2, 3, 1), (4, 5, 2), (7, 2, 3)])
 def test_every_target_once_an_epoch(config, batch_size, accumulate, epochs):
-    cfg = config(training={"epochs": epochs, "hyperparameters": {"batch_size": batch_size, "gradient_accumulation_steps": accumulate}})
+    cfg = config(training={"epochs": epochs,
+                           "hyperparameters": {"batch_size": batch_size,
+                                               "gradient_accumulation_steps": accumulate}})
     trainer = PretrainTrainer(cfg)
     n = len(trainer.data)
     assert trainer.total_steps == -(-n * epochs // (batch_size * accumulate))
@@ -64,7 +68,8 @@ def test_checkpointing_reaches_the_model(config, monkeypatch):
 
 
 def test_precision_reaches_the_loss(config):
-    exact, auto, narrow = (PretrainTrainer(config(system__precision=p)).step() for p in ("float32", "auto", "bfloat16"))
+    exact, auto, narrow = (PretrainTrainer(config(system__precision=p)).step()
+                           for p in ("float32", "auto", "bfloat16"))
     if mx.default_device().type == mx.cpu: assert auto["loss"] == exact["loss"]
     assert 0 < abs(narrow["loss"] - exact["loss"]) < 0.02
     trainer = PretrainTrainer(config(system__precision="bfloat16"))
@@ -76,7 +81,10 @@ def test_a_forecast_comes_first(config, capsys):
     pretrain(config())
     said = capsys.readouterr().out
     assert said.index("parameters") < said.index("About") < said.index("tokens/s") < said.index("Took")
-    assert "About" in Path("runs/run/logs/log.txt").read_text() and "ended: finished" in Path("runs/run/logs/log.txt").read_text()
+    assert (
+        "About" in Path("runs/run/logs/log.txt").read_text()
+        and "ended: finished" in Path("runs/run/logs/log.txt").read_text()
+    )
 
 
 def test_reset_once(config, caplog):
@@ -85,7 +93,10 @@ def test_reset_once(config, caplog):
     pretrain(config(**LATEST, **{ITERS: 9}, resume__reset_optimizer=True))
     assert latest_checkpoint("runs/run").arrays["optimizer"]["step"].item() == 3
     pretrain(config(**LATEST, **{ITERS: 12}, resume__reset_optimizer=True))
-    assert latest_checkpoint("runs/run").arrays["optimizer"]["step"].item() == 6 and "reset before" in caplog.text
+    assert (
+        latest_checkpoint("runs/run").arrays["optimizer"]["step"].item() == 6
+        and "reset before" in caplog.text
+    )
 
 
 def test_other_text_is_told(config, caplog):
@@ -95,7 +106,10 @@ def test_other_text_is_told(config, caplog):
     assert "not what it was" not in caplog.text
     write("train.jsonl", "cups of tea")
     pretrain(config(**LATEST, **{ITERS: 10}))
-    assert "The training data, or how they are cut, are not what they were." in caplog.text and "held-out" not in caplog.text
+    assert (
+        "The training data, or how they are cut, are not what they were." in caplog.text
+        and "held-out" not in caplog.text
+    )
 
 
 def test_another_function_before_it_is_told(config, caplog):
@@ -120,7 +134,8 @@ def test_finished_already(config, capsys):
     before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
     pretrain(config(**LATEST))
     assert "It has all its 6 steps" in capsys.readouterr().out
-    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before and not list(path.parent.glob(".*"))
+    assert {p: p.read_bytes()
+            for p in path.rglob("*") if p.is_file()} == before and not list(path.parent.glob(".*"))
 
 
 def test_a_branch_is_not_finished_because_its_parent_is(config):
@@ -136,7 +151,10 @@ def test_what_it_took_adds_up(config):
     took = json.loads(Path("runs/run/metadata.json").read_text())["took"]
     pretrain(config(**LATEST, **{ITERS: 12}))
     again = json.loads(Path("runs/run/metadata.json").read_text())["took"]
-    assert again["seconds"] > took["seconds"] and again["tokens"] == read_metrics("runs/run")[-1]["tokens"] > took["tokens"]
+    assert (
+        again["seconds"] > took["seconds"]
+        and again["tokens"] == read_metrics("runs/run")[-1]["tokens"] > took["tokens"]
+    )
 
 
 def test_an_old_model_does_not_speak_for_a_run_that_goes_on(config):
@@ -153,7 +171,9 @@ def test_a_tokenizer_that_cannot_be_saved_frees_the_name(config, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("mlx_pretrain.tokenizer.Tokenizer.save", fails)
         with pytest.raises(OSError, match="full"): pretrain(cfg)
-    assert json.loads(Path("runs/run/metadata.json").read_text())["outcome"] == "failed" and not list(Path("runs").glob(".*"))
+    assert json.loads(Path("runs/run/metadata.json").read_text())["outcome"] == "failed" and not list(
+        Path("runs").glob(".*")
+    )
     pretrain(cfg)
 
 

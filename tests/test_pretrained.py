@@ -23,9 +23,10 @@ from mlx_pretrain.run import ResumeConfig, Run, RunError, find_checkpoint
 from mlx_pretrain.tokenizer import ByteTokenizer, SentencePieceTokenizer, SpecialTokens, train_sentencepiece
 
 BYTE = ByteTokenizer()
-SIZES = dict(vocab_size=BYTE.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
-LLAMA3 = RopeScaling(type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+SIZES = dict(vocab_size=BYTE.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
+LLAMA3 = RopeScaling(type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                     original_max_position_embeddings=32)
 HASHES = "mlx_pretrain.sha256.json"
 IDS = mx.array([[5, 6, 200, 257, 9, 9, 12, 77], [1, 2, 3, 4, 5, 6, 7, 8]])
 
@@ -89,17 +90,23 @@ def test_sentencepiece_model(tmp_path):
     model = lively(vocab_size=tokenizer.vocab_size)
     export(model, tokenizer, tmp_path / "m")
     back = load(str(tmp_path / "m"))
-    assert isinstance(back.tokenizer, SentencePieceTokenizer) and back.tokenizer.encode("the llama\n") == tokenizer.encode("the llama\n")
-    config, generation = (json.loads((tmp_path / "m" / name).read_text()) for name in ("config.json", "generation_config.json"))
-    for where in (config, generation): assert [where[f"{n}_token_id"] for n in ("pad", "bos", "eos")] == [0, 2, 3]
+    assert isinstance(back.tokenizer, SentencePieceTokenizer) and back.tokenizer.encode(
+        "the llama\n"
+    ) == tokenizer.encode("the llama\n")
+    config, generation = (json.loads((tmp_path / "m" / name).read_text())
+                          for name in ("config.json", "generation_config.json"))
+    for where in (config, generation):
+        assert [where[f"{n}_token_id"] for n in ("pad", "bos", "eos")] == [0, 2, 3]
 
 
 def test_what_is_written(saved):
     config = json.loads((saved / "config.json").read_text())
-    wanted = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rope_theta": 1e4, "rope_scaling": None,
-              "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": True, "head_dim": 8,
-              "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256,
-              "dtype": "float32", "torch_dtype": "float32", "attention_bias": False, "mlp_bias": False, "max_position_embeddings": 256}
+    wanted = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+              "rope_theta": 1e4, "rope_scaling": None,
+              "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": True,
+              "head_dim": 8, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "bos_token_id": 257,
+              "eos_token_id": 258, "pad_token_id": 256, "dtype": "float32", "torch_dtype": "float32",
+              "attention_bias": False, "mlp_bias": False, "max_position_embeddings": 256}
     assert {k: config.get(k) for k in wanted} == wanted
     weights, metadata = mx.load(str(saved / "model.safetensors"), return_metadata=True)
     assert metadata == {"format": "pt"} and "lm_head.weight" not in weights
@@ -111,8 +118,9 @@ def test_what_is_written(saved):
        heads=st.sampled_from([(4, 1), (4, 2), (4, 4), (6, 3)]), half=st.integers(1, 40), eps=st.floats(1e-9, 1e-2))
 def test_sizes_survive_the_way_through_json(theta, factor, kind, tied, heads, half, eps):
     scaling = RopeScaling() if kind == "none" else RopeScaling(type=kind, factor=factor)
-    args = LlamaArgs(**{**SIZES, "rope_theta": theta, "rope_scaling": scaling, "tie_word_embeddings": tied, "head_dim": 2 * half,
-                        "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "rms_norm_eps": eps})
+    args = LlamaArgs(**{**SIZES, "rope_theta": theta, "rope_scaling": scaling, "tie_word_embeddings": tied,
+                        "head_dim": 2 * half, "num_attention_heads": heads[0],
+                        "num_key_value_heads": heads[1], "rms_norm_eps": eps})
     config = json.loads(json.dumps(args_to_hf(args, BYTE)))
     assert args_from_hf(config) == args
     assert args_from_hf({k: v for k, v in config.items() if k != "rope_parameters"}) == args
@@ -126,7 +134,7 @@ def test_traditional_rope_is_sorted_into_the_usual_layout(tmp_path):
     assert not back.args.rope_traditional
     scale = mx.abs(model(IDS)).max().item()
     assert mx.abs(back(IDS) - model(IDS)).max().item() < 2e-5 * scale
-    edit(tmp_path / "m", rope_traditional=True)                           # what mlx-lm calls it: then the rows stay as they are
+    edit(tmp_path / "m", rope_traditional=True)  # what mlx-lm calls it: then the rows stay as they are
     assert load(tmp_path / "m").model.args.rope_traditional
     assert mx.abs(load(tmp_path / "m").model(IDS) - model(IDS)).max().item() > 0.01 * scale
 
@@ -142,7 +150,9 @@ def test_bfloat16_masters_become_float32(model, tmp_path):
 def test_half_precision_is_read_exactly(saved, model, dtype):
     reweigh(saved, lambda w: w.update({k: v.astype(dtype) for k, v in w.items()}))
     for name, w in tree_flatten(load(saved).model.parameters()):
-        assert w.dtype == mx.float32 and mx.array_equal(w, dict(tree_flatten(model.parameters()))[name].astype(dtype).astype(mx.float32))
+        assert w.dtype == mx.float32 and mx.array_equal(
+            w, dict(tree_flatten(model.parameters()))[name].astype(dtype).astype(mx.float32)
+        )
 
 
 # ---- shards
@@ -167,7 +177,7 @@ def test_shards(saved, model):
     index = shard(saved)
     assert mx.array_equal(load(saved).model(IDS), model(IDS))
     index.unlink()
-    assert mx.array_equal(load(saved).model(IDS), model(IDS))             # also without an index, if all is there
+    assert mx.array_equal(load(saved).model(IDS), model(IDS))  # also without an index, if all is there
     (saved / "model-00002-of-00003.safetensors").unlink()
     refused(saved, "lacks model.", "and ")
 
@@ -278,14 +288,15 @@ def with_vocabulary(tmp_path_factory):
     "An export with a file that is neither text nor weights, and one that is no JSON."
     home = tmp_path_factory.mktemp("vocabulary")
     tok = train_sentencepiece(["a few words for a small vocabulary"] * 3, 290, home / "tok")
-    export(lively(vocab_size=tok.vocab_size), tok, home / "m", PromptFormat(prompt_format="Q: {instruction}\nA:"))
+    export(lively(vocab_size=tok.vocab_size), tok, home / "m",
+           PromptFormat(prompt_format="Q: {instruction}\nA:"))
     return home / "m"
 
 
 def test_no_flipped_bit_goes_unseen(with_vocabulary, tmp_path, caplog):
     rng, kept = random.Random(0), shutil.copytree(with_vocabulary, tmp_path / "m")
     names = sorted(path.name for path in kept.iterdir())
-    header = 64 + 8 * int.from_bytes((kept / "model.safetensors").read_bytes()[:8], "little")              # its bits
+    header = 64 + 8 * int.from_bytes((kept / "model.safetensors").read_bytes()[:8], "little")  # its bits
     assert {"tokenizer.model", "chat_template.jinja", "model.safetensors", HASHES} < {*names}
     assert opens_with_a_warning(kept, caplog) == ""
     for name in names:
@@ -293,8 +304,9 @@ def test_no_flipped_bit_goes_unseen(with_vocabulary, tmp_path, caplog):
             bit = rng.randrange(8 * (kept / name).stat().st_size)
             flip(kept / name, bit)
             said = opens_with_a_warning(kept, caplog)
-            named = "" if name == HASHES else name                        # a hash that differs looks like a file that does
-            text = name.endswith((".json", ".jinja")) or name == "model.safetensors" and bit < header     # there, as if saved anew
+            named = "" if name == HASHES else name  # a hash that differs looks like a file that does
+            # there, as if saved anew
+            text = name.endswith((".json", ".jinja")) or name == "model.safetensors" and bit < header
             assert said is None or text and f"{named} changed since the export" in said, (name, said)
             shutil.copy(with_vocabulary / name, kept / name)
     assert opens_with_a_warning(kept, caplog) == ""
@@ -309,7 +321,8 @@ def test_what_is_missing_or_torn_is_named(with_vocabulary, tmp_path, caplog):
             if cut is None and path.name == HASHES: assert opens_with_a_warning(kept, caplog) == ""
             elif path.suffix == ".jinja" and cut: assert path.name in opens_with_a_warning(kept, caplog)
             elif path.suffix == ".json" and cut == path.stat().st_size - 1 and path.name != HASHES:
-                assert path.name in (opens_with_a_warning(kept, caplog) or path.name)          # its last line break, perhaps
+                # its last line break, perhaps
+                assert path.name in (opens_with_a_warning(kept, caplog) or path.name)
             else: refused(kept, path.name, error=UserError)
             shutil.rmtree(kept)
 
@@ -320,13 +333,18 @@ def test_the_remedies_work(saved, model, caplog):
     refused(saved, "model.safetensors is damaged or incomplete", f"delete {saved / HASHES}")
     (saved / "model.safetensors").write_bytes(original)
     edit(saved, max_position_embeddings=64)
-    assert load(saved).model.args.max_position_embeddings == 64 and [r.getMessage() for r in caplog.records] == [
-        f"{saved}: config.json changed since the export; if that was on purpose, delete {saved / HASHES}."]
+    assert load(saved).model.args.max_position_embeddings == 64 and [
+        r.getMessage() for r in caplog.records
+    ] == [f"{saved}: config.json changed since the export; if that was on purpose, delete {saved / HASHES}."]
     caplog.clear()
     (saved / HASHES).unlink()
     assert load(saved).model.args.max_position_embeddings == 64 and not caplog.records
     export(model, BYTE, saved)
-    assert load(saved).model.args.max_position_embeddings == 256 and not caplog.records and (saved / HASHES).exists()
+    assert (
+        load(saved).model.args.max_position_embeddings == 256
+        and not caplog.records
+        and (saved / HASHES).exists()
+    )
 
 
 # ---- config.json
@@ -363,10 +381,12 @@ def test_config_that_is_no_object(saved, text):
 
 
 def test_defaults_are_those_of_transformers():
-    args = args_from_hf({"model_type": "llama", "vocab_size": 10, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-                         "num_attention_heads": 4, "head_dim": None, "rope_theta": None})
-    assert args == LlamaArgs(vocab_size=10, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-                             num_key_value_heads=4, head_dim=8, max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e4,
+    args = args_from_hf({"model_type": "llama", "vocab_size": 10, "hidden_size": 32, "intermediate_size": 48,
+                         "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": None,
+                         "rope_theta": None})
+    assert args == LlamaArgs(vocab_size=10, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                             num_attention_heads=4, num_key_value_heads=4, head_dim=8,
+                             max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e4,
                              tie_word_embeddings=False)
 
 
@@ -392,9 +412,12 @@ def test_weights_saved_by_another_program_are_a_warning(saved, caplog):
     before = load(saved).model(IDS)
     weights = dict(mx.load(str(saved / "model.safetensors")))
     mx.eval(weights)
-    mx.save_safetensors(str(saved / "model.safetensors"), {k: 2 * w for k, w in weights.items()}, metadata={"format": "pt", "by": "other"})
-    assert not mx.allclose(load(saved).model(IDS), before) and caplog.text.count("model.safetensors changed since the export") == 1
-    with open(saved / "model.safetensors", "ab") as file: file.write(b"x")                 # and then it is torn
+    mx.save_safetensors(str(saved / "model.safetensors"), {k: 2 * w for k, w in weights.items()},
+                        metadata={"format": "pt", "by": "other"})
+    assert not mx.allclose(load(saved).model(IDS),
+                           before) and caplog.text.count("model.safetensors changed since the export") == 1
+    with open(saved / "model.safetensors", "ab") as file:  # and then it is torn
+        file.write(b"x")
     refused(saved, "model.safetensors is damaged or incomplete")
 
 
@@ -417,7 +440,8 @@ def test_run_and_checkpoint(tmp_path, model, monkeypatch):
     monkeypatch.chdir(checkpoint)
     assert load(".").tokenizer.eos_id == BYTE.eos_id
     export(lively(num_hidden_layers=1), BYTE, run.path / "model")
-    refused(run.path, "no finished model yet", str(checkpoint))  # a run that is gone on with: its model is of an earlier end
+    # a run that is gone on with: its model is of an earlier end
+    refused(run.path, "no finished model yet", str(checkpoint))
     run.finish("finished")
     assert load(run.path).model.args.num_hidden_layers == 1 and load(run.path).path == run.path / "model"
     assert load(checkpoint).model.args.num_hidden_layers == 2
@@ -444,14 +468,16 @@ def test_another_tokenizer_beside_a_checkpoint(tmp_path, model):
     checkpoint = run.save_checkpoint(501, {"model": dict(tree_flatten(model.parameters()))}, state)
     assert mx.array_equal(load(checkpoint).model(IDS), model(IDS))
     ByteTokenizer(special_tokens=SpecialTokens(eos="<end>")).save(run.path / "tokenizer")
-    refused(checkpoint, f"{run.path / 'tokenizer'} is damaged or replaced", "copy the whole run again", error=UserError)
+    refused(checkpoint, f"{run.path / 'tokenizer'} is damaged or replaced", "copy the whole run again",
+            error=UserError)
 
 
 def test_checkpoint_without_sizes(tmp_path, model):
     run, _ = start(tmp_path, model)
     for state in ({}, {"args": None}, {"args": {"vocab_size": 3}}):
         refused(run.save_checkpoint(501, {"model": {}}, state), "state.json does not hold the model's sizes")
-    refused(run.save_checkpoint(501, {}, {"args": model.args.model_dump()}), "lacks model.embed_tokens.weight")
+    refused(run.save_checkpoint(501, {}, {"args": model.args.model_dump()}),
+            "lacks model.embed_tokens.weight")
     shutil.rmtree(run.path / "tokenizer")
     refused(run.save_checkpoint(501, {}, {"args": model.args.model_dump()}), "tokenizer", error=UserError)
 
@@ -466,16 +492,19 @@ def test_replaces_exports_only(saved, model, tmp_path):
     (saved / "README.md").write_text("mine")
     with pytest.raises(PretrainedError, match="holds README.md"): export(model, BYTE, saved)
     with pytest.raises(PretrainedError, match="is a file"): export(model, BYTE, saved / "README.md")
-    with pytest.raises(PretrainedError, match="do not belong together"): export(lively(vocab_size=258), BYTE, tmp_path / "x")
+    with pytest.raises(PretrainedError, match="do not belong together"):
+        export(lively(vocab_size=258), BYTE, tmp_path / "x")
     assert load(saved).model.args.num_hidden_layers == 1 and not (tmp_path / "x").exists()
 
 
 def test_a_failed_export_leaves_the_old_one(saved, model, tmp_path, monkeypatch):
     def full(*args, **more): raise OSError(28, "No space left on device")
     monkeypatch.setattr(BYTE, "save", full)
-    with pytest.raises(RunError, match="No space left on device"): export(lively(num_hidden_layers=1), BYTE, saved)
+    with pytest.raises(RunError, match="No space left on device"):
+        export(lively(num_hidden_layers=1), BYTE, saved)
     monkeypatch.undo()
-    assert mx.array_equal(load(saved).model(IDS), model(IDS)) and [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert mx.array_equal(load(saved).model(IDS),
+                          model(IDS)) and [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
 def test_unwritable_place(model, tmp_path):

@@ -10,14 +10,16 @@ from mlx_pretrain.tokenizer import DataError
 # Prompt formats ----------------------------------------------------------------------------------------------------------------------
 
 ALPHABET = st.sampled_from(["{{", "}}", "{a}", "{b c}", "{é}", "text", "\n", " ", "🙂", '"', ":", "!", "."])
-VALUES = st.one_of(st.text(max_size=10), st.sampled_from(["{", "}", "{a}", "{{a}}", "{a.__class__}", "%s", "\\n"]))
+VALUES = st.one_of(st.text(max_size=10),
+                   st.sampled_from(["{", "}", "{a}", "{{a}}", "{a.__class__}", "%s", "\\n"]))
 
 
 @forall(300, template=st.lists(ALPHABET, max_size=10).map("".join), a=VALUES, b=VALUES, c=VALUES)
 def test_formats_fill_as_python_would(template, a, b, c):
     row = {"a": a, "b c": b, "é": c}
     pieces = split_format(template, "data.prompt_format")
-    assert fill_format(pieces, row) == template.format(**row)                         # the template is harmless, so this is a fair judge
+    # the template is harmless, so this is a fair judge
+    assert fill_format(pieces, row) == template.format(**row)
     assert all(name in row for _, name in pieces[:-1])
     assert all(text for text, name in pieces if name is None)
 
@@ -29,7 +31,8 @@ WRONG = st.sampled_from(["{", "}", "{}", "{a", "a}", "{a!r}", "{a:9}", "{a.b}", 
 def test_any_template_is_taken_apart_or_refused(template):
     try: pieces = split_format(template, "data.prompt_format")
     except ConfigError as e: return check_sentence(str(e).replace(". ", ""), '"data.prompt_format"')
-    rebuilt = "".join(text.replace("{", "{{").replace("}", "}}") + ("" if name is None else f"{{{name}}}") for text, name in pieces)
+    rebuilt = "".join(text.replace("{", "{{").replace("}", "}}") + ("" if name is None else f"{{{name}}}")
+                      for text, name in pieces)
     assert rebuilt == template
 
 
@@ -46,6 +49,9 @@ def test_formats_by_hand():
     assert split_format(spec, "k") == [("### Instruction:\n", "instruction"), ("\n\n### Response:", None)]
     assert split_format("{a}{b}", "k") == [("", "a"), ("", "b")]
     assert split_format("", "k") == [] and split_format("{{}}", "k") == [("{}", None)]
-    for row, says in (({}, 'there is no field "a", the row has no field'), ({"a": 3}, '"a" must be a text in quotes, found a number')):
+    for row, says in (
+        ({}, 'there is no field "a", the row has no field'),
+        ({"a": 3}, '"a" must be a text in quotes, found a number'),
+    ):
         with pytest.raises(DataError) as error: fill_format([("", "a")], row)
         check_sentence(str(error.value), says)

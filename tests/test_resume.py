@@ -27,14 +27,34 @@ WORKERS = Path(__file__).parent / "workers"
 def config(folder, name, optimizer="adamw", total=30, **more):
     "24 windows of 16 bytes, two a step: an epoch ends after 12 steps."
     data = folder / "data.jsonl"
-    if not data.exists(): data.write_text("".join(json.dumps({"text": f"{i} bottles of beer on the wall"}) + "\n" for i in range(10, 22)))
-    return PretrainConfig.model_validate_json(json.dumps({
-        "name": name,
-        "data": {"input_file": str(data), "validation_file": str(data), "preprocessing": {"max_context_size": 16}},
-        "model": {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1}, "attention": {"num_heads": 2}},
-        "training": {"hyperparameters": {"batch_size": 2, "learning_rate": 1e-2, "iters": total}, "optimization": {"optimizer": optimizer}},
-        "logging": {"keep_last": 99, "steps": {"logging_interval": 5, "validation_interval": 10, "checkpoint_interval": 1}},
-        **more}))
+    if not data.exists():
+        data.write_text("".join(json.dumps({"text": f"{i} bottles of beer on the wall"}) + "\n"
+                                for i in range(10, 22)))
+    return PretrainConfig.model_validate_json(
+        json.dumps(
+            {
+                "name": name,
+                "data": {
+                    "input_file": str(data),
+                    "validation_file": str(data),
+                    "preprocessing": {"max_context_size": 16},
+                },
+                "model": {
+                    "dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1},
+                    "attention": {"num_heads": 2},
+                },
+                "training": {
+                    "hyperparameters": {"batch_size": 2, "learning_rate": 1e-2, "iters": total},
+                    "optimization": {"optimizer": optimizer},
+                },
+                "logging": {
+                    "keep_last": 99,
+                    "steps": {"logging_interval": 5, "validation_interval": 10, "checkpoint_interval": 1},
+                },
+                **more,
+            }
+        )
+    )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -43,12 +63,14 @@ def test_from_every_step_of_twenty_in_process(optimizer, tmp_path):
     whole, states = PretrainTrainer(cfg), []
     for _ in range(20):
         whole.step()
-        arrays = {group: {name: mx.array(np.array(a)) for name, a in tensors.items()} for group, tensors in whole.arrays().items()}
+        arrays = {group: {name: mx.array(np.array(a)) for name, a in tensors.items()}
+                  for group, tensors in whole.arrays().items()}
         states.append((arrays, json.loads(json.dumps(whole.state()))))
     for step, (arrays, state) in enumerate(states, 1):
         trainer = PretrainTrainer(cfg)
         trainer.load(Checkpoint(Path("checkpoint"), arrays, state))
-        mx.random.seed(step); np.random.seed(step)  # noqa: NPY002 (somebody else's random numbers are none of ours)
+        mx.random.seed(step)
+        np.random.seed(step)  # noqa: NPY002 (somebody else's random numbers are none of ours)
         trainer.run()
         assert trainer.state() == whole.state() and equal(trainer.arrays(), whole.arrays()), step
 
@@ -68,7 +90,15 @@ def whole_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     for optimizer in OPTIMIZERS:
         for suffix in ("", *(f"-{cut}" for cut in CUTS)):
-            resume = {"checkpoint": str(folder / "runs" / optimizer / "checkpoints" / f"step_{int(suffix[1:]):06d}")} if suffix else {}
+            resume = (
+                {
+                    "checkpoint": str(
+                        folder / "runs" / optimizer / "checkpoints" / f"step_{int(suffix[1:]):06d}"
+                    )
+                }
+                if suffix
+                else {}
+            )
             cfg = config(folder, f"{optimizer}{suffix}", optimizer, resume=resume)
             (folder / f"{cfg.name}.json").write_text(cfg.model_dump_json())
     in_process(folder, *OPTIMIZERS)
@@ -84,10 +114,12 @@ def test_from_three_cuts_in_other_processes(cut, whole_runs):
     in_process(whole_runs, *(f"{optimizer}-{cut}" for optimizer in OPTIMIZERS))
     for optimizer in OPTIMIZERS:
         whole, resumed = (whole_runs / "runs" / name for name in (optimizer, f"{optimizer}-{cut}"))
-        (arrays, state), (again, state_again) = (load_checkpoint(checkpoints(run)[-1]) for run in (whole, resumed))
+        (arrays, state), (again, state_again) = (load_checkpoint(checkpoints(run)[-1])
+                                                 for run in (whole, resumed))
         assert state["step"] == 30 and state_again == state and equal(again, arrays), optimizer
         assert lines_of(resumed) == [line for line in lines_of(whole) if line["step"] > cut], optimizer
-        assert equal(mx.load(str(resumed / "model" / "model.safetensors")), mx.load(str(whole / "model" / "model.safetensors")))
+        assert equal(mx.load(str(resumed / "model" / "model.safetensors")),
+                     mx.load(str(whole / "model" / "model.safetensors")))
 
 
 def test_a_token_cache_that_is_cut_off_under_a_training(tmp_path):
@@ -102,7 +134,8 @@ def test_a_token_cache_that_is_cut_off_under_a_training(tmp_path):
         pretrain(cut, tmp_path / "runs", callbacks=[damage])
     assert checkpoints(tmp_path / "runs" / "cut")[-1].name == "step_000013"
     pretrain(cut.model_copy(update={"resume": ResumeConfig(checkpoint="latest")}), tmp_path / "runs")
-    (arrays, state), (again, state_again) = (load_checkpoint(checkpoints(tmp_path / "runs" / name)[-1]) for name in ("whole", "cut"))
+    (arrays, state), (again, state_again) = (load_checkpoint(checkpoints(tmp_path / "runs" / name)[-1])
+                                             for name in ("whole", "cut"))
     assert state_again == state and equal(again, arrays)
 
 
@@ -114,4 +147,6 @@ def test_a_finished_run_without_its_model_exports_it_again(tmp_path, capsys):
     assert "It has all its 30 steps" in capsys.readouterr().out
     shutil.rmtree(run / "model")
     pretrain(again, tmp_path)
-    assert (run / "model/model.safetensors").read_bytes() == before and read_metadata(run)["outcome"] == "finished"
+    assert (run / "model/model.safetensors").read_bytes() == before and read_metadata(run)[
+        "outcome"
+    ] == "finished"

@@ -22,7 +22,8 @@ from mlx_pretrain.preferences import PreferenceDataset
 from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer
 from mlx_pretrain.reward import RewardConfig, RewardTrainer
 from mlx_pretrain.rows import SFTDataset, LengthGroupedSampler, Segment, ShuffledSampler, resume_sampler
-from mlx_pretrain.run import RunError, Checkpoint, load_checkpoint, read_metadata, read_metrics, write_checkpoint
+from mlx_pretrain.run import (
+    RunError, Checkpoint, load_checkpoint, read_metadata, read_metrics, write_checkpoint)
 from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
 
 KINDS = pytest.mark.parametrize("kind", [ShuffledSampler, LengthGroupedSampler])
@@ -30,15 +31,19 @@ KINDS = pytest.mark.parametrize("kind", [ShuffledSampler, LengthGroupedSampler])
 
 # ---- which rows a step takes
 
-SETTINGS = st.tuples(st.integers(1, 6), st.integers(1, 2), st.integers(0, 2))             # batch size, accumulation, seed
-CUTS = st.lists(st.tuples(st.integers(1, 6), SETTINGS), min_size=2, max_size=8)           # steps until a change, and the change
+# batch size, accumulation, seed
+SETTINGS = st.tuples(st.integers(1, 6), st.integers(1, 2), st.integers(0, 2))
+# steps until a change, and the change
+CUTS = st.lists(st.tuples(st.integers(1, 6), SETTINGS), min_size=2, max_size=8)
 
 
 def take(sampler, steps, seen):
     for step in steps:
         batches = sampler.batches(step)
         seen.update(row for rows in batches for row in rows.tolist() if row >= 0)
-        assert len(batches) <= sampler.last.accumulation and all(len(rows) <= sampler.last.batch_size for rows in batches)
+        assert len(batches) <= sampler.last.accumulation and all(
+            len(rows) <= sampler.last.batch_size for rows in batches
+        )
         assert [rows.tolist() for rows in sampler.batches(step)] == [rows.tolist() for rows in batches]
 
 
@@ -50,7 +55,8 @@ def train(kind, lengths, epochs, settings, cuts, resume=resume_sampler):
         until = min(step + steps, sampler.end)
         take(sampler, range(step, until), seen)
         if resume is resume_sampler: assert sampler.seen(until) == sum(seen.values())
-        sampler, step = resume(kind(lengths, epochs, [Segment(0, *new)]), json.loads(json.dumps(sampler.state())), until), until
+        sampler, step = resume(kind(lengths, epochs, [Segment(0, *new)]),
+                               json.loads(json.dumps(sampler.state())), until), until
     take(sampler, range(step, sampler.end), seen)
     return seen
 
@@ -68,7 +74,9 @@ def by_steps(sampler, saved, step): return sampler
 def without_the_earlier_segments(sampler, saved, step):
     "Knows how many rows were taken, but not which."
     now = resume_sampler(sampler, saved, step)
-    return type(now)(now.rows, now.epochs, [Segment(0, now.last.row, 1, 9), now.last] if now.last.row else [now.last], now.step, now.epoch)
+    return type(now)(now.rows, now.epochs,
+                     [Segment(0, now.last.row, 1, 9), now.last] if now.last.row else [now.last], now.step,
+                     now.epoch)
 
 
 @KINDS
@@ -87,7 +95,8 @@ def test_the_same_settings_are_the_uninterrupted_run(kind, n, settings, cuts):
     for step in np.minimum(np.cumsum(cuts), fresh.end).tolist():
         sampler = resume_sampler(fresh, json.loads(json.dumps(sampler.state())), step)
         assert sampler.state() == fresh.state() and sampler.end == fresh.end
-        for at in range(step, fresh.end): assert np.array_equal(np.concatenate(sampler.batches(at)), np.concatenate(fresh.batches(at)))
+        for at in range(step, fresh.end):
+            assert np.array_equal(np.concatenate(sampler.batches(at)), np.concatenate(fresh.batches(at)))
 
 
 @KINDS
@@ -96,7 +105,8 @@ def test_more_epochs(kind, step):
     "In the middle, and after a last step that was not full: 19 rows by fours."
     seen, once = Counter(), kind(np.arange(2, 21), 1, [Segment(0, 4, 1, 0)])
     take(once, range(min(step, once.end)), seen)
-    thrice = resume_sampler(kind(np.arange(2, 21), 3, [Segment(0, 4, 1, 0)]), once.state(), min(step, once.end))
+    thrice = resume_sampler(kind(np.arange(2, 21), 3, [Segment(0, 4, 1, 0)]), once.state(),
+                            min(step, once.end))
     take(thrice, range(min(step, once.end), thrice.end), seen)
     assert seen == dict.fromkeys(range(19), 3)
 
@@ -105,7 +115,8 @@ def test_more_epochs(kind, step):
 def test_other_rows_begin_the_epoch_again(kind):
     "Thirty rows become forty in the middle of the second epoch of three: each of the forty is seen twice."
     seen, before = Counter(), kind(np.arange(2, 32), 3, [Segment(0, 4, 1, 0)])
-    after = resume_sampler(kind(np.arange(2, 42), 3, [Segment(0, 4, 1, 0)]), before.state(), 10, same_rows=False)
+    after = resume_sampler(kind(np.arange(2, 42), 3, [Segment(0, 4, 1, 0)]), before.state(), 10,
+                           same_rows=False)
     take(after, range(10, after.end), seen)
     assert seen == dict.fromkeys(range(40), 2)
 
@@ -119,8 +130,10 @@ def test_segments_by_hand():
     again = resume_sampler(ShuffledSampler(range(10), 1, [Segment(0, 1, 2, 5)]), sampler.state(), 3)
     assert sorted(again.left.tolist()) == sorted(set(order[6:]) - {*sampler.batches(2)[0].tolist()})
     assert [s.row for s in again.segments] == [0, 6, 8] and again.end == 4
-    next_epoch = resume_sampler(ShuffledSampler(range(10), 2, [Segment(0, 4, 1, 5)]), {**again.state(), "epochs": 2}, 5)
-    assert (next_epoch.epoch, [s.row for s in next_epoch.segments]) == (1, [0, 2])        # those of the first epoch are of no use now
+    next_epoch = resume_sampler(ShuffledSampler(range(10), 2, [Segment(0, 4, 1, 5)]),
+                                {**again.state(), "epochs": 2}, 5)
+    # those of the first epoch are of no use now
+    assert (next_epoch.epoch, [s.row for s in next_epoch.segments]) == (1, [0, 2])
 
 
 # ---- each stage, trained
@@ -129,7 +142,8 @@ TEXTS = [{"text": "x" * n} for n in range(20, 60)]
 ANSWERS = [{"instruction": f"Count to {i}.", "response": " ".join(map(str, range(i)))} for i in range(1, 23)]
 PAIRS = [{"prompt": "", "chosen": "a" * (1 + i % 7), "rejected": "b" * (1 + i % 3)} for i in range(22)]
 PROMPTS = [{"prompt": a + b} for a in "abcd" for b in "abcdef"][:22]
-MODEL = {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1}, "attention": {"num_heads": 2}}
+MODEL = {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1},
+         "attention": {"num_heads": 2}}
 
 
 def write(path, rows):
@@ -141,7 +155,9 @@ def made(stage, tmp_path, batch, epochs=2, asked=None, rows=None, **hyper):
     "A trainer of a stage, on 22 rows (or some windows)."
     default = {"pretrain": TEXTS, "sft": ANSWERS, "reward": PAIRS, "ppo": PROMPTS}[stage]
     data = {"input_file": write(tmp_path / f"{stage}.jsonl", rows or default)}
-    cfg = {"data": data, "training": {"epochs": epochs, "hyperparameters": {"batch_size": batch, "learning_rate": 1e-3, **hyper}}}
+    cfg = {"data": data, "training": {"epochs": epochs,
+                                      "hyperparameters": {"batch_size": batch, "learning_rate": 1e-3,
+                                                          **hyper}}}
     if stage == "pretrain":
         data["preprocessing"] = {"max_context_size": 64}
         return PretrainTrainer(PretrainConfig.model_validate_json(json.dumps({**cfg, "model": MODEL})))
@@ -228,7 +244,9 @@ def test_the_schedule_follows_the_rows(tmp_path):
     assert abs(left - two.total_steps / 2) <= 1
     rates = [trainer.schedule(step) for step in range(trainer.steps_done, trainer.total_steps)]
     assert rates == [whole(step) for step in range(two.total_steps - left, two.total_steps)]
-    assert abs(rates[0] / four.schedule(four.steps_done) - 1) < 0.1 and rates[-1] == four.schedule(four.total_steps - 1)
+    assert abs(rates[0] / four.schedule(four.steps_done) - 1) < 0.1 and rates[-1] == four.schedule(
+        four.total_steps - 1
+    )
 
 
 def test_with_iters_the_schedule_follows_the_steps(tmp_path):
@@ -251,10 +269,23 @@ def tune(stop=None, epochs=2, file="rows.jsonl", scheduler=None, seed=42, data=N
     "Fine-tune on 22 rows; `stop`: interrupt after that step."
     def at(trainer, metrics):
         if metrics["step"] == stop: trainer.stop_requested = True
-    cfg = SFTConfig.model_validate_json(json.dumps({
-        "name": "run", "data": {"input_file": file, **(data or {})}, "model": MODEL, "system": {"seed": seed},
-        "training": {"epochs": epochs, "hyperparameters": {"batch_size": 4, "learning_rate": 1e-3, **hyper}, "scheduler": scheduler or {}},
-        "logging": {"steps": {"logging_interval": 1}}, "resume": {"checkpoint": resume}}))
+    cfg = SFTConfig.model_validate_json(
+        json.dumps(
+            {
+                "name": "run",
+                "data": {"input_file": file, **(data or {})},
+                "model": MODEL,
+                "system": {"seed": seed},
+                "training": {
+                    "epochs": epochs,
+                    "hyperparameters": {"batch_size": 4, "learning_rate": 1e-3, **hyper},
+                    "scheduler": scheduler or {},
+                },
+                "logging": {"steps": {"logging_interval": 1}},
+                "resume": {"checkpoint": resume},
+            }
+        )
+    )
     if stop is None: return sft(cfg)
     with pytest.raises(KeyboardInterrupt): sft(cfg, callbacks=[at])
     return Path("runs/run")
@@ -282,19 +313,30 @@ def stopped(began, tmp_path, monkeypatch):
 def test_the_consequence_of_another_batch_size_is_a_line(stopped, capsys, counted):
     path = tune(batch_size=8, gradient_accumulation_steps=2)
     said = capsys.readouterr().out
-    assert "batch_size 4 → 8; gradient_accumulation_steps 1 → 2: 10 rows of epoch 1 are left; 3 steps to go instead of 9.\n" in said
+    assert (
+        "batch_size 4 → 8; gradient_accumulation_steps 1 → 2: 10 rows of epoch 1 are left; 3 steps to go instead of 9.\n"
+        in said
+    )
     assert "3 steps to go of 6: 2 epochs." in said
-    assert "the learning rate of the next step is " in said and "the 3 steps that are left are the last of a schedule of 4." in said
+    assert (
+        "the learning rate of the next step is " in said
+        and "the 3 steps that are left are the last of a schedule of 4." in said
+    )
     assert "10 rows of epoch 1 are left" in (path / "logs" / "log.txt").read_text()
     assert [row["step"] for row in read_metrics(path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_panel_resumes_by_rows_too(stopped, capsys, counted):
-    cfg = load_config(SFTConfig, "runs/run/config.yaml", {"training.hyperparameters.batch_size": 8, "resume.checkpoint": "latest"})
+    cfg = load_config(SFTConfig, "runs/run/config.yaml", {"training.hyperparameters.batch_size": 8,
+                                                          "resume.checkpoint": "latest"})
     live = Live(SFTTrainer(cfg))
     live.run()
-    assert "batch_size 4 → 8: 10 rows of epoch 1 are left; 5 steps to go instead of 9." in capsys.readouterr().out
-    assert (live.trainer.steps_done, live.panel.bar.max) == (8, 8) and sorted(counted.values()) == [1] * 12 + [2] * 10
+    assert (
+        "batch_size 4 → 8: 10 rows of epoch 1 are left; 5 steps to go instead of 9."
+        in capsys.readouterr().out
+    )
+    assert (live.trainer.steps_done,
+            live.panel.bar.max) == (8, 8) and sorted(counted.values()) == [1] * 12 + [2] * 10
 
 
 def test_nothing_is_said_of_what_is_as_it_was(stopped, capsys):
@@ -325,10 +367,16 @@ def test_raised_epochs_of_a_finished_run(stopped, capsys, counted):
     tune(epochs=1)
     counted.clear(); capsys.readouterr()
     tune(epochs=1)
-    assert 'It has all its 6 steps. To train longer, raise "training.epochs".' in capsys.readouterr().out and not counted
+    assert (
+        'It has all its 6 steps. To train longer, raise "training.epochs".' in capsys.readouterr().out
+        and not counted
+    )
     path = tune(epochs=3)
     assert "22 rows of epoch 2 are left; 12 steps to go instead of 0." in capsys.readouterr().out
-    assert read_metadata(path)["outcome"] == "finished" and [r["step"] for r in read_metrics(path) if "loss" in r][-1] == 18
+    assert (
+        read_metadata(path)["outcome"] == "finished"
+        and [r["step"] for r in read_metrics(path) if "loss" in r][-1] == 18
+    )
 
 
 def test_fewer_epochs_than_were_trained(stopped):
@@ -347,7 +395,10 @@ def test_a_checkpoint_without_a_record(stopped, capsys, counted, caplog, tmp_pat
     shutil.copytree("runs/run", "kept")
     capsys.readouterr()
     tune(batch_size=8)
-    assert "batch_size 4 → 8: 10 rows of epoch 1 are left; 5 steps to go instead of 9." in capsys.readouterr().out
+    assert (
+        "batch_size 4 → 8: 10 rows of epoch 1 are left; 5 steps to go instead of 9."
+        in capsys.readouterr().out
+    )
     caplog.clear()
     shutil.rmtree("runs/run"); shutil.move("kept", "runs/run"); Path("runs/run/config.yaml").unlink()
     with caplog.at_level(logging.WARNING): tune(batch_size=8)

@@ -17,7 +17,9 @@ from mlx_pretrain.ppo import PPOConfig, PPOTrainer, log_probs, make_forward, ppo
 from mlx_pretrain.preferences import pad_right, read_preferences, encode_prompt_response, split_conversations
 from mlx_pretrain.pretrained import Pretrained, export
 from mlx_pretrain.prompt import PromptFormat, encode_pieces, pair_pieces
-from mlx_pretrain.reward import RewardEvaluation, RewardConfig, RewardTrainer, bradley_terry_loss, calibration, correlation, squared_error, train_reward
+from mlx_pretrain.reward import (
+    RewardEvaluation, RewardConfig, RewardTrainer, bradley_terry_loss, calibration, correlation,
+    squared_error, train_reward)
 from mlx_pretrain.reward_model import TrainedReward, last_score, load_reward, make_scorer
 from mlx_pretrain.rules import Contains, Length, Matches, Sentiment, WeightedSum
 from mlx_pretrain.run import checkpoints, load_checkpoint, read_metadata
@@ -40,8 +42,8 @@ def write(path, rows):
 
 def small(tok=None, seed=0, **sizes):
     tok = tok or ByteTokenizer()
-    args = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
-            "head_dim": 8, **sizes}
+    args = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 8, **sizes}
     return Pretrained(Llama(LlamaArgs(vocab_size=tok.vocab_size, **args), seed), tok, Path("small"))
 
 
@@ -71,7 +73,8 @@ def pairs(n, seed=0, swap=False):
         said = ["".join(rng.choice(list("abcdefgh"), rng.integers(1, 9))) for _ in range(2)]
         if said[0].count("a") == said[1].count("a"): continue
         better, worse = sorted(said, key=lambda text: -text.count("a"))
-        made.append({"prompt": "", "chosen": worse if swap else better, "rejected": better if swap else worse})
+        made.append({"prompt": "", "chosen": worse if swap else better,
+                     "rejected": better if swap else worse})
     return made
 
 
@@ -96,10 +99,12 @@ def check_bradley_terry(loss):
     for price in (0.0, 0.01, 0.7):
         chosen, rejected, margin = rng.normal(0, 2, 50), rng.normal(0, 2, 50), rng.normal(0, 1, 50)
         arrays = [mx.array(x, mx.float32) for x in (chosen, rejected, margin)]
-        (total, count, _), gradients = mx.value_and_grad(lambda c, r, m, price=price: loss(c, r, m, price), argnums=(0, 1))(*arrays)
+        (total, count, _), gradients = mx.value_and_grad(lambda c, r, m, price=price: loss(c, r, m, price),
+                                                         argnums=(0, 1))(*arrays)
         wanted, *wanted_gradients = by_formula(chosen, rejected, margin, price)
         assert abs(total.item() - wanted) < 1e-5 * abs(wanted) and count.item() == 50
-        assert all(np.abs(np.array(g) - w).max() < 1e-5 for g, w in zip(gradients, wanted_gradients, strict=True))
+        assert all(np.abs(np.array(g) - w).max() < 1e-5
+                   for g, w in zip(gradients, wanted_gradients, strict=True))
 
 
 def test_bradley_terry_by_its_formula():
@@ -124,15 +129,20 @@ def test_bradley_terry_far_from_zero():
 
 def test_accuracy_counts_a_tie_as_half():
     "Red if a model that says nothing is right, or wrong, about everything."
-    assert bradley_terry_loss(mx.array([1.0, 2.0, 3.0, 0.0]), mx.array([0.0, 2.0, 4.0, 0.0]))[2]["accuracy"].item() == 2.0
+    assert bradley_terry_loss(mx.array([1.0, 2.0, 3.0, 0.0]),
+                              mx.array([0.0, 2.0, 4.0, 0.0]))[2]["accuracy"].item() == 2.0
 
 
 def check_squared_error(loss):
     rng = RNG(1)
     said, wanted = rng.normal(size=20), rng.normal(size=20)
-    (total, count, seen), grad = mx.value_and_grad(loss)(mx.array(said, mx.float32), mx.array(wanted, mx.float32))
+    (total, count, seen), grad = mx.value_and_grad(loss)(mx.array(said, mx.float32),
+                                                         mx.array(wanted, mx.float32))
     assert abs(total.item() - 0.5 * ((said - wanted) ** 2).sum()) < 1e-5 and count.item() == 20
-    assert np.abs(np.array(grad) - (said - wanted)).max() < 1e-6 and abs(seen["error"].item() - np.abs(said - wanted).sum()) < 1e-4
+    assert (
+        np.abs(np.array(grad) - (said - wanted)).max() < 1e-6
+        and abs(seen["error"].item() - np.abs(said - wanted).sum()) < 1e-4
+    )
 
 
 def test_squared_error_by_its_formula():
@@ -147,13 +157,16 @@ def check_loss_of_a_batch(trainer, rows):
     "A batch of three pairs: each margin belongs to its own pair, the better response is the first of the row."
     trainer.model.update(scalar().parameters())
     total, count, seen = trainer.batch_loss(trainer.model, trainer.data.batch(np.array([2, 0, 1])))
-    def says(text): return trainer.model.values(mx.array([[1, *trainer.tokenizer.encode(text), 2]]))[0, -1].item()
-    wanted = sum(by_formula(says(row["chosen"]), says(row["rejected"]), row["margin"], 0.01)[0] for row in rows)
+    def says(text):
+        return trainer.model.values(mx.array([[1, *trainer.tokenizer.encode(text), 2]]))[0, -1].item()
+    wanted = sum(by_formula(says(row["chosen"]), says(row["rejected"]), row["margin"], 0.01)[0]
+                 for row in rows)
     assert abs(total.item() - wanted) < 1e-3 * wanted and count.item() == 3
     assert seen["tokens"].item() == sum(len(row[key]) + 2 for row in rows for key in ("chosen", "rejected"))
 
 
-ROWS = [{"prompt": "", "chosen": "abc", "rejected": "h", "margin": 0.5}, {"prompt": "", "chosen": "b", "rejected": "aaaa", "margin": 3.0},
+ROWS = [{"prompt": "", "chosen": "abc", "rejected": "h", "margin": 0.5},
+        {"prompt": "", "chosen": "b", "rejected": "aaaa", "margin": 3.0},
         {"prompt": "", "chosen": "cccccc", "rejected": "dd", "margin": -1.0}]
 
 
@@ -171,16 +184,19 @@ def test_small_batches_together_are_the_large_one(tmp_path):
     "Five pairs at once, or two and two and one. Red if a mean of means is taken."
     rows, made = pairs(5), []
     for size, together in ((5, 1), (2, 3)):
-        made.append(trainer_on(tmp_path, rows, batch=size, hyper={"gradient_accumulation_steps": together}, steps=2))
+        made.append(trainer_on(tmp_path, rows, batch=size, hyper={"gradient_accumulation_steps": together},
+                               steps=2))
         assert made[-1].epoch == 1
         for _ in range(2): metrics = made[-1].step()
     assert metrics["tokens"] == 2 * sum(len(row[key]) + 2 for row in rows for key in ("chosen", "rejected"))
-    for (_, a), (_, b) in zip(*(tree_flatten(t.model.parameters()) for t in made), strict=True): assert mx.abs(a - b).max() < 2e-4
+    for (_, a), (_, b) in zip(*(tree_flatten(t.model.parameters()) for t in made), strict=True):
+        assert mx.abs(a - b).max() < 2e-4
 
 
 # ---- pooling
 
-TEXTS = [[1, 5, 4, 2], [1, 2], [1, 3, 3, 7, 8, 9, 10, 4, 2], [1, 9, 0, 9, 2], [1, *[3 + n % 8 for n in range(20)], 2]]
+TEXTS = [[1, 5, 4, 2], [1, 2], [1, 3, 3, 7, 8, 9, 10, 4, 2], [1, 9, 0, 9, 2],
+         [1, *[3 + n % 8 for n in range(20)], 2]]
 
 
 def check_pooling(pool):
@@ -195,7 +211,8 @@ def check_pooling(pool):
         return np.array(scores), {name: np.array(g) for name, g in tree_flatten(grads)}
     alone = [run([text], [[True] * len(text)], [weight]) for text, weight in zip(TEXTS, weights)]
     model.update(scalar().parameters())
-    for text, ((score_alone,), _) in zip(TEXTS, alone): assert abs(score_alone - model.values(mx.array([text]))[0, -1].item()) < 1e-4
+    for text, ((score_alone,), _) in zip(TEXTS, alone):
+        assert abs(score_alone - model.values(mx.array([text]))[0, -1].item()) < 1e-4
     for extra, seed in ((0, 0), (9, 1)):
         tokens, mask = pad_right(TEXTS, 0)
         tokens, mask = np.pad(tokens, ((0, 0), (0, extra))), np.pad(mask, ((0, 0), (0, extra)))
@@ -223,7 +240,8 @@ def test_pooling_elsewhere_is_seen(wrong):
 
 def check_order(maker):
     model, texts = scalar(), [TEXTS[i] for i in (4, 1, 0, 2, 3, 1, 4)]
-    alone = [last_score(model, mx.array([text]), mx.ones((1, len(text)), dtype=mx.bool_)).item() for text in texts]
+    alone = [last_score(model, mx.array([text]), mx.ones((1, len(text)), dtype=mx.bool_)).item()
+             for text in texts]
     assert np.abs(maker(model, 0, 2)(texts) - alone).max() < 1e-4
 
 
@@ -235,7 +253,10 @@ def test_a_scorer_keeps_the_order_and_follows_the_training():
     scores = make_scorer(model, 0)
     before = scores(TEXTS)
     model.update(scalar(1).parameters())
-    assert np.abs(scores(TEXTS) - make_scorer(model, 0)(TEXTS)).max() == 0 and np.abs(scores(TEXTS) - before).max() > 1e-3
+    assert (
+        np.abs(scores(TEXTS) - make_scorer(model, 0)(TEXTS)).max() == 0
+        and np.abs(scores(TEXTS) - before).max() > 1e-3
+    )
     assert scores([]).shape == (0,)
 
 
@@ -244,10 +265,11 @@ def test_a_scorer_keeps_the_order_and_follows_the_training():
 def says(role, content): return {"role": role, "content": content}
 
 
-AROUND = PromptFormat(prompt_format="{system_prompt}\nQ: {instruction}\nA:", response_format=" <<{response}>>\n",
-                      system_prompt="Be  kind. ", input_field="prompt", output_field="completion")
-SAID = [("the boats", "count  them", " every morning "), ("é 🙂<eos>", "<pad>\n", "e\u0301▁"), (" ", "", "\n\n"),
-        ("a\u2028", "no\0thing", "<<x>>")]
+AROUND = PromptFormat(prompt_format="{system_prompt}\nQ: {instruction}\nA:",
+                      response_format=" <<{response}>>\n", system_prompt="Be  kind. ", input_field="prompt",
+                      output_field="completion")
+SAID = [("the boats", "count  them", " every morning "), ("é 🙂<eos>", "<pad>\n", "e\u0301▁"),
+        (" ", "", "\n\n"), ("a\u2028", "no\0thing", "<<x>>")]
 
 
 def both_ways(tmp_path, tok, fmt, rows, asked):
@@ -263,7 +285,8 @@ def both_ways(tmp_path, tok, fmt, rows, asked):
         responses.append(whole.ids[whole.start:])
     asks, seen = TrainedReward(scalar(), tok, fmt), []
     asks.scores = lambda texts: (seen.extend(texts), np.zeros(len(texts), np.float32))[1]
-    sample_responses(Pretrained(None, tok, Path(), fmt), replace(episodes, responses=responses), np.arange(len(prompts)), asks)
+    sample_responses(Pretrained(None, tok, Path(), fmt), replace(episodes, responses=responses),
+                     np.arange(len(prompts)), asks)
     return trained.chosen, seen
 
 
@@ -276,7 +299,8 @@ def test_what_is_trained_is_what_ppo_has_read(kind, fmt, tmp_path, monkeypatch):
     trained, used = both_ways(tmp_path, tokenizer(kind), fmt, rows, [{"prompt": p} for p, _, _ in SAID])
     assert trained == used and all(ids[-1] == tokenizer(kind).eos_id for ids in used)
     if fmt is not AROUND: return
-    monkeypatch.setattr(reward_model, "encode_prompt_response", planted(encode_prompt_response, "fmt.format_response(response)", "response"))
+    monkeypatch.setattr(reward_model, "encode_prompt_response",
+                        planted(encode_prompt_response, "fmt.format_response(response)", "response"))
     trained, used = both_ways(tmp_path, tokenizer(kind), fmt, rows, [{"prompt": p} for p, _, _ in SAID])
     assert all(a != b for a, b in zip(trained, used, strict=True))
 
@@ -297,18 +321,28 @@ def spelt(tok, ids): return "".join(map(tok.piece, ids))
 
 def test_a_chat_template_is_read_whole(tmp_path):
     "In training and by PPO: each turn with its control tokens, the response ended as the template ends it. Red if text alone is read."
-    tok, fmt = chat_tokenizer(tmp_path / "tok"), PromptFormat(prompt_format=None, input_field="prompt", output_field="completion")
-    talk = [says("system", "Be brief."), says("user", "q"), says("assistant", "early"), says("user", "p <eos>")]
+    tok = chat_tokenizer(tmp_path / "tok")
+    fmt = PromptFormat(prompt_format=None, input_field="prompt", output_field="completion")
+    talk = [says("system", "Be brief."), says("user", "q"), says("assistant", "early"),
+            says("user", "p <eos>")]
     rows = [{"prompt": talk, "chosen": [says("assistant", "yes ")], "rejected": [says("assistant", "no")]},
             {"prompt": "q", "chosen": "", "rejected": "no"}]
     trained, used = both_ways(tmp_path, tok, fmt, rows, [{"prompt": talk}, {"prompt": "q"}])
     assert trained == used and spelt(tok, used[1]) == "<bos>user\nq<eos>\n<bos>assistant\n<eos>\n"
-    assert spelt(tok, used[0]) == ("<bos>system\nBe brief.<eos>\n<bos>user\nq<eos>\n<bos>assistant\nearly<eos>\n<bos>user\np <eos><eos>\n"
-                                   "<bos>assistant\nyes <eos>\n")
-    assert [*used[0]].count(tok.eos_id) == 5                              # what a user writes is no control token
+    assert spelt(tok, used[0]) == (
+        "<bos>system\nBe brief.<eos>\n<bos>user\nq<eos>\n<bos>assistant\nearly<eos>\n<bos>user\np <eos><eos>\n"
+        "<bos>assistant\nyes <eos>\n"
+    )
+    assert [*used[0]].count(tok.eos_id) == 5  # what a user writes is no control token
     texts = [tok.decode(ids) for ids in read_preferences(tmp_path / "pairs.jsonl", tok, fmt, 500).prompts]
-    assert encode_prompt_response(tok, fmt, texts, ["yes ", ""])[1] == used[1] != encode_prompt_response(tok, fmt, ["another text"], [""])[0]
-    assert encode_prompt_response(tok, fmt, ["another text"], [""]) == encode_prompt_response(tok, fmt, [""], [""], [[says("user", "another text")]])
+    assert (
+        encode_prompt_response(tok, fmt, texts, ["yes ", ""])[1]
+        == used[1]
+        != encode_prompt_response(tok, fmt, ["another text"], [""])[0]
+    )
+    assert encode_prompt_response(tok, fmt, ["another text"], [""]) == encode_prompt_response(
+        tok, fmt, [""], [""], [[says("user", "another text")]]
+    )
 
 
 def test_a_reward_model_reads_prompts_in_its_own_form(tmp_path):
@@ -316,17 +350,21 @@ def test_a_reward_model_reads_prompts_in_its_own_form(tmp_path):
     tok, chat = ByteTokenizer(), chat_tokenizer(tmp_path / "tok")
     asked = read_prompts(write(tmp_path / "r.jsonl", [{"prompt": "Who?"}]), tok, AROUND, 500, 10)
     text, messages = [tok.decode(asked.prompts[0])], asked.columns([0])["prompt_messages"]
-    assert spelt(chat, encode_prompt_response(chat, PromptFormat(prompt_format=None), text, ["I."], messages)[0]) == (
-        "<bos>system\nBe  kind. <eos>\n<bos>user\nWho?<eos>\n<bos>assistant\nI.<eos>\n")
+    assert spelt(
+        chat, encode_prompt_response(chat, PromptFormat(prompt_format=None), text, ["I."], messages)[0]
+    ) == ("<bos>system\nBe  kind. <eos>\n<bos>user\nWho?<eos>\n<bos>assistant\nI.<eos>\n")
     plain = ASKED.model_copy(update={"prompt_format": "<{instruction}>"})
-    assert spelt(tok, encode_prompt_response(tok, plain, text, ["I."], messages)[0]) == "<bos>Be  kind. \n\n<Who?>I.<eos>"
-    assert spelt(tok, encode_prompt_response(tok, PromptFormat(prompt_format="{prompt}"), ["as it is"], ["I."], messages)[0]) == "<bos>as it isI.<eos>"
+    assert spelt(tok, encode_prompt_response(tok, plain, text, ["I."],
+                                             messages)[0]) == "<bos>Be  kind. \n\n<Who?>I.<eos>"
+    assert spelt(tok, encode_prompt_response(tok, PromptFormat(prompt_format="{prompt}"), ["as it is"],
+                                             ["I."], messages)[0]) == "<bos>as it isI.<eos>"
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 def test_conversations_are_read_as_ppo_has_them_read(kind, tmp_path):
     "Two whole conversations, only the answers in them, or answers to a text; earlier turns and a system message are part of the prompt."
-    talk = [says("system", "Be brief."), says("user", "q"), says("assistant", "early"), says("user", "p <eos>")]
+    talk = [says("system", "Be brief."), says("user", "q"), says("assistant", "early"),
+            says("user", "p <eos>")]
     answers = [says("assistant", "yes "), says("assistant", " no")]
     forms = [{"chosen": [*talk, answers[0]], "rejected": [*talk, answers[1]]},
              {"prompt": talk, "chosen": answers[:1], "rejected": answers[1:]},
@@ -347,7 +385,9 @@ def test_too_long_a_text_loses_its_oldest_tokens():
     asks = TrainedReward(model, tok, ASKED)
     asks.scores = lambda texts: (seen.extend(texts), np.zeros(len(texts), np.float32))[1]
     asks.compute_reward(["aaaaaaaab", "a"], ["cd", "cdd"])
-    assert [tok.decode(ids) for ids in seen] == ["abcd", "acdd"] and all(ids[0] == 1 and ids[-1] == 2 and len(ids) == 6 for ids in seen)
+    assert [tok.decode(ids) for ids in seen] == ["abcd", "acdd"] and all(
+        ids[0] == 1 and ids[-1] == 2 and len(ids) == 6 for ids in seen
+    )
 
 
 def test_unfolding_leaves_texts_alone():
@@ -381,9 +421,13 @@ def test_the_length_of_a_response_is_that_of_the_response(tmp_path):
 def test_a_known_rule_is_learned_and_ppo_raises_it(tmp_path):
     "At least 90% of held-out pairs in the right order; at most 10% if all pairs were swapped; and the policy says more `a`."
     held_out = pairs(200, seed=1)
-    right, wrong = (trainer_on(tmp_path, pairs(200, swap=swap), held_out, steps=30, batch=32, lr=5e-3) for swap in (False, True))
+    right, wrong = (trainer_on(tmp_path, pairs(200, swap=swap), held_out, steps=30, batch=32, lr=5e-3)
+                    for swap in (False, True))
     for trainer in (right, wrong): metrics = trainer.run()
-    assert right.evaluate()["val_accuracy"] >= 0.9 and metrics["val_accuracy"] == wrong.evaluate()["val_accuracy"] <= 0.1
+    assert (
+        right.evaluate()["val_accuracy"] >= 0.9
+        and metrics["val_accuracy"] == wrong.evaluate()["val_accuracy"] <= 0.1
+    )
     learned = right.normalised()
     trainer = task(learned, steps=12, batch=32, lr=1e-2, response_length=6, kl_coef=0.05)
     def known():
@@ -396,7 +440,9 @@ def test_a_known_rule_is_learned_and_ppo_raises_it(tmp_path):
 
 def test_rewards_of_rows_are_learned(tmp_path):
     "Single responses: a correlation of at least 0.9 with the rewards of held-out rows."
-    def rows(seed): return [{"prompt": "", "completion": row["chosen"], "reward": count_a("", row["chosen"])} for row in pairs(200, seed)]
+    def rows(seed):
+        return [{"prompt": "", "completion": row["chosen"], "reward": count_a("", row["chosen"])}
+                for row in pairs(200, seed)]
     trainer = trainer_on(tmp_path, rows(0), rows(1), steps=60, batch=32, lr=1e-2)
     assert trainer.run()["val_correlation"] > 0.9
 
@@ -436,7 +482,8 @@ def test_a_constant_reward_is_only_shifted(tmp_path, caplog):
     trainer = trainer_on(tmp_path, pairs(8))
     made = trainer.normalised()
     assert (made.mean, made.std) == (0.0, 1.0) and "the same about all" in caplog.text
-    assert made.compute_reward(["", ""], ["a", ""]).tolist() == [0.0, 0.0] and made.compute_reward([], []).shape == (0,)
+    assert made.compute_reward(["", ""],
+                               ["a", ""]).tolist() == [0.0, 0.0] and made.compute_reward([], []).shape == (0,)
     trainer = trainer_on(tmp_path, pairs(8), normalization_samples=1)     # one sample has no spread either
     trainer.model.update(scalar().parameters())
     assert trainer.normalised().std == 1.0
@@ -449,7 +496,10 @@ def test_opened_again_it_gives_the_same_bits(tmp_path):
     made = TrainedReward(model, tok, AROUND, 0.1, 1 / 3)
     made.save(tmp_path / "model")
     again, asked = load_reward(tmp_path / "model"), (["a", "bc"], ["", "xyz 🙂"])
-    assert again.compute_reward(*asked).tolist() == made.compute_reward(*asked).tolist() and again.format == AROUND
+    assert (
+        again.compute_reward(*asked).tolist() == made.compute_reward(*asked).tolist()
+        and again.format == AROUND
+    )
     assert (again.mean, again.std) == (0.1, 1 / 3)
     plain = TrainedReward(again.model, again.tokenizer, again.format).compute_reward(*asked)
     assert np.abs((plain - 0.1) * 3 - made.compute_reward(*asked)).max() < 1e-5 and np.ptp(plain) > 0
@@ -477,11 +527,16 @@ class Killed(BaseException): pass
 
 def reward_cfg(home, name, rows=None, steps=6, every=2, resume=False, **more):
     if not (home / "base").exists(): export(small().model, ByteTokenizer(), home / "base")
-    rows, held_out = (write(home / file, rows or pairs(20, seed)) for file, seed in (("r.jsonl", 0), ("h.jsonl", 1)))
-    cfg = {"name": name, "pretrained_model": str(home / "base"), "resume": {"checkpoint": "latest" if resume else None},
-           "data": {"input_file": rows, "validation_file": held_out, "response_length": 4, "normalization_samples": 16},
-           "training": {"hyperparameters": {"batch_size": 4, "iters": steps, "learning_rate": 1e-2, **more.pop("hyper", {})}},
-           "logging": {"keep_last": 50, "steps": {"checkpoint_interval": every, "validation_interval": 3, "logging_interval": 1}}, **more}
+    rows, held_out = (write(home / file, rows or pairs(20, seed))
+                      for file, seed in (("r.jsonl", 0), ("h.jsonl", 1)))
+    cfg = {"name": name, "pretrained_model": str(home / "base"),
+           "resume": {"checkpoint": "latest" if resume else None},
+           "data": {"input_file": rows, "validation_file": held_out, "response_length": 4,
+                    "normalization_samples": 16},
+           "training": {"hyperparameters": {"batch_size": 4, "iters": steps, "learning_rate": 1e-2,
+                                            **more.pop("hyper", {})}},
+           "logging": {"keep_last": 50, "steps": {"checkpoint_interval": every, "validation_interval": 3,
+                                                  "logging_interval": 1}}, **more}
     return RewardConfig.model_validate_json(json.dumps(cfg))
 
 
@@ -489,8 +544,10 @@ def same_end(calm, cut):
     "The same arrays and state in the last checkpoint, and the same files of the model."
     (a, was), (b, now) = (load_checkpoint(checkpoints(run)[-1]) for run in (calm, cut))
     assert [name for name, _ in tree_flatten(a)] == [name for name, _ in tree_flatten(b)]
-    assert all(mx.array_equal(x, y) for (_, x), (_, y) in zip(tree_flatten(a), tree_flatten(b), strict=True)) and was == now
-    for file in (calm / "model").iterdir(): assert file.read_bytes() == (cut / "model" / file.name).read_bytes(), file.name
+    assert all(mx.array_equal(x, y)
+               for (_, x), (_, y) in zip(tree_flatten(a), tree_flatten(b), strict=True)) and was == now
+    for file in (calm / "model").iterdir():
+        assert file.read_bytes() == (cut / "model" / file.name).read_bytes(), file.name
 
 
 def stop_after(step):
@@ -502,11 +559,13 @@ def stop_after(step):
 def test_a_killed_reward_training_ends_as_one_that_was_not(tmp_path):
     "Weights, the optimizer's memory, state, mean and standard deviation, to the bit. Red if batches or validations are counted anew."
     calm = train_reward(reward_cfg(tmp_path, "calm"), tmp_path / "runs")
-    with pytest.raises(Killed): train_reward(reward_cfg(tmp_path, "cut"), tmp_path / "runs", callbacks=[stop_after(5)])
+    with pytest.raises(Killed):
+        train_reward(reward_cfg(tmp_path, "cut"), tmp_path / "runs", callbacks=[stop_after(5)])
     assert checkpoints(tmp_path / "runs" / "cut")[-1].name == "step_000004"
     same_end(calm, train_reward(reward_cfg(tmp_path, "cut", resume=True), tmp_path / "runs"))
     known = [read_metadata(tmp_path / "runs" / name)["reward_model"] for name in ("calm", "cut")]
-    assert known[0] == known[1] and {"mean", "std", "accuracy", "calibration_error", "length_correlation"} <= known[0].keys()
+    assert known[0] == known[1] and {"mean", "std", "accuracy", "calibration_error",
+                                     "length_correlation"} <= known[0].keys()
     other = train_reward(reward_cfg(tmp_path, "other", hyper={"learning_rate": 9e-3}), tmp_path / "runs")
     assert fails(same_end, calm, other)
 
@@ -524,10 +583,12 @@ def test_killed_before_the_model_was_written(tmp_path, monkeypatch):
 def test_the_best_weights_are_kept(tmp_path, monkeypatch):
     "By the loss on held-out pairs. Red if the last weights are written, or those with the highest loss."
     measured = iter([0.5, 0.2, 0.9])
-    monkeypatch.setattr(RewardTrainer, "evaluate", lambda self: {"val_loss": next(measured), "val_accuracy": 0.5})
+    monkeypatch.setattr(RewardTrainer, "evaluate",
+                        lambda self: {"val_loss": next(measured), "val_accuracy": 0.5})
     run = train_reward(reward_cfg(tmp_path, "run", steps=9), tmp_path / "runs")
     assert read_metadata(run)["best"] == {"step": 6, "val_loss": 0.2}
-    weights = load_checkpoint(next(path for path in checkpoints(run) if path.name == "step_000006"))[0]["model"]
+    weights = load_checkpoint(next(path
+                                   for path in checkpoints(run) if path.name == "step_000006"))[0]["model"]
     last = load_checkpoint(checkpoints(run)[-1])[0]["model"]
     written = dict(tree_flatten(load_reward(run).model.parameters()))
     assert all(mx.array_equal(written[name], weights[name]) for name in weights)
@@ -539,11 +600,15 @@ def test_a_run_is_opened_by_name_and_its_figures_are_those_of_its_rows(tmp_path,
     monkeypatch.chdir(tmp_path)
     run = train_reward(reward_cfg(tmp_path, "mine", steps=12), "runs")
     opened, rows = load_reward("mine"), pairs(20, 1)
-    better, worse = (opened.compute_reward([row["prompt"] for row in rows], [row[key] for row in rows]) for key in ("chosen", "rejected"))
+    better, worse = (opened.compute_reward([row["prompt"] for row in rows], [row[key] for row in rows])
+                     for key in ("chosen", "rejected"))
     told = json.loads((run / "held_out.json").read_text())
     assert np.abs(np.array(told["scores"]) - np.stack([better, worse], axis=1)).max() < 1e-5
-    assert read_metadata(run)["reward_model"]["accuracy"] == pytest.approx(((better > worse) + 0.5 * (better == worse)).mean())
-    assert np.array(told["lengths"]).tolist() == [[len(row["chosen"]) + 1, len(row["rejected"]) + 1] for row in rows]
+    assert read_metadata(run)["reward_model"]["accuracy"] == pytest.approx(
+        ((better > worse) + 0.5 * (better == worse)).mean()
+    )
+    assert np.array(told["lengths"]).tolist() == [[len(row["chosen"]) + 1, len(row["rejected"]) + 1]
+                                                  for row in rows]
 
 
 def test_the_policy_is_hashed_once(tmp_path, monkeypatch):
@@ -573,12 +638,16 @@ def test_calibration_and_correlation_by_hand():
     "Five pairs in two groups; a model that is sure and right, or sure and wrong."
     assert [bin.pairs for bin in calibration(np.array([0.1, -0.2, 3.0, 4.0, 5.0]), 2)] == [3, 2]
     unsure, sure = calibration(np.array([0.0, 0.0, -20.0, -20.0]), 2)
-    assert (unsure.confidence, unsure.accuracy) == (0.5, 0.5) and sure.confidence > 0.999 and sure.accuracy == 0
-    assert correlation(np.array([1.0, 2, 3]), np.array([-2.0, -4, -6])) == pytest.approx(-1) and correlation(np.ones(3), np.arange(3)) == 0
+    assert (unsure.confidence, unsure.accuracy) == (0.5,
+                                                    0.5) and sure.confidence > 0.999 and sure.accuracy == 0
+    assert (
+        correlation(np.array([1.0, 2, 3]), np.array([-2.0, -4, -6])) == pytest.approx(-1)
+        and correlation(np.ones(3), np.arange(3)) == 0
+    )
     scores = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.5, 0.5]])
     told = RewardEvaluation(scores, np.array([[2, 1]] * 4), np.zeros(4), 3.0).summary()
     assert told["accuracy"] == 0.625
-    sure = 1 / (1 + np.exp(-3.0 * np.array([0.0, 1.0, 1.0, 2.0])))        # four groups of one, by how sure it is
+    sure = 1 / (1 + np.exp(-3.0 * np.array([0.0, 1.0, 1.0, 2.0])))  # four groups of one, by how sure it is
     wanted = np.abs(sure - [0.5, 1.0, 0.0, 1.0]).mean()
     assert told["calibration_error"] == pytest.approx(wanted) and told["length_correlation"] == pytest.approx(
         np.corrcoef(scores.ravel(), [2, 1] * 4)[0, 1])
@@ -628,19 +697,45 @@ def test_a_reward_is_the_same_from_wherever_it_is_named(tmp_path, monkeypatch):
     "A run's name, its directory, its full path: a resumed PPO must not forget its best for that."
     monkeypatch.chdir(tmp_path)
     train_reward(reward_cfg(tmp_path, "mine"), "runs")
-    names = [reward_name(load_reward(path)) for path in ("mine", "runs/mine", tmp_path / "runs" / "mine", "runs/mine/model")]
-    assert len({name.partition(" ")[2] for name in names}) == 1           # weights, mean and standard deviation
-    assert len({PPOTrainer(ppo_cfg(tmp_path, "al"), reward=path).rewarded_by for path in ("mine", str(tmp_path / "runs" / "mine"))}) == 1
+    names = [reward_name(load_reward(path)) for path in ("mine", "runs/mine", tmp_path / "runs" / "mine",
+                                                         "runs/mine/model")]
+    assert len({name.partition(" ")[2] for name in names}) == 1  # weights, mean and standard deviation
+    assert len({PPOTrainer(ppo_cfg(tmp_path, "al"), reward=path).rewarded_by
+                for path in ("mine", str(tmp_path / "runs" / "mine"))}) == 1
 
 
 def ppo_cfg(home, name, lora=2, steps=5, every=2, resume=False, hyper=None, **data):
     if not (home / "base").exists(): export(small().model, ByteTokenizer(), home / "base")
     rows = write(home / "asked.jsonl", [{"prompt": text} for text in ("a", "bc", "hello there")])
-    return PPOConfig.model_validate_json(json.dumps({
-        "name": name, "pretrained_model": str(home / "base"), "resume": {"checkpoint": "latest" if resume else None},
-        "data": {"input_file": rows, "response_length": 4, "ppo_mini_batch_size": 4, "ppo_epochs": 2, **data},
-        "training": {"hyperparameters": {"batch_size": 8, "learning_rate": 1e-2, "iters": steps, **(hyper or {})}, "lora": {"rank": lora}},
-        "logging": {"keep_last": 50, "steps": {"checkpoint_interval": every, "validation_interval": 3, "logging_interval": 1}}}))
+    return PPOConfig.model_validate_json(
+        json.dumps(
+            {
+                "name": name,
+                "pretrained_model": str(home / "base"),
+                "resume": {"checkpoint": "latest" if resume else None},
+                "data": {
+                    "input_file": rows,
+                    "response_length": 4,
+                    "ppo_mini_batch_size": 4,
+                    "ppo_epochs": 2,
+                    **data,
+                },
+                "training": {
+                    "hyperparameters": {
+                        "batch_size": 8,
+                        "learning_rate": 1e-2,
+                        "iters": steps,
+                        **(hyper or {}),
+                    },
+                    "lora": {"rank": lora},
+                },
+                "logging": {
+                    "keep_last": 50,
+                    "steps": {"checkpoint_interval": every, "validation_interval": 3, "logging_interval": 1},
+                },
+            }
+        )
+    )
 
 
 def number(prompt, response): return sum(ord(c) % 7 for c in response) / 10
@@ -655,18 +750,22 @@ def test_a_killed_ppo_with_adapters_ends_as_one_that_was_not(tmp_path):
     assert checkpoints(tmp_path / "runs" / "cut")[-1].name == "step_000003"          # the best so far
     same_end(calm, ppo(ppo_cfg(tmp_path, "cut", resume=True, **held_out), tmp_path / "runs", reward=number))
     arrays, state = load_checkpoint(checkpoints(calm)[-1])
-    names = {group: {name.rpartition(".")[2] for name in weights} for group, weights in arrays.items() if group != "optimizer"}
+    names = {group: {name.rpartition(".")[2] for name in weights}
+             for group, weights in arrays.items() if group != "optimizer"}
     assert names == {"model": {"lora_a", "lora_b"}, "critic": {"lora_a", "lora_b", "weight"}}
-    assert [name for name in arrays["critic"] if name.endswith("weight")] == ["score.weight"] and state["base"]["lora"]["rank"] == 2
+    assert [name for name in arrays["critic"]
+            if name.endswith("weight")] == ["score.weight"] and state["base"]["lora"]["rank"] == 2
     assert {file.name for file in (calm / "adapters").iterdir()} == {
         "adapters.safetensors", "adapter_config.json", "mlx_pretrain.sha256.json"}
-    whole, _ = load_checkpoint(checkpoints(ppo(ppo_cfg(tmp_path, "whole", lora=0, steps=1), tmp_path / "runs", reward=number))[-1])
-    assert "reference" in whole                                           # negative control: without adapters it must be there
+    whole, _ = load_checkpoint(checkpoints(ppo(ppo_cfg(tmp_path, "whole", lora=0, steps=1), tmp_path / "runs",
+                                               reward=number))[-1])
+    assert "reference" in whole  # negative control: without adapters it must be there
 
 
 def with_lora(pretrained=None, **more):
     "A trainer on letters with adapters."
-    pretrained, more = pretrained or tiny(loud=8), {"steps": 4, "batch": 8, "lr": 1e-2, "response_length": 6, **more}
+    pretrained, more = pretrained or tiny(loud=8), {"steps": 4, "batch": 8, "lr": 1e-2, "response_length": 6,
+                                                    **more}
     cfg = task(count_a, prompts=("a", "bcd"), pretrained=pretrained, **more).cfg
     cfg = cfg.model_copy(update={"training": cfg.training.model_copy(update={"lora": LoRAConfig(rank=2)})})
     return PPOTrainer(cfg, pretrained, reward=count_a)
@@ -689,20 +788,25 @@ def place(w): return np.asarray(memoryview(w)).__array_interface__["data"][0]
 
 def test_policy_critic_and_reference_share_their_weights():
     "One copy in memory, also after steps and a forecast. Red if the base is copied for one of them."
-    wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64, "tie_word_embeddings": False}
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64,
+            "tie_word_embeddings": False}
     pretrained = small(Letters("abcdefgh"), **wide)
     mx.eval(pretrained.model.parameters())
-    size, before = sum(w.nbytes for _, w in tree_flatten(pretrained.model.parameters())), mx.get_active_memory()
+    size = sum(w.nbytes for _, w in tree_flatten(pretrained.model.parameters()))
+    before = mx.get_active_memory()
     trainer = with_lora(pretrained)
     for _ in range(2): trainer.step()
     mx.eval(trainer.trained.parameters(), trainer.optimizer.state, trainer.reference.parameters())
     assert mx.get_active_memory() - before < 0.5 * size
-    policy, critic, reference = (dict(tree_flatten(m.parameters())) for m in (trainer.model, trainer.trained.critic, trainer.reference))
+    policy, critic, reference = (dict(tree_flatten(m.parameters()))
+                                 for m in (trainer.model, trainer.trained.critic, trainer.reference))
     for name, w in reference.items():
-        assert place(w) == place(policy[name]) and (name.startswith("lm_head") or place(w) == place(critic[name]))
+        assert place(w) == place(policy[name]) and (name.startswith("lm_head")
+                                                    or place(w) == place(critic[name]))
     whole = task(count_a, pretrained=tiny(loud=8), batch=8, response_length=4)
     whole.step()
-    assert place(whole.model.lm_head.weight) != place(whole.reference.lm_head.weight)     # negative control: trained weights are apart
+    # negative control: trained weights are apart
+    assert place(whole.model.lm_head.weight) != place(whole.reference.lm_head.weight)
 
 
 def test_a_forecast_leaves_no_trace_beside_adapters():
@@ -711,7 +815,9 @@ def test_a_forecast_leaves_no_trace_beside_adapters():
     for _ in range(2):
         forecast(asked)
         plain.step(), asked.step()
-    for (_, a), (_, b) in zip(*(tree_flatten([t.trained.parameters(), t.optimizer.state]) for t in (plain, asked)), strict=True):
+    for (_, a), (_, b) in zip(
+        *(tree_flatten([t.trained.parameters(), t.optimizer.state]) for t in (plain, asked)), strict=True
+    ):
         assert mx.array_equal(a, b)
     assert plain.state() == asked.state()
 
@@ -720,17 +826,23 @@ def changed(trainer):
     "Which of all trained numbers three steps change; without a gradient Adam changes nothing."
     before = {name: np.array(w) for name, w in tree_flatten(trainer.trained.parameters())}
     for _ in range(3): trainer.step()
-    return {name for name, w in tree_flatten(trainer.trained.parameters()) if not np.array_equal(before[name], np.array(w))}
+    return {name for name, w in tree_flatten(trainer.trained.parameters())
+            if not np.array_equal(before[name], np.array(w))}
 
 
 def test_every_adapter_and_the_head_get_a_gradient(monkeypatch):
     "Those of the policy, those of the critic, and the critic's head; nothing else."
     trainer = with_lora()
-    wanted = {name for name, _ in tree_flatten(trainer.trained.parameters()) if name.endswith(("lora_a", "lora_b")) or "score" in name}
-    assert changed(trainer) == wanted and len(wanted) == 2 * 2 * 7 + 1 and not trainer.reference.trainable_parameters().get("lm_head")
+    wanted = {name for name, _ in tree_flatten(trainer.trained.parameters())
+              if name.endswith(("lora_a", "lora_b")) or "score" in name}
+    assert (
+        changed(trainer) == wanted
+        and len(wanted) == 2 * 2 * 7 + 1
+        and not trainer.reference.trainable_parameters().get("lm_head")
+    )
     unfreeze = Linear.unfreeze
     monkeypatch.setattr(Linear, "unfreeze", lambda self, **how: unfreeze(self, **how) if how else self)
-    assert "critic.score.weight" not in changed(with_lora())              # negative control: a head that stays as it is
+    assert "critic.score.weight" not in changed(with_lora())  # negative control: a head that stays as it is
 
 
 def test_a_policy_that_came_with_adapters_is_merged_first():
@@ -739,7 +851,11 @@ def test_a_policy_that_came_with_adapters_is_merged_first():
     adapted = apply_lora(start.model, LoRAConfig(rank=2))
     adapted.update({"model": {"layers": [{"mlp": {"down_proj": {"lora_b": mx.ones((2, 32))}}}]}})
     trainer, ids = with_lora(start._replace(model=adapted)), mx.array([[1, 3, 4, 5]])
-    assert mx.abs(trainer.reference(ids) - adapted(ids)).max() < 1e-4 < mx.abs(trainer.reference(ids) - start.model(ids)).max()
+    assert (
+        mx.abs(trainer.reference(ids) - adapted(ids)).max()
+        < 1e-4
+        < mx.abs(trainer.reference(ids) - start.model(ids)).max()
+    )
     assert trainer.step()["kl"] == 0
 
 
@@ -747,9 +863,11 @@ def test_the_written_policy_is_the_trained_one(tmp_path):
     "What a run with adapters leaves behind says what the policy said: merged, and rounded at most."
     from mlx_pretrain.pretrained import load
     kept = []
-    run = ppo(ppo_cfg(tmp_path, "run"), tmp_path / "runs", reward=number, callbacks=[lambda trainer, _: kept.append(trainer.model)])
+    run = ppo(ppo_cfg(tmp_path, "run"), tmp_path / "runs", reward=number,
+              callbacks=[lambda trainer, _: kept.append(trainer.model)])
     tokens, pad = mx.array([[257, 97, 98, 99]]), mx.array([0])
-    (a, _), (b, _), (c, _) = (log_probs(m, tokens, pad, 3) for m in (kept[-1], load(run).model, load(tmp_path / "base").model))
+    (a, _), (b, _), (c, _) = (log_probs(m, tokens, pad, 3)
+                              for m in (kept[-1], load(run).model, load(tmp_path / "base").model))
     assert mx.abs(a - b).max() < 1e-5 < mx.abs(a - c).max()
     best = load(checkpoints(run)[-1]).model
     assert mx.abs(log_probs(best, tokens, pad, 3)[0] - a).max() < 1e-5
@@ -758,11 +876,18 @@ def test_the_written_policy_is_the_trained_one(tmp_path):
 # ---- rules
 
 def test_rules_by_hand():
-    assert Length(4).compute_reward([""] * 5, ["a b c d", "a b", "", "a b c d e", "w " * 99]) == [1.0, 0.5, 0.0, 0.75, -1.0]
-    assert Contains(("The boat", "sea")).compute_reward([""] * 3, ["the BOAT at sea", "seaside, the boats", "sea."]) == [1.0, 0.0, 0.5]
-    assert Contains("C++").compute_reward([""] * 2, ["I like C++!", "C+"]) == [1.0, 0.0] and Contains("a").words == ("a",)
+    assert Length(4).compute_reward([""] * 5,
+                                    ["a b c d", "a b", "", "a b c d e",
+                                     "w " * 99]) == [1.0, 0.5, 0.0, 0.75, -1.0]
+    assert Contains(("The boat", "sea")).compute_reward([""] * 3,
+                                                        ["the BOAT at sea", "seaside, the boats",
+                                                         "sea."]) == [1.0, 0.0, 0.5]
+    assert Contains("C++").compute_reward([""] * 2, ["I like C++!", "C+"]) == [1.0, 0.0] and Contains(
+        "a"
+    ).words == ("a",)
     assert Matches(r"^\d+$").compute_reward([""] * 3, ["no\n12\nno", "12a", ""]) == [1.0, 0.0, 0.0]
-    good, none, bad = Sentiment().compute_reward([""] * 3, ["What a wonderful, happy day!", "a table", "I hate this awful mess."])
+    good, none, bad = Sentiment().compute_reward([""] * 3, ["What a wonderful, happy day!", "a table",
+                                                            "I hate this awful mess."])
     assert 1 >= good > 0.5 > none == 0 > -0.5 > bad >= -1
 
 
@@ -772,7 +897,10 @@ def test_a_weighted_sum_by_hand(tmp_path):
     made = WeightedSum((2.0, Length(2)), (-1, count_a), (1, f"{tmp_path}/mine.py:half"))
     assert made.compute_reward(["", ""], ["a a", "x"]).tolist() == [2.25, 1.5]
     assert WeightedSum((10, made)).compute_reward(["", ""], ["a a", "x"]).tolist() == [22.5, 15.0]
-    assert repr(WeightedSum((0.5, Length(3)), (1, Contains("a")))) == "WeightedSum(0.5 Length(words=3), 1 Contains(words=('a',)))"
+    assert (
+        repr(WeightedSum((0.5, Length(3)), (1, Contains("a"))))
+        == "WeightedSum(0.5 Length(words=3), 1 Contains(words=('a',)))"
+    )
 
 
 def test_a_sum_of_a_learned_reward_and_a_rule(tmp_path):
@@ -795,7 +923,11 @@ def test_a_rule_that_makes_no_sense(rule, told, part):
 def test_the_part_that_fails_is_to_blame():
     def broken(prompt, response): return 1 / 0
     with pytest.raises(RewardError) as caught: score(WeightedSum((1, Length(2)), (1, broken)), ["a"], ["b"])
-    assert "broken" in str(caught.value) and "WeightedSum" not in str(caught.value) and "test_reward.py" in str(caught.value)
+    assert (
+        "broken" in str(caught.value)
+        and "WeightedSum" not in str(caught.value)
+        and "test_reward.py" in str(caught.value)
+    )
 
 
 def test_the_configuration_says_that_a_run_can_be_given():

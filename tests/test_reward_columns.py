@@ -22,12 +22,14 @@ ROWS = [{"prompt": letter, "answer": letter.upper(), "meta": {"seen": [letter]}}
 
 
 class KeywordOnly(RewardModel):
-    def compute_reward(self, prompts, responses, *, answer): return [float(a == p.upper()) for p, a in zip(prompts, answer, strict=True)]
+    def compute_reward(self, prompts, responses, *, answer):
+        return [float(a == p.upper()) for p, a in zip(prompts, answer, strict=True)]
 
 
 class Static:
     @staticmethod
-    def compute_reward(prompts, responses, answer="none"): return [float(a == p.upper()) for p, a in zip(prompts, answer, strict=True)]
+    def compute_reward(prompts, responses, answer="none"):
+        return [float(a == p.upper()) for p, a in zip(prompts, answer, strict=True)]
 
 
 class Callable:
@@ -36,15 +38,19 @@ class Callable:
 
 def exact(prompt, response, answer): return float(answer == prompt.upper())
 def other_names(p, r, prompt, answer): return float(answer == prompt.upper() == p.upper())
-def everything(prompt, response, **columns): return float(columns["answer"] == prompt.upper() and "prompt" not in columns)
-def with_messages(prompt, response, prompt_messages): return float(prompt_messages == [{"role": "user", "content": prompt}])
+def everything(prompt, response, **columns):
+    return float(columns["answer"] == prompt.upper() and "prompt" not in columns)
+def with_messages(prompt, response, prompt_messages):
+    return float(prompt_messages == [{"role": "user", "content": prompt}])
 def nested(prompt, response, meta): return float(meta["seen"].pop() == prompt)
 def bound(prompt, response, answer, points): return points if answer == prompt.upper() else 0.0
 def of_two(prompt, response): return 1.0
 
 
-FORMS = [exact, other_names, everything, with_messages, nested, of_two, lambda prompt, response, answer: exact(prompt, response, answer),
-         functools.partial(bound, points=1.0), Callable(), KeywordOnly(), Static(), WeightedSum((0.5, exact), (0.5, KeywordOnly()))]
+FORMS = [exact, other_names, everything, with_messages, nested, of_two,
+         lambda prompt, response, answer: exact(prompt, response, answer),
+         functools.partial(bound, points=1.0), Callable(), KeywordOnly(), Static(),
+         WeightedSum((0.5, exact), (0.5, KeywordOnly()))]
 
 
 @pytest.mark.parametrize("reward", FORMS, ids=lambda reward: reward_name(find_reward(reward)))
@@ -53,7 +59,9 @@ def test_each_response_is_scored_with_the_columns_of_its_row(reward):
     trainer = task(reward, prompts=ROWS, batch=8, response_length=2)
     for indices in (np.arange(8), np.array([5, 1, 1, 7]), np.array([5, 1, 1, 7])):
         sampled = trainer.sample(trainer.data, indices, {"temperature": 1.0}, 0)
-        assert sampled.scores.tolist() == [1.0] * len(indices) and sampled.asked == [ROWS[i]["prompt"] for i in indices]
+        assert sampled.scores.tolist() == [1.0] * len(indices) and sampled.asked == [
+            ROWS[i]["prompt"] for i in indices
+        ]
 
 
 def test_columns_go_with_the_rows_through_training_and_validation(tmp_path, monkeypatch):
@@ -64,7 +72,8 @@ def test_columns_go_with_the_rows_through_training_and_validation(tmp_path, monk
     def noted(prompt, response, answer):
         seen.append((prompt, answer))
         return 0.0
-    trainer = task(noted, prompts=ROWS, batch=4, steps=3, response_length=2, validation_file=str(tmp_path / "held.jsonl"))
+    trainer = task(noted, prompts=ROWS, batch=4, steps=3, response_length=2,
+                   validation_file=str(tmp_path / "held.jsonl"))
     for _ in range(2): trainer.step()
     assert len(seen) == len(set(seen)) == 8                               # an epoch
     trainer.evaluate()
@@ -95,7 +104,8 @@ def test_an_attribute_of_a_reward_is_not_taken_for_its_function():
     class Mine(RewardModel):
         f = [1, 2]
         def compute_reward(self, prompts, responses): return 1 / 0
-    with pytest.raises(RewardError, match="Mine fails in .*test_reward_columns.py") as caught: score(Mine(), ["a"], ["b"])
+    with pytest.raises(RewardError, match="Mine fails in .*test_reward_columns.py") as caught:
+        score(Mine(), ["a"], ["b"])
     assert "a function is asked" not in str(caught.value)
 
 
@@ -110,8 +120,9 @@ def test_a_missing_column_is_named_before_anything_is_sampled(reward, name, rows
     (file := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = {"validation_file": str(file)} if held_out else {"input_file": str(file)}
     with pytest.raises(DataError) as caught: task(reward, prompts=ROWS, batch=4, **told)
-    check_sentence(str(caught.value), f'{file}, line {line}: there is no column "answer"', f"the reward {name} needs",
-                   'the row has "prompt", "reply"', "add it, or give the parameter a default value")
+    check_sentence(str(caught.value), f'{file}, line {line}: there is no column "answer"',
+                   f"the reward {name} needs", 'the row has "prompt", "reply"',
+                   "add it, or give the parameter a default value")
 
 
 def test_rows_that_lack_a_column_can_be_left_out():
@@ -124,7 +135,10 @@ def test_a_column_that_is_null_or_optional_is_none():
     def noted(prompt, response, answer, hint="no column"):
         seen.append((answer, hint))
         return 0.0
-    for rows in ([{"prompt": "a", "answer": None}, {"prompt": "b", "answer": 1, "hint": "h"}], [{"prompt": "a", "answer": 2}]):
+    for rows in (
+        [{"prompt": "a", "answer": None}, {"prompt": "b", "answer": 1, "hint": "h"}],
+        [{"prompt": "a", "answer": 2}],
+    ):
         trainer = task(noted, prompts=rows, batch=2, response_length=1)
         trainer.sample(trainer.data, np.arange(len(rows)), {"temperature": 1.0}, 0)
     assert seen == [(None, None), (1, "h"), (2, "no column")]
@@ -147,7 +161,9 @@ def test_columns_are_those_after_preprocessing(tmp_path):
 
 CHATML = ("{% for m in messages %}{{ '<bos>' + m['role'] + '\n' + m['content'] + '<eos>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<bos>assistant\n' }}{% endif %}")
-REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+REFUSES = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+)
 
 
 def judge(tmp_path, template=CHATML, fmt=PromptFormat(prompt_format=None)):
@@ -166,14 +182,17 @@ def test_a_conversation_that_the_reward_model_refuses_is_named_at_the_start(tmp_
     for reward in (made, WeightedSum((1, Length(2)), (1, made))):
         with pytest.raises(DataError) as caught:
             read_prompts(file, ByteTokenizer(), fmt, 64, 4, check=functools.partial(check_row, reward))
-        check_sentence(str(caught.value), f"{file}, line 2: the reward model cannot read this conversation", "no system role")
-    assert len(read_prompts(file, ByteTokenizer(), fmt, 64, 4, check=functools.partial(check_row, Length(2)))) == 2
+        check_sentence(str(caught.value), f"{file}, line 2: the reward model cannot read this conversation",
+                       "no system role")
+    assert len(read_prompts(file, ByteTokenizer(), fmt, 64, 4,
+                            check=functools.partial(check_row, Length(2)))) == 2
 
 
 def test_what_a_reward_model_is_not_used_to_is_said(tmp_path, caplog):
     "Only where it reads another form than its own; a part of a sum says it too."
     plain = PromptFormat(prompt_format="<{instruction}>")
-    columns, system = PromptFormat(prompt_format="{context}{instruction}"), PromptFormat(prompt_format=None, system_prompt="Be kind.")
+    columns = PromptFormat(prompt_format="{context}{instruction}")
+    system = PromptFormat(prompt_format=None, system_prompt="Be kind.")
     foreign = PromptFormat(prompt_format="{prompt}")
     for own, asked, said in ((plain, PromptFormat(), ""), (PromptFormat(prompt_format=None), plain, ""), (system, plain, ""),
                              (columns, columns, ""), (plain, columns, "has other columns than the instruction"),

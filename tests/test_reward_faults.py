@@ -35,14 +35,16 @@ class Home:
         if held_out is not None: data["validation_file"] = self.write(f"{name}-held.jsonl", held_out)
         hyper = {"batch_size": 4, "iters": steps, "learning_rate": 1e-3, **(hyper or {})}
         logging = {"steps": {"logging_interval": 1, "validation_interval": 2}, **more.pop("logging", {})}
-        return {"name": name, "pretrained_model": "base", "data": data, "training": {"hyperparameters": hyper, **(training or {})},
-                "logging": logging, **more}
+        return {"name": name, "pretrained_model": "base", "data": data,
+                "training": {"hyperparameters": hyper, **(training or {})}, "logging": logging, **more}
 
     def reward(self, rows=PAIRS, held_out=None, name="new", data=None, **more):
-        return self.config(name, rows, held_out, data={"response_length": 4, "normalization_samples": 8, **(data or {})}, **more)
+        return self.config(name, rows, held_out, data={"response_length": 4, "normalization_samples": 8,
+                                                       **(data or {})}, **more)
 
     def ppo(self, name="new", data=None, rows=({"prompt": "a"}, {"prompt": "bc"}), **more):
-        return self.config(name, rows, data={"response_length": 4, "ppo_mini_batch_size": 4, **(data or {})}, **more)
+        return self.config(name, rows, data={"response_length": 4, "ppo_mini_batch_size": 4, **(data or {})},
+                           **more)
 
     def sft(self, name="new", **more): return self.config(name, [{"prompt": "a", "completion": "b"}], **more)
 
@@ -56,7 +58,9 @@ class Home:
         code = main([command, "--config", "cfg.yaml", *map(str, words)])
         said = self.capsys.readouterr()
         assert "Traceback" not in said.err + said.out
-        return code, next((line for line in reversed(said.err.splitlines()) if line.startswith("mlx-pretrain: ")), "")
+        return code, next((line
+                           for line in reversed(said.err.splitlines()) if line.startswith("mlx-pretrain: ")),
+                          "")
 
     def refused(self, command, cfg, *parts, words=()):
         "Exit code 2, one sentence that names these parts, and no run that was not there."
@@ -67,14 +71,16 @@ class Home:
         assert ". " not in said.replace("runs/", "") and "()" not in said and len(said) < 700, said
         return said
 
-    def runs(self): return sorted(path.name for path in (self.path / "runs").glob("*")) if (self.path / "runs").exists() else []
+    def runs(self):
+        return sorted(path.name
+                      for path in (self.path / "runs").glob("*")) if (self.path / "runs").exists() else []
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    args = LlamaArgs(vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                     num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+    args = LlamaArgs(vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                     num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
     export(Llama(args), ByteTokenizer(), tmp_path / "base")
     return Home(tmp_path, capsys)
 
@@ -88,21 +94,29 @@ def without(*names): return {key: value for key, value in row().items() if key n
 # ---- rows
 
 TEXTS, LISTS = "must be a text", "both be texts, or both lists of messages"
-BAD = {
-    "no rejected": (without("rejected"), '"rejected"'), "a number for a response": (row(chosen=5), f'"chosen" {TEXTS}'),
-    "null for a response": (row(rejected=None), f'"rejected" {TEXTS}'), "a number for a prompt": (row(prompt=7), f'"prompt" {TEXTS}'),
-    "no prompt": (without("prompt"), '"prompt"'), "a margin in words": (row(margin="big"), '"margin" must be a number'),
-    "true for a margin": (row(margin=True), '"margin" must be'), "an endless margin": (row(margin=1e15), '"margin" must be a number'),
-    "NaN": ('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "NaN"), "half a line": ('{"prompt": "a"', "not valid JSON"),
-    "a list": ("[1]", "a list"), "half a character": ('{"prompt": "a", "chosen": "\\ud83d", "rejected": "c"}', "surrogate"),
-    "a text and a conversation": (row(chosen=[user("q"), bot("x")]), LISTS),
-    "two questions": (row(chosen=[user("q"), bot("x")], rejected=[user("z"), bot("y")]), "begin with different messages"),
-    "no answer at the end": (row(chosen=[user("q"), user("x")], rejected=[user("q"), user("y")]), "message of the assistant"),
-    "empty conversations": (row(chosen=[], rejected=[]), LISTS), "messages that are no objects": (row(chosen=["q"], rejected=["q"]), LISTS),
-    "an answer that is no text": (row(chosen=[user("q"), bot("x")], rejected=[user("q"), bot(None)]), "message of the assistant"),
-    "a role nobody knows": (row(prompt=[{"role": "judge", "content": "q"}], chosen=[bot("x")], rejected=[bot("y")]), "role"),
-    "tools": (row(prompt=[user("q")], chosen=[bot("x")], rejected=[bot("y")], tools=[1]), "tools"),
-}
+BAD = {"no rejected": (without("rejected"), '"rejected"'),
+       "a number for a response": (row(chosen=5), f'"chosen" {TEXTS}'),
+       "null for a response": (row(rejected=None), f'"rejected" {TEXTS}'),
+       "a number for a prompt": (row(prompt=7), f'"prompt" {TEXTS}'),
+       "no prompt": (without("prompt"), '"prompt"'),
+       "a margin in words": (row(margin="big"), '"margin" must be a number'),
+       "true for a margin": (row(margin=True), '"margin" must be'),
+       "an endless margin": (row(margin=1e15), '"margin" must be a number'),
+       "NaN": ('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "NaN"),
+       "half a line": ('{"prompt": "a"', "not valid JSON"), "a list": ("[1]", "a list"),
+       "half a character": ('{"prompt": "a", "chosen": "\\ud83d", "rejected": "c"}', "surrogate"),
+       "a text and a conversation": (row(chosen=[user("q"), bot("x")]), LISTS),
+       "two questions": (row(chosen=[user("q"), bot("x")], rejected=[user("z"), bot("y")]),
+                         "begin with different messages"),
+       "no answer at the end": (row(chosen=[user("q"), user("x")], rejected=[user("q"), user("y")]),
+                                "message of the assistant"),
+       "empty conversations": (row(chosen=[], rejected=[]), LISTS),
+       "messages that are no objects": (row(chosen=["q"], rejected=["q"]), LISTS),
+       "an answer that is no text": (row(chosen=[user("q"), bot("x")], rejected=[user("q"), bot(None)]),
+                                     "message of the assistant"),
+       "a role nobody knows": (row(prompt=[{"role": "judge", "content": "q"}], chosen=[bot("x")],
+                                   rejected=[bot("y")]), "role"),
+       "tools": (row(prompt=[user("q")], chosen=[bot("x")], rejected=[bot("y")], tools=[1]), "tools"), }
 
 
 @pytest.mark.parametrize("bad, part", BAD.values(), ids=BAD)
@@ -132,7 +146,8 @@ def test_a_bad_single_response_is_named(bad, part, home):
     home.refused("reward", home.reward([SINGLE, bad]), "new.jsonl, line 2", part)
 
 
-FORMS = [{"prompt": "a", "response": "b", "reward": 0.5}, {"instruction": "a", "response": "b", "reward": 0.5},
+FORMS = [{"prompt": "a", "response": "b", "reward": 0.5},
+         {"instruction": "a", "response": "b", "reward": 0.5},
          {"instruction": "a", "output": "b", "reward": 0.5}, SINGLE]
 
 
@@ -170,20 +185,24 @@ def test_equal_responses_are_left_out(home):
 @pytest.mark.parametrize("place", ["input_file", "validation_file"])
 def test_a_sentence_about_equal_responses_ends_in_its_remedy(place, home):
     same = [row(rejected="b")]
-    said = home.refused("reward", home.reward(*([same] if place == "input_file" else [PAIRS, same])), "twice the same response")
+    said = home.refused("reward", home.reward(*([same] if place == "input_file" else [PAIRS, same])),
+                        "twice the same response")
     assert said.rpartition("; ")[2].startswith("mend")
 
 
 def test_a_function_on_rows_that_breaks_a_text(home):
     "What a `preprocess` returns is checked like what a file holds: file and line, and it can be skipped."
-    Path("edit.py").write_text("def edit(row): return {**row, 'chosen': '\\ud83d'} if row['prompt'] == 'p2' else row\n")
+    Path("edit.py").write_text(
+        "def edit(row): return {**row, 'chosen': '\\ud83d'} if row['prompt'] == 'p2' else row\n"
+    )
     home.refused("reward", home.reward(data={"preprocess": "edit.py:edit"}), "new.jsonl, line 3")
     assert home.call("reward", home.reward(data={"preprocess": "edit.py:edit", "on_bad_row": "skip"}))[0] == 0
 
 
 def test_a_prompt_that_holds_the_answer(home):
     "The reward model would read the answer in the question; PPO could never ask so."
-    home.refused("reward", home.reward(data={"prompt_format": "{instruction} {chosen}"}), "data.prompt_format", "chosen")
+    home.refused("reward", home.reward(data={"prompt_format": "{instruction} {chosen}"}),
+                 "data.prompt_format", "chosen")
 
 
 @pytest.mark.parametrize("held_out, part", [([], "holds no rows"), (["", "\n"], "holds no rows"), ([SINGLE], 'no field "chosen"'),
@@ -194,8 +213,10 @@ def test_a_useless_validation_file(held_out, part, home):
 
 
 def test_missing_files_are_named_by_their_keys(home):
-    home.refused("reward", home.reward(data={"input_file": "nowhere.jsonl"}), '"data.input_file"', "nowhere.jsonl")
-    home.refused("reward", home.reward(data={"validation_file": "nowhere.jsonl"}), '"data.validation_file"', "nowhere.jsonl")
+    home.refused("reward", home.reward(data={"input_file": "nowhere.jsonl"}), '"data.input_file"',
+                 "nowhere.jsonl")
+    home.refused("reward", home.reward(data={"validation_file": "nowhere.jsonl"}), '"data.validation_file"',
+                 "nowhere.jsonl")
     home.refused("reward", home.reward(data={"input_file": None}), '"data.input_file"', "missing")
 
 
@@ -203,8 +224,10 @@ def test_rows_too_long(home):
     "One is left out and counted; if all are, the sentence says which key; a context beyond the model's is refused."
     assert home.call("reward", home.reward([*PAIRS, row(prompt="x" * 99), row(rejected="x" * 99)]))[0] == 0
     assert read_metadata("runs/new")["data"]["input_file"]["dropped"] == 2
-    home.refused("reward", home.reward([row(prompt="x" * 99)], name="none"), "none.jsonl", '"data.preprocessing.max_context_size" (64)')
-    home.refused("reward", home.reward(name="none", data={"preprocessing": {"max_context_size": 65}}), "max_context_size", "at most 64")
+    home.refused("reward", home.reward([row(prompt="x" * 99)], name="none"), "none.jsonl",
+                 '"data.preprocessing.max_context_size" (64)')
+    home.refused("reward", home.reward(name="none", data={"preprocessing": {"max_context_size": 65}}),
+                 "max_context_size", "at most 64")
 
 
 def test_a_response_length_that_leaves_no_prompt(home):
@@ -240,7 +263,8 @@ def test_a_key_that_cannot_be(section, key, part, home):
 
 def test_a_key_of_the_reward_stage_in_another(home):
     home.refused("rl", home.ppo(data={"chosen_field": "x"}), '"data.chosen_field"')
-    home.refused("rl", home.ppo(training={"center_rewards_coefficient": 0.1}), '"training.center_rewards_coefficient"')
+    home.refused("rl", home.ppo(training={"center_rewards_coefficient": 0.1}),
+                 '"training.center_rewards_coefficient"')
     home.refused("sft", home.sft(reward_model="x"), '"reward_model"')
     home.refused("reward", home.reward(reward_model="x"), '"reward_model"')
 
@@ -262,13 +286,16 @@ def test_adapters_that_ppo_cannot_have(training, part, home):
 def test_adapters_need_the_model_that_they_were_trained_beside(home):
     "Another rank, no adapters any more, another base: each is named, and the run stays as it was."
     Path("r.py").write_text("def f(prompt, response): return len(response)\n")
-    def cfg(**more): return home.ppo("al", reward_model="r.py:f", **{"training": {"lora": {"rank": 2}}, **more})
+    def cfg(**more):
+        return home.ppo("al", reward_model="r.py:f", **{"training": {"lora": {"rank": 2}}, **more})
     assert home.call("rl", cfg())[0] == 0
     go_on = ("--resume.checkpoint", "latest", "--training.hyperparameters.iters", 3)
-    home.refused("rl", cfg(training={"lora": {"rank": 3}}), '"training.lora" was rank 2, and is rank 3', words=go_on)
+    home.refused("rl", cfg(training={"lora": {"rank": 3}}), '"training.lora" was rank 2, and is rank 3',
+                 words=go_on)
     home.refused("rl", cfg(training={}), '"training.lora" was rank 2, and is left out', words=go_on)
-    export(Llama(LlamaArgs(vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                           num_key_value_heads=2, head_dim=8, max_position_embeddings=64), 1), ByteTokenizer(), "other")
+    export(Llama(LlamaArgs(vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                           num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+                           max_position_embeddings=64), 1), ByteTokenizer(), "other")
     home.refused("rl", cfg(), '"pretrained_model"', words=(*go_on, "--pretrained_model", "other"))
     assert home.call("rl", cfg(), *go_on)[0] == 0
 
@@ -300,9 +327,11 @@ def test_what_is_no_reward_model(learned):
 def test_an_unfinished_reward_run_is_none(home, monkeypatch):
     "It has a checkpoint, and perhaps an older model; PPO with either would not be what the run will say."
     with monkeypatch.context() as patch:
-        patch.setattr(reward_module.RewardTrainer, "leave", lambda self, run: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(reward_module.RewardTrainer, "leave",
+                      lambda self, run: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert home.call("reward", home.reward(name="rm"))[0] == 130
-    home.refused("rl", home.ppo(reward_model="runs/rm"), "runs/rm has no finished model yet", "train it to its end")
+    home.refused("rl", home.ppo(reward_model="runs/rm"), "runs/rm has no finished model yet",
+                 "train it to its end")
     code, said = home.call("reward", home.reward(name="rm"), "--resume.checkpoint", "latest")
     assert code == 0, said
     assert home.call("rl", home.ppo(reward_model="runs/rm"))[0] == 0
@@ -312,7 +341,11 @@ def test_an_unfinished_reward_run_is_none(home, monkeypatch):
 def test_a_reward_run_writes_nothing(what, learned):
     "Given as the model to begin with, or to write: the sentence says what it is, and where it belongs."
     path = str(checkpoints("runs/rm")[-1]) if what == "checkpoint" else what
-    for command, cfg in (("sft", learned.sft()), ("rl", learned.ppo(reward_model="rm")), ("reward", learned.reward())):
+    for command, cfg in (
+        ("sft", learned.sft()),
+        ("rl", learned.ppo(reward_model="rm")),
+        ("reward", learned.reward()),
+    ):
         learned.refused(command, {**cfg, "pretrained_model": path}, "is a reward model", '"reward_model"')
     code, said = main(["generate", "--run", path, "--prompt", "x"]), learned.capsys.readouterr().err
     assert code == 2 and "is a reward model" in said and "Traceback" not in said
@@ -351,16 +384,19 @@ def test_a_reward_run_is_not_replaced_by_accident(learned):
     learned.refused("reward", learned.reward(name="rm"), "runs/rm exists already", "overwrite")
     learned.refused("reward", learned.reward(name="rm", pretrained_model="missing"), "runs/rm exists already")
     assert Path("runs/rm/held_out.json").read_bytes() == before
-    assert learned.call("reward", learned.reward(name="rm"), "--overwrite")[0] == 0 and not Path("runs/rm/held_out.json").exists()
+    assert learned.call("reward", learned.reward(name="rm"),
+                        "--overwrite")[0] == 0 and not Path("runs/rm/held_out.json").exists()
 
 
 def test_going_on_with_another_stage_or_tokenizer(learned):
     "A checkpoint of a reward model is none for PPO, and the other way round."
     reward_step = checkpoints("runs/rm")[-1]
-    learned.refused("rl", learned.ppo(reward_model="rm"), "is a reward model", words=("--resume.checkpoint", reward_step))
+    learned.refused("rl", learned.ppo(reward_model="rm"), "is a reward model",
+                    words=("--resume.checkpoint", reward_step))
     assert learned.call("rl", learned.ppo("al", reward_model="rm"))[0] == 0
     policy_step = checkpoints("runs/al")[-1]
-    learned.refused("reward", learned.reward(), "another stage (ppo)", words=("--resume.checkpoint", policy_step))
+    learned.refused("reward", learned.reward(), "another stage (ppo)",
+                    words=("--resume.checkpoint", policy_step))
 
 
 def test_going_on_with_another_reward(learned, caplog):
@@ -370,19 +406,25 @@ def test_going_on_with_another_reward(learned, caplog):
     asked = learned.ppo("al", rows=[{"prompt": "a", "completion": "b", "reward": 1.0}] * 2)
     learned.refused("rl", asked, "was trained with the reward", '"reward_model"', words=(*go_on, 3))
     Path("r.py").write_text("def f(prompt, response): return len(response)\n")
-    assert learned.call("rl", learned.ppo("al", reward_model="r.py:f"), *go_on, 3)[0] == 0 and "another one" in caplog.text
+    assert learned.call("rl", learned.ppo("al", reward_model="r.py:f"), *go_on,
+                        3)[0] == 0 and "another one" in caplog.text
 
 
 def test_a_policy_that_is_asked_in_another_form(learned, caplog):
     "The reward model has read bare prompts and reads them now, not \"### Instruction:\" around each; where it cannot, that is said."
-    asked = learned.ppo("other", reward_model="rm", data={"prompt_format": "### Instruction:\n{instruction}\n\n### Response:"})
+    asked = learned.ppo("other", reward_model="rm",
+                        data={"prompt_format": "### Instruction:\n{instruction}\n\n### Response:"})
     trainer = PPOTrainer(PPOConfig.model_validate_json(json.dumps(asked)))
     said = trainer.sample(trainer.data, np.arange(2), {"temperature": 1.0}, 0)
     bare = load_reward("rm").compute_reward(["a", "bc"], said.said)
     assert said.asked[1] == "### Instruction:\nbc\n\n### Response:" and said.scores.tolist() == bare.tolist()
-    assert load_reward("rm").compute_reward(said.asked, said.said).tolist() != bare.tolist() and "may mean little" not in caplog.text
+    assert (
+        load_reward("rm").compute_reward(said.asked, said.said).tolist() != bare.tolist()
+        and "may mean little" not in caplog.text
+    )
     rows = [{"prompt": "a", "context": "b"}]
-    assert learned.call("rl", learned.ppo("more", reward_model="rm", rows=rows, data={"prompt_format": "{context} {instruction}"}))[0] == 0
+    assert learned.call("rl", learned.ppo("more", reward_model="rm", rows=rows,
+                                          data={"prompt_format": "{context} {instruction}"}))[0] == 0
     assert any("reward" in record.message and "prompt_format" in record.message for record in caplog.records)
 
 
@@ -390,7 +432,8 @@ def test_a_reward_named_by_its_path_is_the_same(learned, caplog):
     "A run's name, and later its whole path. Red if the best is forgotten for that."
     assert learned.call("rl", learned.ppo("al", reward_model="rm"))[0] == 0
     same = learned.ppo("al", reward_model=str(Path("runs/rm").resolve()))
-    assert learned.call("rl", same, "--resume.checkpoint", "latest", "--training.hyperparameters.iters", 3)[0] == 0
+    assert learned.call("rl", same, "--resume.checkpoint", "latest", "--training.hyperparameters.iters",
+                        3)[0] == 0
     assert "another one" not in caplog.text
 
 
@@ -443,12 +486,15 @@ class Faulty:
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_reward_that_fails_loses_nothing(fault, parts, lora, home):
     "In the third step, after two of the forecast: one sentence, the steps before are saved, and mended it goes on to the end."
-    cfg = home.ppo("al", steps=4, reward_model="faulty.py:Faulty", data={"ppo_epochs": 1}, training={"lora": {"rank": lora}})
+    cfg = home.ppo("al", steps=4, reward_model="faulty.py:Faulty", data={"ppo_epochs": 1},
+                   training={"lora": {"rank": lora}})
     home.faulty(fault, 5)
     code, said = home.call("rl", cfg)
     assert code == 2 and said.startswith("mlx-pretrain: the reward Faulty"), said
     for part in parts: assert part in said, (part, said)
-    assert [path.name for path in checkpoints("runs/al")] == ["step_000002"] and read_metadata("runs/al")["outcome"] == "failed"
+    assert [path.name for path in checkpoints("runs/al")] == ["step_000002"] and read_metadata("runs/al")[
+        "outcome"
+    ] == "failed"
     home.faulty(fault, -1)
     code, said = home.call("rl", cfg, "--resume.checkpoint", "latest")
     assert code == 0 and checkpoints("runs/al")[-1].name == "step_000004", said
@@ -462,19 +508,28 @@ def test_a_reward_that_fails_at_once_leaves_no_run(home):
 
 def test_a_part_of_a_sum_that_fails_is_named(home):
     "A file with a sum of rules, given by its name; the part that is wrong is told, with its line."
-    Path("sums.py").write_text("from mlx_pretrain.rules import Length, WeightedSum\n\n\ndef odd(prompt, response):\n    return 1 / 0\n\n\n"
-                               "taste = WeightedSum((1, Length(2)), (1, odd))\nbroken = 7\n")
+    Path("sums.py").write_text(
+        "from mlx_pretrain.rules import Length, WeightedSum\n\n\ndef odd(prompt, response):\n    return 1 / 0\n\n\n"
+        "taste = WeightedSum((1, Length(2)), (1, odd))\nbroken = 7\n"
+    )
     home.refused("rl", home.ppo(reward_model="sums.py:taste"), "the reward odd fails", "sums.py, line 5")
     home.refused("rl", home.ppo(reward_model="sums.py:broken"), "sums.py:broken")
     home.refused("rl", home.ppo(reward_model="sums.py:tast"), "did you mean")
-    Path("sums.py").write_text("from mlx_pretrain.rules import Length\n\ntaste = Length(2)\nwrong = Length('2')\n")
+    Path("sums.py").write_text(
+        "from mlx_pretrain.rules import Length\n\ntaste = Length(2)\nwrong = Length('2')\n"
+    )
     home.refused("rl", home.ppo(reward_model="sums.py:taste"), "sums.py", "line 4")
 
 
 def test_a_rule_that_wants_to_be_told_something(home):
     "A class with arguments cannot be named alone. The sentence names it."
     code, said = home.call("rl", home.ppo(reward_model="mlx_pretrain.rules:Length"))
-    assert code == 2 and "mlx_pretrain.rules:Length needs arguments" in said and "words" in said and home.runs() == []
+    assert (
+        code == 2
+        and "mlx_pretrain.rules:Length needs arguments" in said
+        and "words" in said
+        and home.runs() == []
+    )
     assert "make an object in a file of yours, such as name = Length(…)" in said
     Path("mine.py").write_text("from mlx_pretrain.rules import Length\nname = Length(3)\n")
     assert home.call("rl", home.ppo("mine", reward_model="mine.py:name"))[0] == 0
@@ -494,7 +549,9 @@ def test_python_gets_the_same_sentences(home):
 
 def test_memory_does_not_grow_with_the_steps(learned):
     "A learned reward is asked in every step; arrays are not held on to."
-    trainer = PPOTrainer(PPOConfig.model_validate_json(json.dumps(learned.ppo(steps=30, data={"ppo_epochs": 1}))), reward="rm")
+    trainer = PPOTrainer(
+        PPOConfig.model_validate_json(json.dumps(learned.ppo(steps=30, data={"ppo_epochs": 1}))), reward="rm"
+    )
     held = []
     for _ in range(6):
         for _ in range(2): trainer.step()

@@ -104,7 +104,8 @@ def test_a_name_that_passes_stays_directly_inside_its_root(name):
 def test_folders_of_the_config_are_plain_names_of_their_own(folder, problem, tmp_path):
     for key in ("log_dir", "checkpoint_dir"):
         (tmp_path / "c.yaml").write_text(json.dumps({key: folder}))
-        with pytest.raises(ConfigError, match=problem) as caught: load_config(LoggingConfig, tmp_path / "c.yaml")
+        with pytest.raises(ConfigError, match=problem) as caught:
+            load_config(LoggingConfig, tmp_path / "c.yaml")
         assert key in str(caught.value) and str(caught.value).count("\n") == 0
 
 
@@ -151,7 +152,8 @@ def test_overwrite_refuses_what_is_not_a_run(make, tmp_path):
     def contents(): return sorted(str(p) for p in tmp_path.rglob("*"))
     before = contents()
     for overwrite in (True, False):
-        with pytest.raises(RunError, match="exists already and is not a run directory"): Run("x", "", root=tmp_path, overwrite=overwrite)
+        with pytest.raises(RunError, match="exists already and is not a run directory"):
+            Run("x", "", root=tmp_path, overwrite=overwrite)
     assert contents() == before
 
 
@@ -225,7 +227,11 @@ def test_metadata(tmp_path):
     run.update_metadata(parameters=5, data={"train": "sha"})
     fields = json.loads((run.path / "metadata.json").read_text())
     assert fields["name"] == "x" and fields["outcome"] == "running" and fields["parameters"] == 5
-    assert fields["created"].endswith("+00:00") and set(fields["versions"]) == {"mlx_pretrain", "mlx", "python"}
+    assert fields["created"].endswith("+00:00") and set(fields["versions"]) == {
+        "mlx_pretrain",
+        "mlx",
+        "python",
+    }
     assert fields["platform"] and fields["device"]
     run.finish("failed")
     assert json.loads((run.path / "metadata.json").read_text())["outcome"] == "failed"
@@ -233,21 +239,23 @@ def test_metadata(tmp_path):
 
 def test_metrics_are_strict_json_and_nan_is_null(tmp_path):
     run = Run("x", "", root=tmp_path)
-    run.log({"step": mx.array(1), "loss": mx.array(math.nan), "grad_norm": np.float32(math.inf), "val_loss": -math.inf,
-             "tokens": np.int64(3), "list": [math.nan, 1.0], "tiny": 1e-300, "ok": np.bool_(True)})
+    run.log({"step": mx.array(1), "loss": mx.array(math.nan), "grad_norm": np.float32(math.inf),
+             "val_loss": -math.inf, "tokens": np.int64(3), "list": [math.nan, 1.0], "tiny": 1e-300,
+             "ok": np.bool_(True)})
     run.log_event("knob", step=2, name="kl_coef", value=math.nan)
     def refuse(word): raise AssertionError(word)
-    lines = [json.loads(line, parse_constant=refuse) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0] == {"step": 1, "loss": None, "grad_norm": None, "val_loss": None, "tokens": 3, "list": [None, 1.0],
-                        "tiny": 1e-300, "ok": True}
+    lines = [json.loads(line, parse_constant=refuse)
+             for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"step": 1, "loss": None, "grad_norm": None, "val_loss": None, "tokens": 3,
+                        "list": [None, 1.0], "tiny": 1e-300, "ok": True}
     assert lines[1] == {"event": "knob", "step": 2, "name": "kl_coef", "value": None}
     assert read_metrics(run.path) == read_metrics(run.path / "metrics.jsonl") == lines
 
 
 def test_each_switch_drops_its_metrics_and_no_other(tmp_path):
-    everything = {"step": 1, "loss": 1.0, "perplexity": 2.0, "bits_per_byte": 3.0, "val_loss": 1.0, "val_perplexity": 1.0,
-                  "learning_rate": 1.0, "tokens": 1, "tokens_per_second": 1.0, "reward": 1.0, "kl": 1.0, "grad_norm": 1.0,
-                  "val_reward": 1.0, "val_kl": 1.0}
+    everything = {"step": 1, "loss": 1.0, "perplexity": 2.0, "bits_per_byte": 3.0, "val_loss": 1.0,
+                  "val_perplexity": 1.0, "learning_rate": 1.0, "tokens": 1, "tokens_per_second": 1.0,
+                  "reward": 1.0, "kl": 1.0, "grad_norm": 1.0, "val_reward": 1.0, "val_kl": 1.0}
     dropped = {}
     for switch in MetricsConfig.model_fields:
         run = Run(switch, "", root=tmp_path, logging=LoggingConfig(metrics=MetricsConfig(**{switch: False})))
@@ -288,7 +296,8 @@ def test_checkpoint_comes_back_as_it_went(tmp_path):
     arrays, state = load_checkpoint(saved)
     same(arrays, ARRAYS)
     assert state == {"cursor": [1, 2.5, None, "x"], "step": 12}
-    assert sorted(os.listdir(saved)) == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(os.listdir(saved)) == ["manifest.json", "model.safetensors", "optimizer.safetensors",
+                                         "state.json"]
     assert os.listdir(tmp_path) == ["step_000012"]
 
 
@@ -377,7 +386,8 @@ load_checkpoint(one)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path):
-    out = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60).stdout
+    out = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True,
+                         check=True, timeout=60).stdout
     assert "step_000002 could not be written" in out and out.count("\n") == 1
     assert os.listdir(tmp_path) == ["step_000001"]
 
@@ -403,7 +413,8 @@ for step in range(first, first + 1000): write(root / "checkpoints", step, arrays
 
 def half_written(folder: Path) -> list[Path]:
     "Folders that have a first file but not yet a manifest."
-    return [p for p in folder.glob("*") if p.is_dir() and any(p.iterdir()) and not (p / "manifest.json").exists()]
+    return [p for p in folder.glob("*") if p.is_dir() and any(p.iterdir())
+            and not (p / "manifest.json").exists()]
 
 
 def stopped_in_the_middle(pid: int, folder: Path) -> bool:
@@ -417,11 +428,14 @@ def stopped_in_the_middle(pid: int, folder: Path) -> bool:
 
 def kill_a_writer(how: str, root: Path, first: int, after: float | None) -> None:
     "Kill a writer after some seconds, or in the middle of a checkpoint; with the signal that nobody can catch."
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, how, str(root), str(first)], stdout=subprocess.PIPE, text=True)
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, how, str(root), str(first)],
+                              stdout=subprocess.PIPE, text=True)
     try:
         assert writer.stdout.readline() == "ready\n"
         if after is not None: time.sleep(after)
-        else: assert any(stopped_in_the_middle(writer.pid, root / "checkpoints") for _ in range(2000)), "never in the middle"
+        else:
+            assert any(stopped_in_the_middle(writer.pid, root / "checkpoints")
+                       for _ in range(2000)), "never in the middle"
         assert writer.poll() is None
     finally:
         writer.kill()
@@ -444,7 +458,8 @@ def test_killed_while_writing_leaves_no_bad_checkpoint(tmp_path):
         kill_a_writer("atomic", tmp_path, kill * 1000, after)
         interrupted += bool(half_written(tmp_path / "checkpoints"))
         assert bad_checkpoints(tmp_path) == []
-        for path in [*checkpoints(tmp_path)[:-1], *(tmp_path / "checkpoints").glob(".step*")]: shutil.rmtree(path)
+        for path in [*checkpoints(tmp_path)[:-1], *(tmp_path / "checkpoints").glob(".step*")]:
+            shutil.rmtree(path)
     assert interrupted >= 2
     assert len(checkpoints(tmp_path)) == 1
 
@@ -489,7 +504,10 @@ def test_a_second_process_is_refused_by_everything_that_could_write_and_the_lock
         lambda: check_place(tmp_path / "x", False), lambda: find_checkpoint(ResumeConfig(checkpoint="latest"), tmp_path / "x"),
         lambda: find_checkpoint(ResumeConfig(checkpoint=str(saved.path)), tmp_path / "x"),
     ):
-        with pytest.raises(RunError, match=f"process {child.pid} is writing .*x; stop it, or choose another `name`"): what()
+        with pytest.raises(
+            RunError, match=f"process {child.pid} is writing .*x; stop it, or choose another `name`"
+        ):
+            what()
     assert (tmp_path / f".x.new-{child.pid}" / "metrics.jsonl").exists()
     Run("y", "me", root=tmp_path).close()                        # another name is free
     find_checkpoint(ResumeConfig(checkpoint=str(saved.path)), tmp_path / "y")
@@ -525,14 +543,16 @@ def race(root: Path, how: str) -> list[str]:
     return said
 
 
-def one_wins(said: list[str]) -> bool: return said.count("won\n") == 1 and sum("is writing" in text for text in said) == 2
+def one_wins(said: list[str]) -> bool:
+    return said.count("won\n") == 1 and sum("is writing" in text for text in said) == 2
 
 
 def test_of_writers_that_overwrite_at_the_same_moment_one_wins(tmp_path):
     path = old_run(tmp_path)
     assert one_wins(race(tmp_path, "lock"))
     winner = (path / "config.yaml").read_text()
-    assert {str(row["pid"]) for row in read_metrics(path)} == {winner} and str(latest_checkpoint(path).state["pid"]) == winner
+    assert {str(row["pid"])
+            for row in read_metrics(path)} == {winner} and str(latest_checkpoint(path).state["pid"]) == winner
 
 
 def test_the_race_would_notice_a_lock_that_does_not_hold(tmp_path):
@@ -560,7 +580,8 @@ def test_children_do_not_keep_the_lock_of_a_dead_parent(how, tmp_path):
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline().split()[1])
     try:
-        with pytest.raises(RunError, match=f"process {parent.pid} is writing"): check_place(tmp_path / "x", True)
+        with pytest.raises(RunError, match=f"process {parent.pid} is writing"):
+            check_place(tmp_path / "x", True)
         parent.kill()
         parent.wait()
         os.kill(child, 0)                                        # it lives
@@ -597,7 +618,10 @@ def test_in_one_process_the_newer_run_takes_over_and_the_older_one_writes_nothin
     newer.save_checkpoint(1, ARRAYS, {})
     with pytest.raises(RunError, match="exists already"): Run("x", "newest", root=tmp_path)
     newer.log({"step": 3})                                       # a start that is refused takes nothing away
-    assert read_metrics(tmp_path / "x") == [{"step": 3}] and (tmp_path / "x" / "config.yaml").read_text() == "newer"
+    assert (
+        read_metrics(tmp_path / "x") == [{"step": 3}]
+        and (tmp_path / "x" / "config.yaml").read_text() == "newer"
+    )
     newer.finish("finished")
     assert os.listdir(tmp_path) == ["x"]
 
@@ -641,7 +665,8 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(*_): raise OSError(errno.ENOTSUP, "Operation not supported")
     monkeypatch.setattr(fcntl, "flock", refuse)
     old_run(tmp_path)
-    assert [r.getMessage().partition(" (")[0] for r in caplog.records] == [f"{tmp_path / '.x.lock'} cannot be locked"]
+    assert [r.getMessage().partition(" (")[0]
+            for r in caplog.records] == [f"{tmp_path / '.x.lock'} cannot be locked"]
     assert os.listdir(tmp_path) == ["x"]
 
 
@@ -702,8 +727,8 @@ def shorten_manifest(path):
     (path / "manifest.json").write_text(R._manifest(hashes))
 
 
-DAMAGES = [truncate, empty, flip_bit, lose_state, lose_arrays, lose_manifest, cut_manifest, shorten_manifest, empty_folder, file_instead,
-           directory_instead]
+DAMAGES = [truncate, empty, flip_bit, lose_state, lose_arrays, lose_manifest, cut_manifest, shorten_manifest,
+           empty_folder, file_instead, directory_instead]
 
 
 def saved_run(root: Path, steps=(100, 200, 300)) -> Path:
@@ -711,7 +736,8 @@ def saved_run(root: Path, steps=(100, 200, 300)) -> Path:
     run = Run("x", "seed: 0\n", root=root, logging=LoggingConfig(keep_last=len(steps)))
     for step in steps:
         run.log({"step": step, "loss": 1 / step})
-        run.save_checkpoint(step, {"model": {"w": mx.full((64,), step)}, "optimizer": {"m": mx.zeros(64)}}, {"seed": 0})
+        run.save_checkpoint(step, {"model": {"w": mx.full((64,), step)}, "optimizer": {"m": mx.zeros(64)}},
+                            {"seed": 0})
     run.close()
     return run.path
 
@@ -725,26 +751,36 @@ def test_the_last_good_checkpoint_is_used_and_the_bad_one_reported(damage, tmp_p
     assert mx.array_equal(saved.arrays["model"]["w"], mx.full((64,), 200))
     [record] = caplog.records
     assert record.levelname == "WARNING" and record.name == "mlx_pretrain"
-    assert re.fullmatch(r"\S*/step_000300/\S+ (is|could not) .*; trying the checkpoint before it", record.getMessage())
+    assert re.fullmatch(r"\S*/step_000300/\S+ (is|could not) .*; trying the checkpoint before it",
+                        record.getMessage())
     caplog.clear()
     damage(path / "checkpoints" / "step_000200")
     assert latest_checkpoint(path).state["step"] == 100 and len(caplog.records) == 2
     damage(path / "checkpoints" / "step_000100")
-    for ask in (lambda: latest_checkpoint(path), lambda: find_checkpoint(ResumeConfig(checkpoint="latest"), path)):
+    for ask in (
+        lambda: latest_checkpoint(path),
+        lambda: find_checkpoint(ResumeConfig(checkpoint="latest"), path),
+    ):
         with pytest.raises(RunError, match="has checkpoints, but none is whole"): ask()
-    with pytest.raises(RunError, match="use an earlier|no checkpoint"): load_checkpoint(path / "checkpoints" / "step_000300")
+    with pytest.raises(RunError, match="use an earlier|no checkpoint"):
+        load_checkpoint(path / "checkpoints" / "step_000300")
 
 
 def test_whole_checkpoints_are_not_reported(tmp_path, caplog):
     path = saved_run(tmp_path)
-    (path / "checkpoints" / "step_000300" / "._model.safetensors").write_text("what macOS leaves on foreign disks")
+    (path / "checkpoints" / "step_000300" / "._model.safetensors").write_text(
+        "what macOS leaves on foreign disks"
+    )
     assert latest_checkpoint(path).state["step"] == 300 and caplog.records == []
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
 # ---- what a user may ask for
 
-def hugging_face(path): path.mkdir(); (path / "config.json").write_text("{}"); (path / "model.safetensors").touch()
+def hugging_face(path):
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").touch()
 
 
 @pytest.mark.parametrize("text, make, problem", [
@@ -759,8 +795,10 @@ def hugging_face(path): path.mkdir(); (path / "config.json").write_text("{}"); (
 def test_a_path_that_cannot_be_resumed_is_one_sentence_with_a_remedy(text, make, problem, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if make: make(tmp_path / text)
-    with pytest.raises(RunError, match=problem) as caught: find_checkpoint(ResumeConfig(checkpoint=text), "runs/me")
-    assert re.search(r"give a folder like runs/NAME/checkpoints/step_000500, a run directory, or `latest`\.$", str(caught.value))
+    with pytest.raises(RunError, match=problem) as caught:
+        find_checkpoint(ResumeConfig(checkpoint=text), "runs/me")
+    assert re.search(r"give a folder like runs/NAME/checkpoints/step_000500, a run directory, or `latest`\.$",
+                     str(caught.value))
 
 
 @pytest.mark.parametrize("damage", [d for d in DAMAGES if d is not file_instead])
@@ -776,7 +814,13 @@ def test_what_can_be_resumed(tmp_path, monkeypatch, caplog):
     path = saved_run(tmp_path / "runs")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_checkpoint(ResumeConfig(), path) is None and caplog.records == []
-    for text, step in (("latest", 300), (str(path), 300), (f"{path}/", 300), ("~/runs/x", 300), (f"{path}/checkpoints/step_000100", 100)):
+    for text, step in (
+        ("latest", 300),
+        (str(path), 300),
+        (f"{path}/", 300),
+        ("~/runs/x", 300),
+        (f"{path}/checkpoints/step_000100", 100),
+    ):
         assert find_checkpoint(ResumeConfig(checkpoint=text), path).state["step"] == step
     (path / "checkpoints" / "step_000200").rename(tmp_path / "backup")
     assert find_checkpoint(ResumeConfig(checkpoint=str(tmp_path / "backup")), path).state["step"] == 200
@@ -784,7 +828,10 @@ def test_what_can_be_resumed(tmp_path, monkeypatch, caplog):
     for name in ("tomorrow", "fresh"):
         if name == "fresh": Run("fresh", "", root=tmp_path / "runs").finish("failed")
         assert find_checkpoint(ResumeConfig(checkpoint="latest"), tmp_path / "runs" / name) is None
-        assert "starting from the beginning" in caplog.records[-1].getMessage() and caplog.records[-1].levelname == "INFO"
+        assert (
+            "starting from the beginning" in caplog.records[-1].getMessage()
+            and caplog.records[-1].levelname == "INFO"
+        )
     assert len(caplog.records) == 2
 
 
@@ -805,22 +852,31 @@ def going_on(root: Path) -> Run:
 
 
 def test_a_run_goes_on_in_place_as_it_was_at_the_checkpoint(tmp_path, caplog):
-    path, born = going_on(tmp_path).path, json.loads((tmp_path / "x" / "metadata.json").read_text())["created"]
+    path = going_on(tmp_path).path
+    born = json.loads((tmp_path / "x" / "metadata.json").read_text())["created"]
     before = read_metrics(path)
     run = Run.resume(latest_checkpoint(path), "x", "iters: 500\nname: y\n", root=tmp_path)
-    expected = [row for row in before if row["step"] <= 200 and row != {"event": "knob", "step": 200, "name": "lr", "value": 7.0}]
-    assert len(expected) == 22                                   # 20 lines of metrics; the events with 19 and 199
+    expected = [row for row in before if row["step"] <= 200
+                and row != {"event": "knob", "step": 200, "name": "lr", "value": 7.0}]
+    assert len(expected) == 22  # 20 lines of metrics; the events with 19 and 199
     assert read_metrics(path) == [*expected, {"event": "resume", "step": 200}]
     assert (path / "config.yaml").read_text() == "iters: 500\nname: y\n"
     known = json.loads((path / "metadata.json").read_text())
-    assert known["outcome"] == "running" and known["created"] == born and known["parameters"] == 8 and "ended" not in known
-    assert [r.getMessage() for r in caplog.records] == ["resuming with another configuration: iters: 400 → 500"]
+    assert (
+        known["outcome"] == "running"
+        and known["created"] == born
+        and known["parameters"] == 8
+        and "ended" not in known
+    )
+    assert [r.getMessage()
+            for r in caplog.records] == ["resuming with another configuration: iters: 400 → 500"]
     assert "step_000200" in (log := (path / "logs" / "log.txt").read_text()) and "iters: 400 → 500" in log
     assert list_runs(tmp_path)[0]["outcome"] == "running" and "resumed_from" not in known
     run.log({"step": 210})
     run.save_checkpoint(300, {"model": {}}, {})
     run.finish("finished")
-    assert [p.name for p in checkpoints(path)] == ["step_000100", "step_000200", "step_000300"] and os.listdir(tmp_path) == ["x"]
+    assert [p.name for p in checkpoints(path)] == ["step_000100", "step_000200",
+                                                   "step_000300"] and os.listdir(tmp_path) == ["x"]
 
 
 def test_the_same_configuration_is_no_news_and_the_old_outcome_is_none(tmp_path, caplog):
@@ -848,7 +904,10 @@ def test_later_checkpoints_are_never_lost(tmp_path):
     before = contents()
     saved = find_checkpoint(ResumeConfig(checkpoint=str(path / "checkpoints" / "step_000100")), path)
     flip_bit(path / "checkpoints" / "step_000300")
-    with pytest.raises(RunError, match="later checkpoints than step 100, up to step_000200; resume from `latest`, or give another `name`"):
+    with pytest.raises(
+        RunError,
+        match="later checkpoints than step 100, up to step_000200; resume from `latest`, or give another `name`",
+    ):
         Run.resume(saved, "x", "", root=tmp_path)
     flip_bit(path / "checkpoints" / "step_000300")               # back
     assert contents() == before
@@ -871,8 +930,8 @@ def test_later_damaged_checkpoints_are_set_aside_under_a_new_name_each_time(tmp_
         run = Run.resume(latest_checkpoint(path), "x", "", root=tmp_path)
         run.save_checkpoint(300, ARRAYS, {})
         run.close()
-    assert sorted(os.listdir(path / "checkpoints")) == ["step_000100", "step_000200", "step_000300", "step_000300.damaged",
-                                                        "step_000300.damaged+"]
+    assert sorted(os.listdir(path / "checkpoints")) == ["step_000100", "step_000200", "step_000300",
+                                                        "step_000300.damaged", "step_000300.damaged+"]
     same(latest_checkpoint(path).arrays, ARRAYS)
 
 
@@ -891,22 +950,34 @@ def test_leftovers_are_tidied_and_a_checkpoint_that_had_stepped_aside_comes_back
     Run.resume(saved, "x", "", root=tmp_path).close()
     assert sorted(os.listdir(folder)) == ["step_000100", "step_000300"]
     assert latest_checkpoint(path).state["step"] == 300
-    assert sorted(p.name for p in path.glob(".*")) == [".keep"] and sorted(os.listdir(tmp_path)) == [".y.new-77", "x"]
+    assert sorted(p.name for p in path.glob(".*")) == [".keep"] and sorted(os.listdir(tmp_path)) == [
+        ".y.new-77",
+        "x",
+    ]
 
 
 def test_another_checkpoint_folder_is_refused_and_damage_elsewhere_does_not_stop_it(tmp_path, caplog):
     path = saved_run(tmp_path)
     saved = latest_checkpoint(path)
-    with pytest.raises(RunError, match="keeps its checkpoints in 'checkpoints': set `logging.checkpoint_dir` to that"):
+    with pytest.raises(
+        RunError, match="keeps its checkpoints in 'checkpoints': set `logging.checkpoint_dir` to that"
+    ):
         Run.resume(saved, "x", "", root=tmp_path, logging=LoggingConfig(checkpoint_dir="c"))
-    (path / "metrics.jsonl").write_bytes(b'{"step": 100}\n\0\0\0\n[1]\n{"step": null}\n{"step": 300}\n\xff\n{"step": 400}\n')
+    (path / "metrics.jsonl").write_bytes(
+        b'{"step": 100}\n\0\0\0\n[1]\n{"step": null}\n{"step": 300}\n\xff\n{"step": 400}\n'
+    )
     (path / "metadata.json").write_text('{"versions')
     (path / "config.yaml").write_text("a: b: c")
     shutil.rmtree(path / "logs")
     Run.resume(saved, "x", "seed: 0\n", root=tmp_path, logging=LoggingConfig(log_dir="l")).finish("finished")
-    assert read_metrics(path) == [{"step": 100}, {"step": None}, {"step": 300}, {"event": "resume", "step": 300}]
-    assert [r.getMessage() for r in caplog.records] == [f"{path / 'metrics.jsonl'}: left out 3 damaged lines, the first is line 2"]
-    assert is_run(path) and list_runs(tmp_path)[0]["outcome"] == "finished" and (path / "l" / "log.txt").exists()
+    assert read_metrics(path) == [{"step": 100}, {"step": None}, {"step": 300},
+                                  {"event": "resume", "step": 300}]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{path / 'metrics.jsonl'}: left out 3 damaged lines, the first is line 2"
+    ]
+    assert (
+        is_run(path) and list_runs(tmp_path)[0]["outcome"] == "finished" and (path / "l" / "log.txt").exists()
+    )
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=20), st.integers(0, 30))
@@ -924,7 +995,8 @@ def test_metrics_are_cut_by_one_rule_and_cutting_again_changes_nothing(tmp_path_
 @pytest.mark.parametrize("name", ["", "../x", "a/b"])
 def test_a_resumed_run_needs_a_good_name_too(name, tmp_path):
     saved = latest_checkpoint(saved_run(tmp_path))
-    with pytest.raises(RunError, match="choose another `name`"): Run.resume(saved, name, "", root=tmp_path / "runs")
+    with pytest.raises(RunError, match="choose another `name`"):
+        Run.resume(saved, name, "", root=tmp_path / "runs")
     assert os.listdir(tmp_path) == ["x"]
 
 
@@ -949,8 +1021,10 @@ def test_changed_keys(old, new, expected): assert changed_keys(old, new) == expe
 @pytest.mark.parametrize("best", [None, 0, 30, 100])
 def test_the_newest_and_the_best_stay(keep_last, best, tmp_path):
     run = Run("x", "", root=tmp_path, logging=LoggingConfig(keep_last=keep_last, checkpoint_dir="c"))
-    for step in range(10, 110, 10): assert run.save_checkpoint(step, {}, {}, best=best if best and best <= step else None).is_dir()
-    stay = {*range(10, 110, 10)[-keep_last:]} | ({best} if best == 100 or (best == 30 and keep_last > 2) else set())
+    for step in range(10, 110, 10):
+        assert run.save_checkpoint(step, {}, {}, best=best if best and best <= step else None).is_dir()
+    stay = {*range(10, 110, 10)[-keep_last:]} | ({best} if best == 100
+                                                 or (best == 30 and keep_last > 2) else set())
     if best == 30: stay |= {30}
     assert [int(p.name[5:]) for p in checkpoints(run.path)] == sorted(stay)
     assert sorted(os.listdir(run.path / "c")) == sorted(p.name for p in checkpoints(run.path))
@@ -958,11 +1032,13 @@ def test_the_newest_and_the_best_stay(keep_last, best, tmp_path):
 
 def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch, caplog):
     path = saved_run(tmp_path, (100, 200))
-    run = Run.resume(latest_checkpoint(path), "x", "seed: 0\n", root=tmp_path, logging=LoggingConfig(keep_last=1))
+    run = Run.resume(latest_checkpoint(path), "x", "seed: 0\n", root=tmp_path,
+                     logging=LoggingConfig(keep_last=1))
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or os.rmdir(path))
     run.save_checkpoint(300, {}, {})
     assert latest_checkpoint(path).state["step"] == 300
-    assert [bool(re.search(r"step_000[12]00 could not be deleted", r.getMessage())) for r in caplog.records] == [True, True]
+    assert [bool(re.search(r"step_000[12]00 could not be deleted", r.getMessage()))
+            for r in caplog.records] == [True, True]
 
 
 # ---- the list
@@ -981,15 +1057,20 @@ def test_list_runs(tmp_path):
     found = list_runs(tmp_path)
     assert [r["name"] for r in found] == ["模型", "a"]
     a = found[1]
-    assert {k: v for k, v in a.items() if k != "size"} == {
-        "name": "a", "path": tmp_path / "a", "outcome": "running", "step": 320, "total_steps": 1000, "loss": None, "val_loss": 2.5,
-        "best_val_loss": 2.0, "val_bits_per_byte": 1.25, "reward": None, "parameters": 2_100_000, "created": "2026-01-02T00:00:00+00:00"}
+    assert {k: v for k, v in a.items() if k != "size"} == {"name": "a", "path": tmp_path / "a",
+                                                           "outcome": "running", "step": 320,
+                                                           "total_steps": 1000, "loss": None, "val_loss": 2.5,
+                                                           "best_val_loss": 2.0, "val_bits_per_byte": 1.25,
+                                                           "reward": None, "parameters": 2_100_000,
+                                                           "created": "2026-01-02T00:00:00+00:00"}
     assert a["size"] == sum(p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file()) > 4000
     run.close()
     assert [r["outcome"] for r in list_runs(tmp_path)] == ["failed", "killed"]
     lines = runs_table(found).split("\n")
-    assert len(lines) == 3 and re.search(r"2\.1M +\d\.\d+kB", lines[2]) and "320/1k" in lines[2] and lines[2].count("–") == 1
-    assert lines[1].index("failed") + 2 == lines[2].index("running") == lines[0].index("outcome")    # two wide characters
+    assert len(lines) == 3 and re.search(r"2\.1M +\d\.\d+kB",
+                                         lines[2]) and "320/1k" in lines[2] and lines[2].count("–") == 1
+    # two wide characters
+    assert lines[1].index("failed") + 2 == lines[2].index("running") == lines[0].index("outcome")
 
 
 def test_a_run_that_another_process_writes_is_running(tmp_path):
@@ -1047,9 +1128,12 @@ def power_cut(after: int):
             return change(*args, **kwargs)
         return changed
     def half_text(write, path, text, **kwargs): write(path, text[:len(text) // 2], **kwargs)
-    def half_arrays(save, path, arrays, **kwargs): save(path, arrays, **kwargs); os.truncate(path, os.stat(path).st_size // 2)
+    def half_arrays(save, path, arrays, **kwargs):
+        save(path, arrays, **kwargs)
+        os.truncate(path, os.stat(path).st_size // 2)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("rename", "replace", "unlink", "rmdir", "mkdir"): patch.setattr(os, name, cut(getattr(os, name)))
+        for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
+            patch.setattr(os, name, cut(getattr(os, name)))
         patch.setattr(Path, "write_text", cut(Path.write_text, half_text))
         patch.setattr(Path, "write_bytes", cut(Path.write_bytes, half_text))
         patch.setattr(mx, "save_safetensors", cut(mx.save_safetensors, half_arrays))
@@ -1059,12 +1143,13 @@ def power_cut(after: int):
         except PowerCut: pass
 
 
-def weights_of(step: int, again: int = 0): return {"model": {"w": mx.full((64,), step)}, "optimizer": {"m": mx.full((64,), again)}}
+def weights_of(step: int, again: int = 0):
+    return {"model": {"w": mx.full((64,), step)}, "optimizer": {"m": mx.full((64,), again)}}
 
 
 def save_next(root):
-    Run.resume(latest_checkpoint(root / "x"), "x", "", root=root, logging=LoggingConfig(keep_last=2)).save_checkpoint(
-        400, weights_of(400), {}, best=200)
+    Run.resume(latest_checkpoint(root / "x"), "x", "", root=root,
+               logging=LoggingConfig(keep_last=2)).save_checkpoint(400, weights_of(400), {}, best=200)
 
 
 def save_again(root):
@@ -1097,7 +1182,8 @@ def survive(act, root: Path) -> int:
             done = True
         dead(root)
         saved = find_checkpoint(ResumeConfig(checkpoint="latest"), path)
-        if saved is None:                                        # in the middle of a swap of runs: the next start puts the old one back
+        # in the middle of a swap of runs: the next start puts the old one back
+        if saved is None:
             with pytest.raises(RunError, match="exists already"): Run("x", "", root=root)
             saved = latest_checkpoint(path)
         step = saved.state["step"]
@@ -1109,7 +1195,8 @@ def survive(act, root: Path) -> int:
         run.save_checkpoint(step + 1, weights_of(step + 1), {})
         run.finish("finished")
         assert latest_checkpoint(path).state["step"] == step + 1 and os.listdir(root) == ["x"]
-        assert not list(path.rglob(".*")) and all(re.fullmatch(r"step_\d{6}", p.name) for p in (path / "checkpoints").iterdir())
+        assert not list(path.rglob(".*")) and all(re.fullmatch(r"step_\d{6}", p.name)
+                                                  for p in (path / "checkpoints").iterdir())
         read_metrics(path)
         if done: return after
     raise AssertionError("never done")
@@ -1128,7 +1215,8 @@ def in_place(folder, step, arrays, state):
     final.mkdir(parents=True, exist_ok=True)
     for group, tensors in arrays.items(): mx.save_safetensors(str(final / f"{group}.safetensors"), tensors)
     (final / "state.json").write_text(json.dumps({**state, "step": step}))
-    (final / "manifest.json").write_text(R._manifest({p.name: R._sha256(p) for p in final.iterdir() if p.name != "manifest.json"}))
+    (final / "manifest.json").write_text(R._manifest({p.name: R._sha256(p)
+                                                      for p in final.iterdir() if p.name != "manifest.json"}))
     return final
 
 
@@ -1220,7 +1308,8 @@ def test_thirty_kills_lose_nothing_that_was_saved(tmp_path, caplog):
     assert step > 30
     saved = latest_checkpoint(tmp_path / "x")
     Run.resume(saved, "x", "", root=tmp_path).finish("finished")
-    assert [row["step"] for row in read_metrics(tmp_path / "x") if "event" not in row] == list(range(1, step + 1))
+    assert [row["step"] for row in read_metrics(tmp_path / "x")
+            if "event" not in row] == list(range(1, step + 1))
     assert os.listdir(tmp_path) == ["x"] and not list((tmp_path / "x").rglob(".*"))
     assert caplog.records == []
 
@@ -1229,4 +1318,5 @@ def test_thirty_kills_lose_nothing_that_was_saved(tmp_path, caplog):
 def test_the_kills_would_notice_a_training_that_saves_in_place(tmp_path):
     rng, step = random.Random(0), 0
     with pytest.raises((AssertionError, RunError)):
-        for _ in range(30): step = check_training(tmp_path, max(step, kill_a_training("in place", tmp_path, rng)))
+        for _ in range(30):
+            step = check_training(tmp_path, max(step, kill_a_training("in place", tmp_path, rng)))

@@ -29,10 +29,13 @@ ROWS = [{"instruction": f"Count {i}", "response": "one " * i + "</s><eos>"} for 
 MODEL = {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2}}
 
 
-def write(name, rows): Path(name).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+def write(name, rows):
+    Path(name).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
 
-def merged(a, b): return {**a, **{k: merged(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
+def merged(a, b):
+    return {**a, **{k: merged(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v
+                    for k, v in b.items()}}
 
 
 @pytest.fixture
@@ -42,10 +45,10 @@ def config(tmp_path, monkeypatch):
     write("val.jsonl", ROWS[:3])
 
     def make(**sections):
-        values = {
-            "name": "run", "data": {"input_file": "rows.jsonl", "validation_file": "val.jsonl", "preprocessing": {"max_context_size": 128}},
-            "model": MODEL, "training": {"hyperparameters": {"batch_size": 4, "learning_rate": 1e-2}},
-            "logging": {"steps": {"validation_interval": 2, "checkpoint_interval": 2}}}
+        values = {"name": "run", "data": {"input_file": "rows.jsonl", "validation_file": "val.jsonl",
+                                          "preprocessing": {"max_context_size": 128}}, "model": MODEL,
+                  "training": {"hyperparameters": {"batch_size": 4, "learning_rate": 1e-2}},
+                  "logging": {"steps": {"validation_interval": 2, "checkpoint_interval": 2}}}
         return SFTConfig.model_validate_json(json.dumps(merged(values, sections)))
     return make
 
@@ -55,8 +58,8 @@ def base(tmp_path, monkeypatch):
     "A pretrained run of one step."
     monkeypatch.chdir(tmp_path)
     write("text.jsonl", [{"text": "bottles of beer on the wall " * 20}])
-    values = {"name": "base", "data": {"input_file": "text.jsonl", "preprocessing": {"max_context_size": 16}}, "model": MODEL,
-              "training": {"hyperparameters": {"batch_size": 2, "iters": 1}}}
+    values = {"name": "base", "data": {"input_file": "text.jsonl", "preprocessing": {"max_context_size": 16}},
+              "model": MODEL, "training": {"hyperparameters": {"batch_size": 2, "iters": 1}}}
     return pretrain(PretrainConfig.model_validate_json(json.dumps(values)))
 
 
@@ -68,7 +71,9 @@ def predictions(batches):
     for batch in batches:
         inputs, width = np.array(batch.inputs), batch.inputs.shape[1]
         kept = np.array(batch.loss_mask)
-        for place, target in zip(np.array(batch.positions)[kept].tolist(), np.array(batch.targets)[kept].tolist()):
+        for place, target in zip(
+            np.array(batch.positions)[kept].tolist(), np.array(batch.targets)[kept].tolist()
+        ):
             yield (*inputs[place // width, : place % width + 1].tolist(), target)
 
 
@@ -97,11 +102,14 @@ def laid_out(monkeypatch, change):
     monkeypatch.setattr(row_files, "row_pieces", lambda *args: change(*original(*args)))
 
 
-def loss_on_the_prompt(monkeypatch): laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, Piece(ask.what, True), say, eos])
+def loss_on_the_prompt(monkeypatch):
+    laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, Piece(ask.what, True), say, eos])
 def no_eos(monkeypatch): laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, say])
-def eos_only_read(monkeypatch): laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, say, Piece(eos.what)])
+def eos_only_read(monkeypatch):
+    laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, say, Piece(eos.what)])
 def bos_twice(monkeypatch): laid_out(monkeypatch, lambda bos, *rest: [bos, bos, *rest])
-def bos_before_the_response(monkeypatch): laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, bos, say, eos])
+def bos_before_the_response(monkeypatch):
+    laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, bos, say, eos])
 
 
 def response_one_late(monkeypatch):
@@ -123,17 +131,19 @@ def text_becomes_eos(monkeypatch):
     original = ByteTokenizer._encode_batch
 
     def encode(self, texts):
-        return [np.where(ids == 0, 258, ids.astype(int)) for ids in original(self, [text.replace("<eos>", "\0") for text in texts])]
+        return [np.where(ids == 0, 258, ids.astype(int))
+                for ids in original(self, [text.replace("<eos>", "\0") for text in texts])]
     monkeypatch.setattr(ByteTokenizer, "_encode_batch", encode)
 
 
 def one_place_off(monkeypatch):
     original = SFTDataset.batch
-    monkeypatch.setattr(SFTDataset, "batch", lambda self, rows: (b := original(self, rows))._replace(positions=b.positions + 1))
+    monkeypatch.setattr(SFTDataset, "batch",
+                        lambda self, rows: (b := original(self, rows))._replace(positions=b.positions + 1))
 
 
-BUGS = [loss_on_the_prompt, no_eos, eos_only_read, bos_twice, bos_before_the_response, response_one_late, one_pad_token, text_becomes_eos,
-        one_place_off]
+BUGS = [loss_on_the_prompt, no_eos, eos_only_read, bos_twice, bos_before_the_response, response_one_late,
+        one_pad_token, text_becomes_eos, one_place_off]
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -144,7 +154,8 @@ def test_a_planted_bug_is_seen(config, monkeypatch, bug):
 
 def cut(row, context, how):
     "The bytes that stay of a row, by hand: (read, trained)."
-    read, said = [257, *f"### Instruction:\n{row['instruction']}\n\n### Response:".encode()], [*row["response"].encode(), 258]
+    read = [257, *f"### Instruction:\n{row['instruction']}\n\n### Response:".encode()]
+    said = [*row["response"].encode(), 258]
     over = max(0, len(read) + len(said) - context)
     return (read, said[: len(said) - over]) if how == "keep_start" else ([257, *read[1 + over:]], said)
 
@@ -155,7 +166,8 @@ def test_the_right_end_is_cut(config, monkeypatch, how, planted):
     if planted:
         original = row_files.truncate
         other = {"keep_start": "keep_end", "keep_end": "keep_start"}
-        monkeypatch.setattr(row_files, "truncate", lambda example, context, how, bos: original(example, context, other[how], bos))
+        monkeypatch.setattr(row_files, "truncate",
+                            lambda example, context, how, bos: original(example, context, other[how], bos))
     data = SFTTrainer(config(data={"truncation": how, "preprocessing": {"max_context_size": 64}})).data
     right = [read + said for read, said in (cut(row, 64, how) for row in ROWS)]
     assert ([data[i].ids for i in range(len(data))] == right) != planted
@@ -188,7 +200,8 @@ def test_each_row_once_an_epoch(config, batch_size, accumulate, epochs):
 
 def test_the_head_is_applied_where_tokens_are_trained_only(config, monkeypatch):
     rows, original = [], model_module.head_loss
-    monkeypatch.setattr(model_module, "head_loss", lambda hidden, *rest: rows.append(len(hidden)) or original(hidden, *rest))
+    monkeypatch.setattr(model_module, "head_loss", lambda hidden, *rest: rows.append(len(hidden))
+                        or original(hidden, *rest))
     trainer = SFTTrainer(config())
     [batch] = trainer.draw(0)
     trainer.loss(trainer.model, batch)
@@ -213,7 +226,8 @@ def test_a_tokenizer_without_a_beginning(tmp_path, how, want):
 def test_plain_text_keeps_its_end_or_its_start(config):
     write("rows.jsonl", [{"text": "abcdefgh"}])
     for how, want in (("keep_end", [257, *b"gh", 258]), ("keep_start", [257, *b"abc"])):
-        data = SFTTrainer(config(data={"truncation": how, "preprocessing": {"max_context_size": 4}, "validation_file": None})).data
+        data = SFTTrainer(config(data={"truncation": how, "preprocessing": {"max_context_size": 4},
+                                       "validation_file": None})).data
         assert data[0].ids == want and data.source["truncated"] == 1 and data.n_targets == 3
 
 
@@ -247,7 +261,8 @@ def test_accumulation_weighs_tokens(config, monkeypatch, planted):
 
 def test_validation_weighs_tokens(config):
     trainer = SFTTrainer(config())
-    sums = [[v.item() for v in trainer.loss(trainer.model, trainer.held_out.batch(np.array([i])))] for i in range(3)]
+    sums = [[v.item() for v in trainer.loss(trainer.model, trainer.held_out.batch(np.array([i])))]
+            for i in range(3)]
     (total, count) = np.array(sums).sum(axis=0)
     assert abs(trainer.evaluate()["val_loss"] / (total / count) - 1) < 1e-5
 
@@ -257,13 +272,15 @@ def test_validation_weighs_tokens(config):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd", "adam"])
 def test_what_is_frozen_keeps_its_bits(config, optimizer):
-    trainer = SFTTrainer(config(training={"freeze": ["embed_tokens", 0, "*norm*"], "optimization": {"optimizer": optimizer}}))
+    trainer = SFTTrainer(config(training={"freeze": ["embed_tokens", 0, "*norm*"],
+                                          "optimization": {"optimizer": optimizer}}))
     before = dict(tree_flatten(trainer.model.parameters()))
     for _ in range(3): trainer.step()
     after = dict(tree_flatten(trainer.model.parameters()))
     moved = {name for name in after if before[name].tolist() != after[name].tolist()}
     assert moved == {name for name in after if ".1." in name and "norm" not in name}
-    states = {name[name.index("model."):].rpartition(".")[0] for name in trainer.arrays()["optimizer"] if "model." in name}
+    states = {name[name.index("model."):].rpartition(".")[0]
+              for name in trainer.arrays()["optimizer"] if "model." in name}
     assert states == moved
 
 
@@ -275,7 +292,8 @@ def test_frozen_layers_with_less_memory(config, system):
     losses = [trainer.step()["loss"] for _ in range(2)]
     after = dict(tree_flatten(trainer.model.parameters()))
     frozen = {name for name in after if mx.array_equal(before[name], after[name])}
-    assert frozen == {name for name in after if ".0." in name or "embed" in name} and all(w.dtype == mx.float32 for w in after.values())
+    assert frozen == {name for name in after if ".0." in name
+                      or "embed" in name} and all(w.dtype == mx.float32 for w in after.values())
     assert all(np.isfinite(losses))
 
 
@@ -286,8 +304,11 @@ def test_the_pretrained_model_may_go(config, base):
     with pytest.raises(KeyboardInterrupt): sft(config(**how, training={"epochs": 2}), callbacks=[stop])
     shutil.rmtree(base)
     path = sft(config(**how, training={"epochs": 2}, resume={"checkpoint": "latest"}))
-    assert read_metadata(path)["outcome"] == "finished" and load(path).format.format_question("x") == "Q: x\nA:"
-    branch = sft(config(**{**how, "name": "branch"}, training={"epochs": 3}, resume={"checkpoint": str(checkpoints(path)[-1])}))
+    assert (
+        read_metadata(path)["outcome"] == "finished" and load(path).format.format_question("x") == "Q: x\nA:"
+    )
+    branch = sft(config(**{**how, "name": "branch"}, training={"epochs": 3},
+                        resume={"checkpoint": str(checkpoints(path)[-1])}))
     assert read_metadata(branch)["resumed_from"].startswith("runs/tuned")
 
 
@@ -300,12 +321,14 @@ def test_what_is_not_as_it_was_is_told(config, caplog):
     sft(config(training={"epochs": 1}))
     assert "There is no pretrained_model" in caplog.text
     caplog.clear()
-    with caplog.at_level(logging.WARNING): sft(config(training={"epochs": 2}, resume={"checkpoint": "latest"}))
+    with caplog.at_level(logging.WARNING):
+        sft(config(training={"epochs": 2}, resume={"checkpoint": "latest"}))
     assert others(caplog) == ["resuming with another configuration: training.epochs: 1 → 2"]
     shorter = {"truncation": "keep_end", "preprocessing": {"max_context_size": 40}}
     for n, data in enumerate(({"mask_prompt": False}, {"prompt_format": "{instruction}:"}, shorter)):
         caplog.clear()
-        again = config(name=f"again-{n}", data=data, training={"epochs": 3}, resume={"checkpoint": "runs/run"})
+        again = config(name=f"again-{n}", data=data, training={"epochs": 3},
+                       resume={"checkpoint": "runs/run"})
         with caplog.at_level(logging.WARNING): sft(again)
         assert "The training data, or how they are cut, are not what they were." in caplog.text
 
@@ -325,8 +348,12 @@ def test_a_cut_run_is_the_whole_run(config):
     frozen = {"epochs": 3, "freeze": [0]}
     with pytest.raises(KeyboardInterrupt): sft(config(name="cut", training=frozen), callbacks=[stop])
     again = sft(config(name="cut", training=frozen, resume={"checkpoint": "latest"}))
-    assert (again / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
-    def rows(path): return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(path) if "event" not in row]
+    assert (again / "model" / "model.safetensors").read_bytes() == (
+        whole / "model" / "model.safetensors"
+    ).read_bytes()
+    def rows(path):
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"}
+                for row in read_metrics(path) if "event" not in row]
     assert rows(again) == rows(whole)
 
 
@@ -345,9 +372,14 @@ def test_the_best_is_kept_and_answers_are_in_the_log(config):
 def test_begins_with_a_run_a_checkpoint_or_a_directory(config, base):
     sources = [base, checkpoints(base)[-1], base / "model", "base"]
     models = [SFTTrainer(config(pretrained_model=str(source))).model.parameters() for source in sources]
-    for model in models: assert dict(tree_flatten(model))["model.norm.weight"].tolist() == load(base).model.model.norm.weight.tolist()
+    for model in models:
+        assert (
+            dict(tree_flatten(model))["model.norm.weight"].tolist()
+            == load(base).model.model.norm.weight.tolist()
+        )
     for model in models[1:]:
-        assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(tree_flatten(model), tree_flatten(models[0]), strict=True))
+        assert all(mx.array_equal(a, b)
+                   for (_, a), (_, b) in zip(tree_flatten(model), tree_flatten(models[0]), strict=True))
 
 
 def test_what_disagrees_is_one_warning(config, base, caplog):
@@ -358,23 +390,28 @@ def test_what_disagrees_is_one_warning(config, base, caplog):
     assert trainer.cfg.model.dimensions.hidden_size == 16
     caplog.clear()
     ByteTokenizer(300).save("other")
-    with caplog.at_level(logging.WARNING): SFTTrainer(config(pretrained_model="base", data={"tokenizer_path": "other"}))
+    with caplog.at_level(logging.WARNING):
+        SFTTrainer(config(pretrained_model="base", data={"tokenizer_path": "other"}))
     assert len(others(caplog)) == 1 and "is not the tokenizer of the pretrained model" in caplog.text
     caplog.clear()
-    with caplog.at_level(logging.WARNING): SFTTrainer(config(pretrained_model="base", data={"tokenizer_path": "runs/base/tokenizer"}))
+    with caplog.at_level(logging.WARNING):
+        SFTTrainer(config(pretrained_model="base", data={"tokenizer_path": "runs/base/tokenizer"}))
     assert not others(caplog)
 
 
 def test_the_format_is_inherited(config, base, caplog):
-    first = sft(config(name="first", pretrained_model="base", data={"prompt_format": "Q: {instruction}\nA:", "system_prompt": "Be brief."}))
+    first = sft(config(name="first", pretrained_model="base",
+                       data={"prompt_format": "Q: {instruction}\nA:", "system_prompt": "Be brief."}))
     assert load(first).format == load(checkpoints(first)[-1]).format == load(first / "model").format
     assert load(first).format.format_question("x") == "Be brief.\n\nQ: x\nA:"
-    with caplog.at_level(logging.INFO): second = sft(config(name="second", pretrained_model="first", data={"system_prompt": "Be kind."}))
+    with caplog.at_level(logging.INFO):
+        second = sft(config(name="second", pretrained_model="first", data={"system_prompt": "Be kind."}))
     assert load(second).format.format_question("x") == "Be kind.\n\nQ: x\nA:"
     assert "As in the pretrained model: data.prompt_format, data.response_format." in caplog.text
     assert "Q: {instruction}" in (second / "config.yaml").read_text()
     assert load(base).format is None
-    assert load(second).tokenizer.fingerprint == load(base).tokenizer.fingerprint     # the chat template in model/ makes no tokens
+    # the chat template in model/ makes no tokens
+    assert load(second).tokenizer.fingerprint == load(base).tokenizer.fingerprint
 
 
 def test_plain_texts_teach_no_other_format(config, base, capsys):
@@ -389,9 +426,14 @@ def test_plain_texts_teach_no_other_format(config, base, capsys):
 
 
 def test_a_default_context_is_no_demand(config):
-    values = config(model={"attention": {"max_position_embeddings": 128}}).model_dump(exclude_unset=True, mode="json")
+    values = config(model={"attention": {"max_position_embeddings": 128}}).model_dump(
+        exclude_unset=True, mode="json"
+    )
     del values["data"]["preprocessing"]
-    assert SFTTrainer(SFTConfig.model_validate_json(json.dumps(values))).cfg.data.preprocessing.max_context_size == 128
+    assert (
+        SFTTrainer(SFTConfig.model_validate_json(json.dumps(values))).cfg.data.preprocessing.max_context_size
+        == 128
+    )
 
 
 def test_a_foreign_chat_template_goes(config, base):
@@ -404,12 +446,16 @@ def test_a_foreign_chat_template_goes(config, base):
         cfg = config(name=name, data={"prompt_format": form, "validation_file": None})
         trainer = SFTTrainer(cfg, opened)
         export(trainer.model, trainer.tokenizer, name, trainer.format)
-        assert "FOREIGN" not in Path(name, "tokenizer_config.json").read_text() and Path(name, "chat_template.jinja").exists() == there
+        assert (
+            "FOREIGN" not in Path(name, "tokenizer_config.json").read_text()
+            and Path(name, "chat_template.jinja").exists() == there
+        )
 
 
 def test_a_checkpoint_alone_is_not_enough(base, tmp_path):
     shutil.copytree(checkpoints(base)[-1], tmp_path / "away" / "step_000001")
-    with pytest.raises(PretrainedError, match="needs its run directory around it"): load(tmp_path / "away" / "step_000001")
+    with pytest.raises(PretrainedError, match="needs its run directory around it"):
+        load(tmp_path / "away" / "step_000001")
 
 
 def test_a_run_cannot_replace_what_it_begins_with(config, base):
@@ -421,7 +467,9 @@ def test_a_run_cannot_replace_what_it_begins_with(config, base):
 
 
 def test_another_stage_is_no_checkpoint_to_go_on_from(config, base):
-    with pytest.raises(RunError, match='another stage .pretrain.; to begin with its model, give it as "pretrained_model"'):
+    with pytest.raises(
+        RunError, match='another stage .pretrain.; to begin with its model, give it as "pretrained_model"'
+    ):
         sft(config(resume={"checkpoint": str(base)}))
 
 
@@ -440,11 +488,14 @@ def test_another_stage_is_no_checkpoint_to_go_on_from(config, base):
 def test_kinds_of_rows(config, rows, data, read):
     write("rows.jsonl", rows)
     trainer = SFTTrainer(config(data={**data, "validation_file": None}))
-    assert trainer.data[0].ids == [257, *read.encode(), *b"you.", 258] and trainer.data[0].start == 1 + len(read)
+    assert trainer.data[0].ids == [257, *read.encode(), *b"you.",
+                                   258] and trainer.data[0].start == 1 + len(read)
 
 
 def test_a_preprocess_function_makes_rows(config):
-    Path("mine.py").write_text("def make(row): return None if row['n'] == 1 else {'instruction': str(row['n']), 'response': 'x'}\n")
+    Path("mine.py").write_text(
+        "def make(row): return None if row['n'] == 1 else {'instruction': str(row['n']), 'response': 'x'}\n"
+    )
     write("rows.jsonl", [{"n": n} for n in range(4)])
     source = SFTTrainer(config(data={"preprocess": "mine.py:make", "validation_file": None})).data.source
     assert (source["rows"], source["kept"], source["filtered"]) == (4, 3, 1)
@@ -467,14 +518,21 @@ BAD = [
 @pytest.mark.parametrize("row, sentence", BAD)
 def test_a_bad_row_stops_everything_or_is_counted(config, capsys, row, sentence):
     write("rows.jsonl", [*ROWS, row])
-    Path("run.yaml").write_text(json.dumps({k: v for k, v in config().model_dump(mode="json", exclude_unset=True).items()}))
+    Path("run.yaml").write_text(
+        json.dumps({k: v for k, v in config().model_dump(mode="json", exclude_unset=True).items()})
+    )
     assert main(["sft", "--config", "run.yaml"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("mlx-pretrain: rows.jsonl, line 11: ") and sentence in error and error.count("\n") == 1
+    assert (
+        error.startswith("mlx-pretrain: rows.jsonl, line 11: ")
+        and sentence in error
+        and error.count("\n") == 1
+    )
     assert not Path("runs").exists()
     assert main(["sft", "--config", "run.yaml", "--data.on_bad_row", "skip"]) == 0
     kept = read_metadata("runs/run")["data"]["input_file"]
-    assert (kept["rows"], kept["kept"], kept["skipped"]) == (11, 10, 1) and kept["trained_tokens"] == len(list(expected(ROWS)))
+    assert (kept["rows"], kept["kept"],
+            kept["skipped"]) == (11, 10, 1) and kept["trained_tokens"] == len(list(expected(ROWS)))
 
 
 @pytest.mark.parametrize("data, sentence", [
@@ -497,7 +555,8 @@ def test_a_mistake_is_one_sentence(config, capsys, data, sentence):
 
 def test_columns_that_cannot_be_guessed(config):
     write("rows.jsonl", [{"q": "a", "a": "b"}])
-    with pytest.raises(DataError, match='rows.jsonl, line 1: the row has "q", "a"; name the columns'): SFTTrainer(config())
+    with pytest.raises(DataError, match='rows.jsonl, line 1: the row has "q", "a"; name the columns'):
+        SFTTrainer(config())
 
 
 @pytest.mark.parametrize("flag, sentence", [
@@ -514,15 +573,19 @@ def test_a_wrong_flag_is_one_sentence(config, capsys, flag, sentence):
 
 
 def test_half_a_character_has_its_line(config):
-    Path("mine.py").write_text("def half(row): return {**row, 'response': 'x\\ud83d'} if row['instruction'] == 'Count 3' else row\n")
+    Path("mine.py").write_text(
+        "def half(row): return {**row, 'response': 'x\\ud83d'} if row['instruction'] == 'Count 3' else row\n"
+    )
     half = {"preprocess": "mine.py:half", "validation_file": None}
-    with pytest.raises(DataError, match="rows.jsonl, line 3: a text holds half a character"): SFTTrainer(config(data=half))
+    with pytest.raises(DataError, match="rows.jsonl, line 3: a text holds half a character"):
+        SFTTrainer(config(data=half))
     assert SFTTrainer(config(data={**half, "on_bad_row": "skip"})).data.source["skipped"] == 1
 
 
 def test_the_first_row_may_be_bad_too(config):
     write("rows.jsonl", [{"note": "not a row"}, *ROWS])
-    with pytest.raises(DataError, match='rows.jsonl, line 1: the row has "note"; name the columns'): SFTTrainer(config())
+    with pytest.raises(DataError, match='rows.jsonl, line 1: the row has "note"; name the columns'):
+        SFTTrainer(config())
     assert SFTTrainer(config(data={"on_bad_row": "skip"})).data.source["skipped"] == 1
 
 
@@ -546,26 +609,31 @@ def test_asked_in_the_runs_own_form(tuned, base, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert main(["chat", "--run", "tuned", "--temperature", "0", "--max_new_tokens", "30"]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[1:] == ["one one </s><eos>", "one one one </s><eos>"] and "do not fit into this model's context" in err
+    assert out.splitlines()[1:] == ["one one </s><eos>",
+                                    "one one one </s><eos>"] and "do not fit into this model's context" in err
 
 
 def test_a_talk_is_made_of_what_was_said(capsys, monkeypatch, config):
     "With a format that puts something around a response, the next prompt holds it once."
     form = {"prompt_format": "<{instruction}>", "response_format": " A: {response}."}
-    path = sft(config(name="framed", data=form, training={"epochs": 60}, logging={"steps": {"validation_interval": 1000}}))
+    path = sft(config(name="framed", data=form, training={"epochs": 60},
+                      logging={"steps": {"validation_interval": 1000}}))
     asked, original = [], chat.render_chat
     monkeypatch.setattr(chat, "render_chat", lambda *args: asked.append(original(*args)) or asked[-1])
     typed = iter(["Count 2", "Count 2", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    assert main(["chat", "--run", str(path), "--temperature", "0", "--max_new_tokens", "40", "--turns", "3"]) == 0
+    assert main(["chat", "--run", str(path), "--temperature", "0", "--max_new_tokens", "40", "--turns",
+                 "3"]) == 0
     said = capsys.readouterr().out.splitlines()[-2]
-    assert said.startswith("A: ") and asked[-1] == [257, *b"<Count 2>", *b" ", *said.encode(), 258, *b"<Count 2>"]
+    assert said.startswith("A: ") and asked[-1] == [257, *b"<Count 2>", *b" ", *said.encode(), 258,
+                                                    *b"<Count 2>"]
 
 
 def test_a_format_that_cannot_be_asked_is_refused_at_once(config, capsys):
     write("rows.jsonl", [{"instruction": "i", "response": "r", "topic": "t"}] * 2)
     sft(config(name="topics", data={"prompt_format": "{topic}: {instruction}", "validation_file": None}))
-    assert main(["chat", "--run", "topics"]) == 2 and "not from an instruction alone" in capsys.readouterr().err
+    assert main(["chat", "--run",
+                 "topics"]) == 2 and "not from an instruction alone" in capsys.readouterr().err
 
 
 def test_a_validation_that_got_worse_is_told(config, caplog):
@@ -573,5 +641,8 @@ def test_a_validation_that_got_worse_is_told(config, caplog):
     path = sft(config(training={"epochs": 40}, logging={"steps": {"validation_interval": 30}}))
     best = read_metadata(path)["best"]["step"]
     kept = path / "checkpoints" / f"step_{best:06d}"
-    assert f"Validation was best at step {best} (" in caplog.text and f"use the checkpoint of that step, {kept}." in caplog.text
+    assert (
+        f"Validation was best at step {best} (" in caplog.text
+        and f"use the checkpoint of that step, {kept}." in caplog.text
+    )
     assert load(kept).format

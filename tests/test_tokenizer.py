@@ -12,7 +12,8 @@ from mlx_pretrain import tokenizer as module
 from mlx_pretrain.config import ConfigError, load_config
 from mlx_pretrain.data import cached_windows, pack, read_texts
 from mlx_pretrain.tokenizer import (
-    ByteTokenizer, DataError, HFTokenizer, SentencePieceTokenizer, SpecialTokens, TokenizerConfig, load_tokenizer, train_sentencepiece)
+    ByteTokenizer, DataError, HFTokenizer, SentencePieceTokenizer, SpecialTokens, TokenizerConfig,
+    load_tokenizer, train_sentencepiece)
 
 
 @KINDS
@@ -23,12 +24,13 @@ def test_any_text_survives(kind, text):
     assert tok.decode(ids) == text
     assert tok.decode([tok.bos_id, *ids, tok.eos_id, tok.pad_id]) == text
     assert all(0 <= i < tok.vocab_size for i in ids)
-    assert not {tok.pad_id, tok.bos_id, tok.eos_id} & set(ids)              # text that spells a special token stays text
+    assert not {tok.pad_id, tok.bos_id, tok.eos_id} & set(ids)  # text that spells a special token stays text
 
 
 @KINDS
 @forall(texts=st.lists(TEXT, max_size=5))
-def test_a_batch_is_its_texts(kind, texts): assert tokenizer(kind).encode_batch(texts) == [tokenizer(kind).encode(t) for t in texts]
+def test_a_batch_is_its_texts(kind, texts):
+    assert tokenizer(kind).encode_batch(texts) == [tokenizer(kind).encode(t) for t in texts]
 
 
 @forall(text=TEXT.filter(lambda t: "▁" not in t))
@@ -49,8 +51,9 @@ def test_byte_and_hugging_face_agree_on_broken_utf8(ids):
 
 def test_negative_controls_for_round_trips():
     sp, hf = tokenizer("sentencepiece"), HFTokenizer(saved(ByteTokenizer()))
-    assert sp._sp.decode(sp._sp.encode("a▁b")) == "a b"                      # what SentencePiece alone would lose
-    assert hf._tok.encode("<eos>", add_special_tokens=False).ids == [hf.eos_id]      # what a text would do if it were not looked at again
+    assert sp._sp.decode(sp._sp.encode("a▁b")) == "a b"  # what SentencePiece alone would lose
+    # what a text would do if it were not looked at again
+    assert hf._tok.encode("<eos>", add_special_tokens=False).ids == [hf.eos_id]
     assert hf.encode("<eos>") == list(b"<eos>")
 
 
@@ -66,7 +69,8 @@ def test_saved_tokenizers_come_back(kind, text):
     tok = tokenizer(kind)
     back = load_tokenizer(saved(tok))
     assert back.encode(text) == tok.encode(text)
-    assert (back.pad_id, back.bos_id, back.eos_id, back.vocab_size) == (tok.pad_id, tok.bos_id, tok.eos_id, tok.vocab_size)
+    assert (back.pad_id, back.bos_id, back.eos_id,
+            back.vocab_size) == (tok.pad_id, tok.bos_id, tok.eos_id, tok.vocab_size)
 
 
 @pytest.mark.parametrize("size", [256, 300, 1000])
@@ -74,28 +78,34 @@ def test_byte_tokenizers_keep_their_ids_in_every_form(size):
     tok = ByteTokenizer(size, SpecialTokens(pad="[PAD]", bos="[B]", eos="[E]"))
     home = saved(tok)
     for back in (load_tokenizer(home), HFTokenizer(home)):
-        assert (back.pad_id, back.bos_id, back.eos_id, back.vocab_size) == (size, size + 1, size + 2, size + 3)
+        assert (back.pad_id, back.bos_id, back.eos_id,
+                back.vocab_size) == (size, size + 1, size + 2, size + 3)
         assert back.encode("[E] é\n") == list("[E] é\n".encode())
         assert [back.piece(i) for i in (size, size + 1, size + 2)] == ["[PAD]", "[B]", "[E]"]
         assert back.piece(0xE2) == "<0xE2>" and back.piece(97) == "a"
     config = json.loads(open(f"{home}/tokenizer_config.json").read())
-    assert config["add_bos_token"] is True and [config[f"{name}_token"] for name in ("pad", "bos", "eos")] == ["[PAD]", "[B]", "[E]"]
+    assert config["add_bos_token"] is True and [config[f"{name}_token"]
+                                                for name in ("pad", "bos", "eos")] == ["[PAD]", "[B]", "[E]"]
 
 
 def test_training_is_deterministic_and_quiet(tmp_path, capfd):
     first, second = tmp_path / "1", tmp_path / "2"
     train_sentencepiece(ENGLISH, 290, first)
     train_sentencepiece(iter(ENGLISH), 290, second)
-    for name in ("tokenizer.model", "tokenizer_config.json"): assert (first / name).read_bytes() == (second / name).read_bytes()
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
     assert capfd.readouterr() == ("", "")
 
 
 def test_training_says_what_to_change(tmp_path):
-    with pytest.raises(DataError, match=r"too small for a vocabulary of 5000: set data.tokenizer.vocab_size to (\d+) or less") as error:
+    with pytest.raises(
+        DataError, match=r"too small for a vocabulary of 5000: set data.tokenizer.vocab_size to (\d+) or less"
+    ) as error:
         train_sentencepiece(ENGLISH, 5000, tmp_path)
     most = int(error.value.args[0].split("vocab_size to ")[1].split()[0])
     assert train_sentencepiece(ENGLISH, most, tmp_path).vocab_size == most   # the remedy works
-    with pytest.raises(DataError, match="vocab_size to more than"): train_sentencepiece([str(bytes(range(128)))], 264, tmp_path)
+    with pytest.raises(DataError, match="vocab_size to more than"):
+        train_sentencepiece([str(bytes(range(128)))], 264, tmp_path)
     for nothing in ([], [""], ["\n\n"]):
         with pytest.raises(DataError, match="no text"): train_sentencepiece(nothing, 300, tmp_path)
 
@@ -134,11 +144,13 @@ def test_special_tokens_of_published_models(tmp_path):
     with pytest.raises(DataError, match='add "eos_token" to its tokenizer_config.json'): ids()
     write("generation_config.json", eos_token_id=[97, 98], bos_token_id=None)
     assert ids() == (None, 97, 97)
-    write("config.json", eos_token_id=99, pad_token_id=5000, bos_token=7)                 # an id outside the vocabulary is nobody's
+    # an id outside the vocabulary is nobody's
+    write("config.json", eos_token_id=99, pad_token_id=5000, bos_token=7)
     assert ids() == (None, 99, 99)
     write("tokenizer_config.json", bos_token="<bos>", eos_token="<pad>", pad_token=None, chat_template="kept")
     assert ids() == (257, 256, 256)
-    write("special_tokens_map.json", eos_token={"content": "<eos>"}, pad_token="<pad>")    # it counts more, as in transformers
+    # it counts more, as in transformers
+    write("special_tokens_map.json", eos_token={"content": "<eos>"}, pad_token="<pad>")
     assert ids() == (257, 258, 256)
     assert HFTokenizer(tmp_path).eos_ids == (258, 99, 97, 98)                              # all that stop
     HFTokenizer(tmp_path).save(tmp_path / "copy")
@@ -150,47 +162,88 @@ def test_special_tokens_of_published_models(tmp_path):
 
 
 def test_pieces_of_a_converted_sentencepiece_model(tmp_path):
-    decoder = {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}]}
+    decoder = {"type": "Sequence",
+               "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                            {"type": "ByteFallback"}]}
     model = {"type": "BPE", "vocab": {"</s>": 0, "<0xC3>": 1, "▁sea": 2}, "merges": [], "byte_fallback": True}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "decoder": decoder, "model": model}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [],
+                                                         "decoder": decoder, "model": model}))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     assert [HFTokenizer(tmp_path).piece(i) for i in range(3)] == ["</s>", "<0xC3>", " sea"]
 
 
 def test_tokenizers_that_cannot_be_loaded(tmp_path):
     remedy = "make one with `mlx-pretrain tokenizer --config FILE`"
-    with pytest.raises(DataError, match=f"holds no tokenizer.json and no tokenizer.model; {remedy}"): load_tokenizer(tmp_path)
-    with pytest.raises(DataError, match=f"is not a tokenizer directory; {remedy}"): load_tokenizer(tmp_path / "missing")
+    with pytest.raises(DataError, match=f"holds no tokenizer.json and no tokenizer.model; {remedy}"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match=f"is not a tokenizer directory; {remedy}"):
+        load_tokenizer(tmp_path / "missing")
     (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01")
-    with pytest.raises(DataError, match="is not a tokenizer directory"): load_tokenizer(tmp_path / "tokenizer.model")
+    with pytest.raises(DataError, match="is not a tokenizer directory"):
+        load_tokenizer(tmp_path / "tokenizer.model")
     with pytest.raises(DataError, match="is not a SentencePiece model"): load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[1")
     with pytest.raises(DataError, match="tokenizer.json cannot be read"): load_tokenizer(tmp_path)
     ByteTokenizer().save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"normal_vocab_size": "many"}')
     with pytest.raises(DataError, match="tokenizer_config.json is damaged"): load_tokenizer(tmp_path)
-    with pytest.raises(DataError, match="cannot write the tokenizer"): ByteTokenizer().save(tmp_path / "tokenizer.json" / "inside")
+    with pytest.raises(DataError, match="cannot write the tokenizer"):
+        ByteTokenizer().save(tmp_path / "tokenizer.json" / "inside")
 
 
-TOKENIZERS = { # changes a directory with a good tokenizer → what is said
-    "damaged JSON": (lambda d: os.truncate(d / "tokenizer.json", 100), "tokenizer.json is not valid JSON"), "no eos": (
-        lambda d: (d / "tokenizer_config.json").write_text("{}"), 'does not say which token ends a document; add "eos_token"'),
-    "unknown eos": (lambda d: (d / "tokenizer_config.json").write_text('{"eos_token": "</s>"}'),
-                    "document (eos_token '</s>' is not one of its tokens)"),
-    "eos outside": (lambda d: (d / "tokenizer_config.json").write_text("{}") and (d / "config.json").write_text('{"eos_token_id": 5000}'),
-                    "(eos_token_id 5000 is not one of its tokens)"),
-    "eos of nonsense": (lambda d: (d / "tokenizer_config.json").write_text('{"eos_token": ["a"], "eos_token_id": {"b": true}}'),
-                        "which token ends a document"),
-    "other config": (lambda d: (d / "tokenizer_config.json").write_bytes(ByteTokenizer(300)._files["tokenizer_config.json"]),
-                     "tokenizer.json and tokenizer_config.json do not belong together"),
-    "equal names": (lambda d: (d / "tokenizer_config.json").write_text(
-        '{"normal_vocab_size": 256, "pad_token": "<a>", "bos_token": "<a>", "eos_token": "<b>"}'), "tokenizer_config.json is damaged"),
-    "too few bytes": (lambda d: (d / "tokenizer_config.json").write_text('{"normal_vocab_size": 3}'), "tokenizer_config.json is damaged"),
-    "config is a list": (lambda d: (d / "tokenizer_config.json").write_text("[]"), "does not hold a JSON object"),
+TOKENIZERS = {  # changes a directory with a good tokenizer → what is said
+    "damaged JSON": (lambda d: os.truncate(d / "tokenizer.json", 100), "tokenizer.json is not valid JSON"),
+    "no eos": (
+        lambda d: (d / "tokenizer_config.json").write_text("{}"),
+        'does not say which token ends a document; add "eos_token"',
+    ),
+    "unknown eos": (
+        lambda d: (d / "tokenizer_config.json").write_text('{"eos_token": "</s>"}'),
+        "document (eos_token '</s>' is not one of its tokens)",
+    ),
+    "eos outside": (
+        lambda d: (
+            (d / "tokenizer_config.json").write_text("{}")
+            and (d / "config.json").write_text('{"eos_token_id": 5000}')
+        ),
+        "(eos_token_id 5000 is not one of its tokens)",
+    ),
+    "eos of nonsense": (
+        lambda d: (d / "tokenizer_config.json").write_text(
+            '{"eos_token": ["a"], "eos_token_id": {"b": true}}'
+        ),
+        "which token ends a document",
+    ),
+    "other config": (
+        lambda d: (d / "tokenizer_config.json").write_bytes(
+            ByteTokenizer(300)._files["tokenizer_config.json"]
+        ),
+        "tokenizer.json and tokenizer_config.json do not belong together",
+    ),
+    "equal names": (
+        lambda d: (d / "tokenizer_config.json").write_text(
+            '{"normal_vocab_size": 256, "pad_token": "<a>", "bos_token": "<a>", "eos_token": "<b>"}'
+        ),
+        "tokenizer_config.json is damaged",
+    ),
+    "too few bytes": (
+        lambda d: (d / "tokenizer_config.json").write_text('{"normal_vocab_size": 3}'),
+        "tokenizer_config.json is damaged",
+    ),
+    "config is a list": (
+        lambda d: (d / "tokenizer_config.json").write_text("[]"),
+        "does not hold a JSON object",
+    ),
     "deep config": (lambda d: (d / "tokenizer_config.json").write_text("[" * 100_000), "is not valid JSON"),
     "binary config": (lambda d: (d / "tokenizer_config.json").write_bytes(b"\xff"), "is not valid JSON"),
-    "model is a list": (lambda d: (d / "tokenizer.json").write_text('{"model": []}'), "do not belong together"),
-    "not a model": (lambda d: (d / "tokenizer.json").rename(d / "tokenizer.model"), "is not a SentencePiece model"),
+    "model is a list": (
+        lambda d: (d / "tokenizer.json").write_text('{"model": []}'),
+        "do not belong together",
+    ),
+    "not a model": (
+        lambda d: (d / "tokenizer.json").rename(d / "tokenizer.model"),
+        "is not a SentencePiece model",
+    ),
     "empty": (lambda d: [f.unlink() for f in d.iterdir()], "holds no tokenizer.json and no tokenizer.model"),
 }
 
@@ -244,7 +297,9 @@ def test_errors_of_hugging_face_do_not_escape(tmp_path):
 def test_ids_that_are_no_tokens(kind):
     tok = tokenizer(kind)
     ids = tok.encode("ab")
-    assert tok.decode([*ids, tok.vocab_size, 2**40]) == "ab" and tok.piece(tok.vocab_size) == f"<{tok.vocab_size}>"   # models may be wider
+    # models may be wider
+    assert tok.decode([*ids, tok.vocab_size,
+                       2**40]) == "ab" and tok.piece(tok.vocab_size) == f"<{tok.vocab_size}>"
     with pytest.raises(DataError, match="there is no token -1; ids count from 0"): tok.decode([97, -1])
     assert tok.piece(-1) == "<-1>"
 
@@ -258,7 +313,8 @@ def test_a_fingerprint_is_that_of_the_files(kind, tmp_path):
     if kind != "bytes": assert type(tok)(tmp_path).fingerprint == tok.fingerprint
     (tmp_path / "special_tokens_map.json").write_text('{"x": "y"}')
     if kind != "bytes": assert type(tok)(tmp_path).fingerprint != tok.fingerprint
-    prints = [ByteTokenizer(), ByteTokenizer(300), ByteTokenizer(special_tokens=SpecialTokens(eos="<end>")), tokenizer("sentencepiece")]
+    prints = [ByteTokenizer(), ByteTokenizer(300), ByteTokenizer(special_tokens=SpecialTokens(eos="<end>")),
+              tokenizer("sentencepiece")]
     assert len({t.fingerprint for t in prints}) == 4
 
 
@@ -267,29 +323,39 @@ def test_cutting_long_lines_changes_no_id(text, size):
     tok = tokenizer("sentencepiece")
     parts = module._parts(text, tok._joined, size)
     assert "".join(parts) == text
-    assert [i for n, part in enumerate(parts) for i in (tok._cuts[part] if n % 2 else tok._sp.encode(part))] == tok._sp.encode(text)
+    assert [i for n, part in enumerate(parts)
+            for i in (tok._cuts[part] if n % 2 else tok._sp.encode(part))] == tok._sp.encode(text)
 
 
 def test_cutting_anywhere_would_change_ids():
     tok = tokenizer("sentencepiece")
-    parts = module._parts(ENGLISH[0], set(), 2)                                      # planted bug: no pair of characters is kept together
-    assert [i for part in parts[::2] for i in tok._sp.encode(part)] != [i for line in ENGLISH[0].split("\n") for i in tok._sp.encode(line)]
+    parts = module._parts(ENGLISH[0], set(), 2)  # planted bug: no pair of characters is kept together
+    assert [i for part in parts[::2]
+            for i in tok._sp.encode(part)] != [i for line in ENGLISH[0].split("\n")
+                                               for i in tok._sp.encode(line)]
 
 
 def test_long_lines_and_documents_survive(tmp_path):
     tok = tokenizer("sentencepiece")
-    for text in ("the old man counts " * 40_000, "x" * 30_000, "é\n" * 50_000, "漢字" * 20_000, "▁" * 15_000 + " " * 15_000):
+    for text in (
+        "the old man counts " * 40_000,
+        "x" * 30_000,
+        "é\n" * 50_000,
+        "漢字" * 20_000,
+        "▁" * 15_000 + " " * 15_000,
+    ):
         assert tok.decode(tok.encode(text)) == text
         if "▁" not in text: assert tok.encode(text) == tok._sp.encode(text)
 
 
 def test_a_long_text_is_sampled_evenly_and_says_so(tmp_path, monkeypatch, caplog):
     lines = [f"instruction number {n}" if n % 2 else f"response number {n}" for n in range(20_000)]
-    with caplog.at_level("WARNING", logger="mlx_pretrain"): sample = module._sample(lines, 340_000)   # about a tenth
+    with caplog.at_level("WARNING", logger="mlx_pretrain"):  # about a tenth
+        sample = module._sample(lines, 340_000)
     assert "learned from" in caplog.text and "% of its lines" in caplog.text
     numbers = [int(line.split()[-1]) for line in sample]
     assert numbers == sorted(set(numbers)) and 1500 < len(numbers) <= 2000
-    assert 0.44 < np.mean([n % 2 for n in numbers]) < 0.56                              # every second line would be one kind only
+    assert 0.44 < np.mean([n % 2 for n in numbers]) < 0.56  # every second line would be one kind only
     assert all(0.7 < c / (len(numbers) / 4) < 1.3 for c in np.histogram(numbers, 4, (0, 20_000))[0])
     assert module._sample(lines, 340_000) == sample
     caplog.clear()

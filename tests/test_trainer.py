@@ -19,8 +19,10 @@ from mlx_pretrain.model import Linear, Llama, ModelConfig, project
 from mlx_pretrain.ops import head_loss
 from mlx_pretrain.optim import Optimization, make_optimizer
 from mlx_pretrain.pretrained import load
-from mlx_pretrain.run import LoggingConfig, Run, RunError, StepsConfig, checkpoints, latest_checkpoint, load_checkpoint, read_metrics
-from mlx_pretrain.trainer import MAX_SKIPPED, Trainer, TrainingError, Update, forecast, stop_between_steps, train_run
+from mlx_pretrain.run import (
+    LoggingConfig, Run, RunError, StepsConfig, checkpoints, latest_checkpoint, load_checkpoint, read_metrics)
+from mlx_pretrain.trainer import (
+    MAX_SKIPPED, Trainer, TrainingError, Update, forecast, stop_between_steps, train_run)
 
 
 class Points(NamedTuple):
@@ -62,7 +64,8 @@ def test_an_interrupted_run_saves_one_age(delay, tmp_path):
 
 def test_an_interrupted_overwrite_leaves_the_old_run(tmp_path):
     run = Run("line", "seed: 0\n", root=tmp_path)
-    train_run(Trainer(Linear(256, 1), squares, points_at, 3, run=run), run, lambda: (run.path / "model").mkdir())
+    train_run(Trainer(Linear(256, 1), squares, points_at, 3, run=run), run,
+              lambda: (run.path / "model").mkdir())
     again = Run("line", "seed: 1\n", root=tmp_path, overwrite=True)
 
     def impatient(step):
@@ -73,14 +76,17 @@ def test_an_interrupted_overwrite_leaves_the_old_run(tmp_path):
     with pytest.raises(KeyboardInterrupt): train_run(trainer, again, lambda: None)
     assert trainer.steps_done == 1 and (tmp_path / "line" / "model").is_dir()
     assert [p.name for p in checkpoints(tmp_path / "line")] == ["step_000003"]
-    assert [p.name for p in checkpoints(tmp_path / "line-2")] == ["step_000001"] and again.path == tmp_path / "line-2"
+    assert [p.name for p in checkpoints(tmp_path / "line-2")] == [
+        "step_000001"
+    ] and again.path == tmp_path / "line-2"
     assert json.loads((tmp_path / "line-2" / "metadata.json").read_text())["name"] == "line-2"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["line", "line-2"]
 
 
 def test_a_stopped_trainer_goes_on(tmp_path):
     trainer = Trainer(Linear(256, 1), squares, points_at, 20)
-    trainer.callbacks.append(lambda trainer, metrics: metrics["step"] == 5 and signal.raise_signal(signal.SIGINT))
+    trainer.callbacks.append(lambda trainer, metrics: metrics["step"] == 5
+                             and signal.raise_signal(signal.SIGINT))
     trainer.run()
     assert trainer.steps_done == 5
     assert trainer.run()["step"] == 20
@@ -119,7 +125,8 @@ def test_the_stop_button_of_a_notebook():
             assert message["msg_type"] != "error", message["content"]
             if message["msg_type"] == "stream": said += message["content"]["text"]
             if message["msg_type"] == "stream" and "begun" in message["content"]["text"]: until_begun()
-            if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle": return said
+            if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle":
+                return said
 
     try:
         client.wait_for_ready(timeout=60)
@@ -135,7 +142,8 @@ def test_the_stop_button_of_a_notebook():
 
 def test_a_second_interrupt_does_not_wait():
     def impatient(step):
-        if trainer.steps_done == 3 and not pressed: pressed.extend(signal.raise_signal(signal.SIGINT) for _ in range(2))
+        if trainer.steps_done == 3 and not pressed:
+            pressed.extend(signal.raise_signal(signal.SIGINT) for _ in range(2))
         return points_at(step)
     pressed = []
     trainer = Trainer(Linear(256, 1), squares, impatient, 20)
@@ -146,7 +154,8 @@ def test_a_second_interrupt_does_not_wait():
 
 
 def test_an_ignored_interrupt_stays_ignored():
-    trainer, before = Trainer(Linear(256, 1), squares, points_at, 3), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = Trainer(Linear(256, 1), squares, points_at, 3)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with stop_between_steps(trainer): assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally: signal.signal(signal.SIGINT, before)
@@ -166,7 +175,9 @@ def test_the_compiler_gets_ctrl_c_too(asked):
         if trainer.steps_done != 2 or failed: return points_at(step)
         failed.append(step)
         if asked: signal.raise_signal(signal.SIGINT)
-        raise RuntimeError("[Compile::eval_cpu] Failed to compile function x: g++: Interrupt signal terminated program cc1plus")
+        raise RuntimeError(
+            "[Compile::eval_cpu] Failed to compile function x: g++: Interrupt signal terminated program cc1plus"
+        )
     failed, trainer = [], None
     trainer = Trainer(Linear(256, 1), squares, compile_fails, 5)
     if asked: trainer.run()
@@ -187,7 +198,8 @@ class Machine:
         self.now, self.compiled, self.seconds, self.kinds, self.taken = 0.0, set(), seconds, kinds, []
         clock = SimpleNamespace(perf_counter=lambda: self.now, monotonic=lambda: self.now)
         monkeypatch.setattr(trainer_module, "time", clock)
-        monkeypatch.setattr(trainer_module, "_compiler", lambda: (len(self.compiled), busy * len(self.compiled)))
+        monkeypatch.setattr(trainer_module, "_compiler",
+                            lambda: (len(self.compiled), busy * len(self.compiled)))
 
     def batch_at(self, step):
         self.taken.append(step)
@@ -203,9 +215,11 @@ class Machine:
     (0.1, 4, 100, 12), (0.1, 8, 100, 13), (0.1, 1, 1, 2), (3, 2, 50, 4), (60, 1, 50, 2), (60, 3, 50, 4)])
 def test_a_forecast_knows_nothing_of_the_compiler(seconds, kinds, steps, probes, monkeypatch):
     "Red if a step's time has 40 s of the compiler in it, or if long steps are taken more often than needed."
-    machine = Machine(monkeypatch, seconds, kinds, busy=20.0)               # other programs have the other half
+    machine = Machine(monkeypatch, seconds, kinds, busy=20.0)  # other programs have the other half
     ahead = forecast(machine.trainer(steps))
-    assert ahead.seconds == pytest.approx(steps * seconds) and ahead.tokens_per_second == pytest.approx(512 / seconds)
+    assert ahead.seconds == pytest.approx(steps * seconds) and ahead.tokens_per_second == pytest.approx(
+        512 / seconds
+    )
     assert len(machine.taken) <= probes
 
 
@@ -237,7 +251,9 @@ def next_id(model, batch):
 @pytest.mark.parametrize("parts", [[(0, 1), (1, 2), (2, 8)], [(0, 5), (5, 8)], [(i, i + 1) for i in range(8)]])
 def test_unequal_parts_make_the_whole_step(parts):
     "Rows with one to eight tokens that count, cut in unequal parts; the mean of the parts' means is the bug that must show."
-    model = Llama(ModelConfig.model_validate_json('{"dimensions": {"hidden_size": 16, "num_layers": 1}}').args(32))
+    model = Llama(
+        ModelConfig.model_validate_json('{"dimensions": {"hidden_size": 16, "num_layers": 1}}').args(32)
+    )
     ids = mx.random.randint(0, 32, (8, 9), key=mx.random.key(0))
     batch = Ids(ids, mx.arange(8)[None] <= mx.arange(8)[:, None])
     update = Update(model, make_optimizer(Optimization(), 0.0, 0.0), next_id, 1.0)
@@ -245,14 +261,19 @@ def test_unequal_parts_make_the_whole_step(parts):
     (total, count), whole = update.gradient(batch)
     sums = [update.gradient(piece) for piece in pieces]
     assert sum(n.item() for (_, n), _ in sums) == count.item() == 36
-    means = tree_map(lambda *gs: sum(g / n for g, ((_, n), _) in zip(gs, sums)) / len(sums), *(g for _, g in sums))
+    means = tree_map(lambda *gs: sum(g / n for g, ((_, n), _) in zip(gs, sums)) / len(sums),
+                     *(g for _, g in sums))
     for (name, want), *others in zip(*(tree_flatten(g) for g in (whole, *(g for _, g in sums), means))):
         *got, wrong = (g for _, g in others)
         scale = mx.abs(want).max()
         assert mx.abs(sum(got) - want).max() < 1e-5 * scale, name
-        if name.endswith("weight") and want.ndim > 1: assert mx.abs(wrong - want / count).max() > 0.05 * scale / count, name
+        if name.endswith("weight") and want.ndim > 1:
+            assert mx.abs(wrong - want / count).max() > 0.05 * scale / count, name
     together, apart = update([batch], 0.0), update(pieces, 0.0)
-    assert abs(together[0].item() - apart[0].item()) < 1e-5 and abs(together[2].item() / apart[2].item() - 1) < 1e-4
+    assert (
+        abs(together[0].item() - apart[0].item()) < 1e-5
+        and abs(together[2].item() / apart[2].item() - 1) < 1e-4
+    )
 
 
 # Steps that are not finite
@@ -270,20 +291,27 @@ def test_a_step_that_is_not_finite_changes_no_bit(optimizer, poison):
     assert len(before) > 3
     *_, good = update([Points(x * mx.where(mx.arange(512) == 7, poison, 1.0)[:, None], x.sum(axis=1))], 0.1)
     assert not good.item()
-    for (name, old), (_, new) in zip(before, tree_flatten([model.parameters(), opt.state])): assert mx.array_equal(old, new), name
+    for (name, old), (_, new) in zip(before, tree_flatten([model.parameters(), opt.state])):
+        assert mx.array_equal(old, new), name
     *_, good = update([Points(x, x.sum(axis=1))], 0.1)
     assert good.item() and not mx.array_equal(model.weight, before[0][1])
 
 
 def test_lost_for_good_ends_with_the_last_good_checkpoint(tmp_path):
-    def batch_at(step): return points_at(step) if step < 23 else Points(points_at(step).x * float("nan"), points_at(step).y)
+    def batch_at(step):
+        return points_at(step) if step < 23 else Points(points_at(step).x * float("nan"), points_at(step).y)
     run = Run("line", "seed: 0\n", root=tmp_path)
     trainer = Trainer(Linear(256, 1), squares, batch_at, 10_000, run=run)
-    trainer.callbacks.append(lambda trainer, metrics: metrics["step"] == 20 and run.save_checkpoint(20, trainer.arrays(), trainer.state()))
-    with pytest.raises(TrainingError, match=rf"{MAX_SKIPPED} steps in a row, up to step 33, .* last good checkpoint is .*step_000020$"):
+    trainer.callbacks.append(lambda trainer, metrics: metrics["step"] == 20
+                             and run.save_checkpoint(20, trainer.arrays(), trainer.state()))
+    with pytest.raises(
+        TrainingError,
+        match=rf"{MAX_SKIPPED} steps in a row, up to step 33, .* last good checkpoint is .*step_000020$",
+    ):
         train_run(trainer, run, lambda: pytest.fail("it was not finished"))
     assert mx.array_equal(trainer.model.weight, weights_after(23))
-    assert [row["step"] for row in read_metrics(run.path) if row.get("event") == "not_finite"] == [*range(23, 33)]
+    assert [row["step"] for row in read_metrics(run.path)
+            if row.get("event") == "not_finite"] == [*range(23, 33)]
     assert json.loads((run.path / "metadata.json").read_text())["outcome"] == "failed"
 
 
@@ -294,7 +322,12 @@ def test_a_loss_alone_that_is_not_finite(bad):
     def loss(model, batch): return squares(model, batch)[0] + bad, mx.array(512)
     update = Update(model, make_optimizer(Optimization(), 0.1, 0.1), loss, 1.0)
     value, _, norm, good = update([Points(*(z[..., :4] if z.ndim > 1 else z for z in points_at(0)))], 0.1)
-    assert not mx.isfinite(value).item() and mx.isfinite(norm).item() and not good.item() and not model.weight.any().item()
+    assert (
+        not mx.isfinite(value).item()
+        and mx.isfinite(norm).item()
+        and not good.item()
+        and not model.weight.any().item()
+    )
 
 
 def test_a_held_out_loss_that_is_not_finite_is_no_best():
@@ -305,7 +338,8 @@ def test_a_held_out_loss_that_is_not_finite_is_no_best():
 
 def fit(tmp_path, total=100, keep_last=1, interval=1000, bad=(), val=lambda step: 1.0, **kwargs):
     "A run on a line, with steps that are not finite and validation losses as wished."
-    def batch_at(step): return Points(points_at(step).x * (float("nan") if step + 1 in bad else 1), points_at(step).y)
+    def batch_at(step):
+        return Points(points_at(step).x * (float("nan") if step + 1 in bad else 1), points_at(step).y)
     logging = LoggingConfig(keep_last=keep_last, steps=StepsConfig(checkpoint_interval=interval))
     run = Run("line", "seed: 0\n", root=tmp_path, logging=logging)
     trainer = Trainer(Linear(256, 1), squares, batch_at, total, run=run, validation_interval=10, **kwargs)
@@ -324,7 +358,8 @@ def test_the_best_is_kept_even_if_its_step_was_skipped(tmp_path):
 
 
 def test_a_skipped_step_is_no_reason_to_save(tmp_path):
-    assert fit(tmp_path, keep_last=99, interval=20, bad={40}, val=lambda step: step)[1] == [10, 20, 60, 80, 100]
+    assert fit(tmp_path, keep_last=99, interval=20, bad={40},
+               val=lambda step: step)[1] == [10, 20, 60, 80, 100]
 
 
 def test_validated_at_the_end_whatever_the_interval(tmp_path):
@@ -334,7 +369,8 @@ def test_validated_at_the_end_whatever_the_interval(tmp_path):
 
 def test_saved_after_some_minutes(tmp_path, monkeypatch):
     clock = iter(range(10_000))
-    monkeypatch.setattr("mlx_pretrain.trainer.time.monotonic", lambda: 100 * next(clock))  # every look at the clock is 100 s later
+    # every look at the clock is 100 s later
+    monkeypatch.setattr("mlx_pretrain.trainer.time.monotonic", lambda: 100 * next(clock))
     assert len(fit(tmp_path, keep_last=99, val=lambda step: step)[1]) > 5
 
 
@@ -350,7 +386,8 @@ def test_skips_are_remembered_by_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("what", ["validation", "metrics"])
 def test_a_step_that_could_not_be_recorded_is_recorded_at_resume(tmp_path, monkeypatch, what, at, interval):
     "Its weights are saved, so it is not taken again; in the middle and at the end, with a checkpoint due at that step or not."
-    def without_speed(path): return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(path)]
+    def without_speed(path):
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(path)]
     fit(tmp_path / "whole", 25, interval=interval)
     log, bad = Run.log, [True]
     def refuse(step, here):
@@ -367,18 +404,24 @@ def test_a_step_that_could_not_be_recorded_is_recorded_at_resume(tmp_path, monke
     saved = latest_checkpoint(tmp_path / "cut/line")
     assert saved.state["step"] == at and saved.state["unfinished"]["step"] == at
     run = Run.resume(saved, "line", "seed: 0\n", root=tmp_path / "cut")
-    trainer = Trainer(Linear(256, 1), squares, points_at, 25, run=run, validation_interval=10, validate=lambda: {"val_loss": 1.0})
+    trainer = Trainer(Linear(256, 1), squares, points_at, 25, run=run, validation_interval=10,
+                      validate=lambda: {"val_loss": 1.0})
     trainer.load(saved)
     train_run(trainer, run, lambda: None)
-    assert [row for row in without_speed(run.path) if "event" not in row] == without_speed(tmp_path / "whole/line")
+    assert [row for row in without_speed(run.path)
+            if "event" not in row] == without_speed(tmp_path / "whole/line")
     ends = [load_checkpoint(checkpoints(tmp_path / which / "line")[-1]) for which in ("whole", "cut")]
     assert ends[0][1] == ends[1][1] and mx.array_equal(*(arrays["model"]["weight"] for arrays, _ in ends))
 
 
 def test_knobs_are_events(tmp_path):
-    def turn(trainer, metrics): trainer.knobs.learning_rate_factor = 0.5 if metrics["step"] == 7 else trainer.knobs.learning_rate_factor
+    def turn(trainer, metrics):
+        trainer.knobs.learning_rate_factor = (
+            0.5 if metrics["step"] == 7 else trainer.knobs.learning_rate_factor
+        )
     fit(tmp_path, callbacks=[turn])
-    events = [(row["step"], row["name"], row["value"]) for row in read_metrics(tmp_path / "line") if row.get("event") == "knob"]
+    events = [(row["step"], row["name"], row["value"])
+              for row in read_metrics(tmp_path / "line") if row.get("event") == "knob"]
     assert events == [(7, "learning_rate_factor", 0.5)]
 
 
@@ -396,7 +439,8 @@ def test_a_step_by_hand_is_whole_under_ctrl_c():
 
 
 def test_one_bad_batch_is_skipped_and_counted(tmp_path):
-    def batch_at(step): return points_at(step) if step != 23 else Points(points_at(step).x * float("nan"), points_at(step).y)
+    def batch_at(step):
+        return points_at(step) if step != 23 else Points(points_at(step).x * float("nan"), points_at(step).y)
     run = Run("line", "seed: 0\n", root=tmp_path)
     trainer = Trainer(Linear(256, 1), squares, batch_at, 100, run=run)
     train_run(trainer, run, lambda: None)
@@ -407,7 +451,8 @@ def test_one_bad_batch_is_skipped_and_counted(tmp_path):
 def test_a_learning_rate_far_too_high(tmp_path, monkeypatch, capfd):
     "The command says so in a sentence, and nothing that is not finite is exported."
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of a short text."}) + "\n" for i in range(20)))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of a short text."}) + "\n"
+                                                 for i in range(20)))
     (tmp_path / "wild.yaml").write_text("""
 data: {input_file: text.jsonl, preprocessing: {max_context_size: 16}}
 model: {dimensions: {hidden_size: 16, num_layers: 1}}
@@ -415,6 +460,12 @@ training: {hyperparameters: {batch_size: 4, iters: 300, learning_rate: 1.0e+20}}
 logging: {steps: {checkpoint_interval: 1}}
 """)
     code, err = main(["train", "--config", "wild.yaml"]), capfd.readouterr().err
-    assert code == 2 and "Traceback" not in err and "learning_rate" in err and "There is no good checkpoint" in err
+    assert (
+        code == 2
+        and "Traceback" not in err
+        and "learning_rate" in err
+        and "There is no good checkpoint" in err
+    )
     assert not (tmp_path / "runs" / "wild" / "model").exists()
-    assert all(mx.isfinite(w).all().item() for _, w in tree_flatten(load(checkpoints("runs/wild")[-1]).model.parameters()))
+    assert all(mx.isfinite(w).all().item()
+               for _, w in tree_flatten(load(checkpoints("runs/wild")[-1]).model.parameters()))

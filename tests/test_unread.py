@@ -38,7 +38,8 @@ def here(tmp_path, monkeypatch):
 
 
 def write(rows, name="rows.jsonl"):
-    Path(name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    Path(name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                          encoding="utf-8")
     return name
 
 
@@ -53,7 +54,8 @@ def trained(rows, tok=None, inherited=None, **keys):
     "What a file of rows becomes with some keys of `data`: prompt and response of the first row, as text."
     tok, cfg = tok or ByteTokenizer(), PromptConfig(**keys)
     fmt = resolve_format(cfg, read_first_row(write(rows), cfg), inherited)
-    examples = read_examples("rows.jsonl", tok, fmt, 4000, on_bad_row=cfg.on_bad_row, preprocess=cfg.preprocess)
+    examples = read_examples("rows.jsonl", tok, fmt, 4000, on_bad_row=cfg.on_bad_row,
+                             preprocess=cfg.preprocess)
     return "".join(map(tok.piece, examples[0].ids))
 
 
@@ -61,7 +63,8 @@ def trained(rows, tok=None, inherited=None, **keys):
 
 
 def test_a_column_that_nobody_reads_is_told_once_and_the_remedy_has_it_read(caplog):
-    rows = [{**PAIR, "context": "Mara sold the boat.", "category": "qa", "id": 7, "score": 0.5, "empty": ""}] * 3
+    rows = [{**PAIR, "context": "Mara sold the boat.", "category": "qa", "id": 7, "score": 0.5,
+             "empty": ""}] * 3
     assert "Mara" not in trained(rows)
     [said] = [r.message for r in caplog.records]
     check_sentence(said, "rows.jsonl", '"context" (3 rows), "category" (3 rows)')
@@ -103,26 +106,36 @@ def test_who_has_a_function_has_read_all(caplog):
 def test_prompts_and_preferences_are_looked_at_too(caplog):
     tok, fmt = ByteTokenizer(), PromptFormat(prompt_format="{instruction}")
     read_prompts(write([{**PAIR, "context": "c", "reward": 1}]), tok, fmt, 100, 4, reward_field="reward")
-    read_preferences(write([{"instruction": "?", "chosen": "a<eos>", "rejected": "b", "margin": 1, "topic": "t"}]), tok, fmt, 100)
+    read_preferences(write([{"instruction": "?", "chosen": "a<eos>", "rejected": "b", "margin": 1,
+                             "topic": "t"}]), tok, fmt, 100)
     said = "\n".join(record.message for record in caplog.records)
-    assert len(caplog.records) == 3 and '"context" (1 row)' in said and '"topic" (1 row)' in said and '"chosen" spells <eos>' in said
+    assert (
+        len(caplog.records) == 3
+        and '"context" (1 row)' in said
+        and '"topic" (1 row)' in said
+        and '"chosen" spells <eos>' in said
+    )
     assert '"reward"' not in said and '"margin"' not in said
 
 
 def test_keys_of_messages_reach_the_template_or_are_told():
-    thinks, by_template = [ASK, {**ANSWER, "reasoning_content": "Hm.", "name": "Ole", "tool_calls": None}], PromptFormat(prompt_format=None)
+    thinks = [ASK, {**ANSWER, "reasoning_content": "Hm.", "name": "Ole", "tool_calls": None}]
+    by_template = PromptFormat(prompt_format=None)
     assert read_messages(thinks)[1] == {**ANSWER, "trained": True, "reasoning_content": "Hm.", "name": "Ole"}
     tok = Chat()
     assert unread_keys(by_template, tok, thinks) == {"reasoning_content", "name"}
     tok.chat_template = CHATML + "{{ messages[0].get('thinking') }}{% if m.name is defined %}{% endif %}"
     assert {"thinking", "name", "role", "content"} <= template_keys(tok.chat_template)
-    assert unread_keys(by_template, tok, thinks) == set() and unread_keys(PromptFormat(), tok, thinks) == {"reasoning_content", "name"}
+    assert unread_keys(by_template, tok,
+                       thinks) == set() and unread_keys(PromptFormat(), tok,
+                                                        thinks) == {"reasoning_content", "name"}
     assert template_keys("{% for %}") == frozenset()
 
 
 def test_a_prompt_that_came_twice_holds_no_answer():
     "UltraFeedback's rows: a prompt, and three conversations that begin with it."
-    row = {"prompt": "Who?", "messages": TALK, "chosen": TALK, "rejected": [ASK, message("assistant", "You.")]}
+    row = {"prompt": "Who?", "messages": TALK, "chosen": TALK,
+           "rejected": [ASK, message("assistant", "You.")]}
     cfg = PromptConfig()
     first = read_first_row(write([row]), cfg, False, split_conversations)
     fmt = resolve_format(cfg, first, PromptFormat(prompt_format="Q: {instruction} A:"), False)
@@ -140,7 +153,15 @@ def test_a_prompt_that_came_twice_holds_no_answer():
     ({**PAIR, "context": "<eos>"}, {"input_field_optional": "context"}, '"context"'),
 ])
 def test_control_tokens_in_letters_are_told_once(caplog, row, keys, place):
-    good = PAIR if "instruction" in row else {"messages": TALK} if "messages" in row else {"text": "x", **row} if "text" in row else row
+    good = (
+        PAIR
+        if "instruction" in row
+        else {"messages": TALK}
+        if "messages" in row
+        else {"text": "x", **row}
+        if "text" in row
+        else row
+    )
     trained([good, row, row] if good is not row and "text" not in row else [row, row], **keys)
     [said] = [r.message for r in caplog.records if "spells" in r.message]
     check_sentence(said, f"{place} spells <eos>", "in 2 rows")
@@ -169,17 +190,22 @@ def test_a_row_has_its_own_system_prompt(row, tok, fmt):
     if "messages" in row: fmt = fmt.model_copy(update={"input_field": "messages", "output_field": "messages"})
     own = fmt.model_copy(update={"system_field": "system", "system_prompt": "For all."})
     for pieces in (row_pieces, ask_pieces):
-        assert pieces(own, tok, row) == pieces(fmt.model_copy(update={"system_prompt": "Be brief."}), tok, row)
+        assert pieces(own, tok, row) == pieces(fmt.model_copy(update={"system_prompt": "Be brief."}), tok,
+                                               row)
         for none in ("", None, " "):
-            assert pieces(own, tok, {**row, "system": none}) == pieces(fmt.model_copy(update={"system_prompt": "For all."}), tok, row)
+            assert pieces(own, tok, {**row, "system": none}) == pieces(
+                fmt.model_copy(update={"system_prompt": "For all."}), tok, row
+            )
         with pytest.raises(DataError, match='"system" must be a text'): pieces(own, tok, {**row, "system": 5})
     if "messages" in row:
-        with pytest.raises(DataError, match="keep one of them"): row_pieces(own, tok, {**row, "messages": [message("system", "x"), *TALK]})
+        with pytest.raises(DataError, match="keep one of them"):
+            row_pieces(own, tok, {**row, "messages": [message("system", "x"), *TALK]})
 
 
 def test_an_older_format_is_read():
     assert PromptFormat.model_validate_json('{"prompt_format": "{instruction}"}').system_field is None
-    assert resolve_format(PromptConfig(system_field="s"), read_first_row(write([{**PAIR, "s": "x"}]), PromptConfig())).system_field == "s"
+    assert resolve_format(PromptConfig(system_field="s"),
+                          read_first_row(write([{**PAIR, "s": "x"}]), PromptConfig())).system_field == "s"
 
 
 # Formats
@@ -188,26 +214,35 @@ def test_an_older_format_is_read():
 @pytest.mark.parametrize("key", ["prompt_format", "response_format", "system_prompt"])
 @pytest.mark.parametrize("letter, what", [("n", "line break"), ("t", "tab")])
 def test_a_backslash_and_a_letter_is_told_and_double_quotes_help(caplog, key, letter, what):
-    text = {"prompt_format": "Q {instruction}", "response_format": "{response}", "system_prompt": "s"}[key] + "\\" + letter
+    text = {"prompt_format": "Q {instruction}", "response_format": "{response}",
+            "system_prompt": "s"}[key] + "\\" + letter
     for quote, told in (("'", True), ('"', False), ("", True)):
         caplog.clear()
         Path("run.yaml").write_text(f"data:\n  {key}: {quote}So {text}{quote}\n")
         cfg = load_config(SFTConfig, "run.yaml")
         resolve_format(cfg.data, read_first_row(write([PAIR]), cfg.data))
-        assert [f'"data.{key}"' in r.message and what in r.message for r in caplog.records] == [True] * told, (quote, caplog.text)
+        assert [f'"data.{key}"' in r.message and what in r.message
+                for r in caplog.records] == [True] * told, (quote, caplog.text)
 
 
 # Conversations
 
 
 def test_conversations_as_others_write_them():
-    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Who?"},
+             {"from": "gpt", "value": "Me."}]
     plain = {"messages": [message("system", "Be brief."), *TALK]}
     want = trained([plain])
     assert trained([{"conversations": turns}]) == trained([{"conversations": plain["messages"]}]) == want
-    assert trained([{"talk": turns}], input_field="talk") == trained([{"messages": [message("human", "Who?"), message("gpt", "Me.")]}],
-                                                                     system_prompt="Be brief.") == want
-    assert trained([{"messages": [{**m, "name": None, "tool_calls": None} for m in plain["messages"]], "tools": "[]"}]) == want
+    assert (
+        trained([{"talk": turns}], input_field="talk")
+        == trained(
+            [{"messages": [message("human", "Who?"), message("gpt", "Me.")]}], system_prompt="Be brief."
+        )
+        == want
+    )
+    assert trained([{"messages": [{**m, "name": None, "tool_calls": None} for m in plain["messages"]],
+                     "tools": "[]"}]) == want
     assert trained([{"messages": plain["messages"], "tools": []}]) == want
 
 
@@ -227,25 +262,70 @@ def test_what_is_wrong_with_messages_is_named(messages, part):
 # What a sentence advises
 
 
-REMEDIES = [ # rows, keys, a part of the sentence, keys that follow it (or new rows)
-    ([{"question": "Who?", "answer": "Me."}], {}, "name the columns of question and answer", {
-        "input_field": "question", "output_field": "answer"}),
-    ([{"question": "Who?", "answer": "Me."}], {"input_field": "qestion", "output_field": "answer"}, 'did you mean "question"?',
-     {"input_field": "question", "output_field": "answer"}),
-    ([{"prompt": "Who?", "answer": "Me."}], {"output_field": "anwser"}, 'did you mean "answer"?', {"output_field": "answer"}),
-    ([{"instruction": "Who?", "Response": "Me."}], {"output_field": "response"}, 'did you mean "Response"?', {"output_field": "Response"}),
+REMEDIES = [  # rows, keys, a part of the sentence, keys that follow it (or new rows)
+    (
+        [{"question": "Who?", "answer": "Me."}],
+        {},
+        "name the columns of question and answer",
+        {"input_field": "question", "output_field": "answer"},
+    ),
+    (
+        [{"question": "Who?", "answer": "Me."}],
+        {"input_field": "qestion", "output_field": "answer"},
+        'did you mean "question"?',
+        {"input_field": "question", "output_field": "answer"},
+    ),
+    (
+        [{"prompt": "Who?", "answer": "Me."}],
+        {"output_field": "anwser"},
+        'did you mean "answer"?',
+        {"output_field": "answer"},
+    ),
+    (
+        [{"instruction": "Who?", "Response": "Me."}],
+        {"output_field": "response"},
+        'did you mean "Response"?',
+        {"output_field": "Response"},
+    ),
     ([{"dialog": TALK}], {}, 'in "data.input_field"', {"input_field": "dialog"}),
-    ([{**PAIR, "context": "c"}], {"prompt_format": "{instruction} {contxt}"}, 'did you mean "context"?', {
-        "prompt_format": "{instruction} {context}"}),
-    ([{**PAIR, "system_prompt": "s"}], {"prompt_format": "{system_prompt} {instruction}"}, "data.system_field", {
-        "prompt_format": "{system_prompt} {instruction}", "system_field": "system_prompt"}),
-    ([{"messages": TALK, "context": "c"}], {"prompt_format": "{context} {instruction}"}, "take it out", {"prompt_format": "{instruction}"}),
-    ([{"messages": TALK}], {"prompt_format": "Hello"}, "has no {instruction}, which is where the messages of the user go; add it", {
-        "prompt_format": "Hello {instruction}"}),
+    (
+        [{**PAIR, "context": "c"}],
+        {"prompt_format": "{instruction} {contxt}"},
+        'did you mean "context"?',
+        {"prompt_format": "{instruction} {context}"},
+    ),
+    (
+        [{**PAIR, "system_prompt": "s"}],
+        {"prompt_format": "{system_prompt} {instruction}"},
+        "data.system_field",
+        {"prompt_format": "{system_prompt} {instruction}", "system_field": "system_prompt"},
+    ),
+    (
+        [{"messages": TALK, "context": "c"}],
+        {"prompt_format": "{context} {instruction}"},
+        "take it out",
+        {"prompt_format": "{instruction}"},
+    ),
+    (
+        [{"messages": TALK}],
+        {"prompt_format": "Hello"},
+        "has no {instruction}, which is where the messages of the user go; add it",
+        {"prompt_format": "Hello {instruction}"},
+    ),
     ([{"text": "t", "label": "x"}], {"input_field_optional": "label"}, "leave it out", {}),
     ([{"messages": json.dumps(TALK)}], {}, "json.loads", {"preprocess": "mine.py:unpack"}),
-    ([{"messages": TALK, "tools": [{"name": "f"}]}], {}, 'as "data.preprocess" can', {"preprocess": "mine.py:no_tools"}),
-    ([{"chosen": "Human: Who? Assistant: Me.", "rejected": "…"}], {}, "in \"data.input_field\"", {"preprocess": "mine.py:split"}),
+    (
+        [{"messages": TALK, "tools": [{"name": "f"}]}],
+        {},
+        'as "data.preprocess" can',
+        {"preprocess": "mine.py:no_tools"},
+    ),
+    (
+        [{"chosen": "Human: Who? Assistant: Me.", "rejected": "…"}],
+        {},
+        'in "data.input_field"',
+        {"preprocess": "mine.py:split"},
+    ),
 ]
 MINE = ("import json\ndef unpack(row): return {'messages': json.loads(row['messages'])}\n"
         "def no_tools(row): return {'messages': row['messages']}\n"
@@ -263,18 +343,32 @@ def test_what_a_sentence_advises_helps(rows, keys, part, followed):
 # Files of another form
 
 
-TWO = [{"instruction": "Name a bird, please.", "response": 'A "gull"\nor two.'}, {"instruction": "Ünd?", "response": "No."}]
-FORMS = { # name: (content, what the file is called in the sentence, what is read after the command)
-    "array.json": (json.dumps(TWO, indent=4), "one JSON array", TWO), "one line.json": (json.dumps(TWO), "one JSON array", TWO),
+TWO = [{"instruction": "Name a bird, please.", "response": 'A "gull"\nor two.'},
+       {"instruction": "Ünd?", "response": "No."}]
+FORMS = {  # name: (content, what the file is called in the sentence, what is read after the command)
+    "array.json": (json.dumps(TWO, indent=4), "one JSON array", TWO),
+    "one line.json": (json.dumps(TWO), "one JSON array", TWO),
     "texts.json": (json.dumps(["a", "b"]), "one JSON array", [{"text": "a"}, {"text": "b"}]),
     "spread.jsonl": ("\n".join(json.dumps(row, indent=2) for row in TWO), "spread over several lines", TWO),
     "joined.jsonl": ("".join(map(json.dumps, TWO)), "several objects on one line", TWO),
     "nested.json": (json.dumps({"version": 2, "rows": TWO}, indent=1), 'a list of rows in "rows"', TWO),
-    "rows.csv": ('instruction,response\n"Name a bird, please.","A ""gull""\nor two."\nÜnd?,No.\n', "a table (CSV)", TWO),
+    "rows.csv": (
+        'instruction,response\n"Name a bird, please.","A ""gull""\nor two."\nÜnd?,No.\n',
+        "a table (CSV)",
+        TWO,
+    ),
     "rows.tsv": ("instruction\tresponse\nÜnd?\tNo.\n", "a table (with '\\t' between cells)", TWO[1:]),
     "table.txt": ("instruction;response\nÜnd?;No.\n", "a table (with ';' between cells)", TWO[1:]),
-    "it's.txt": ("The gull\nflies.\n\nThe boat waits.\n", "plain text", [{"text": "The gull\nflies."}, {"text": "The boat waits.\n"}]),
-    "wide.jsonl": ("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in TWO).encode("utf-16"), "a UTF-16 file", TWO),
+    "it's.txt": (
+        "The gull\nflies.\n\nThe boat waits.\n",
+        "plain text",
+        [{"text": "The gull\nflies."}, {"text": "The boat waits.\n"}],
+    ),
+    "wide.jsonl": (
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in TWO).encode("utf-16"),
+        "a UTF-16 file",
+        TWO,
+    ),
 }
 
 
@@ -287,7 +381,8 @@ def test_a_good_file_of_another_form_is_named_and_the_command_makes_rows_of_it(n
     check_sentence(said, name, what)
     assert "not valid JSON" not in said
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(re.search("`(.*)`", said)[1], shell=True, check=True, env={**os.environ, "PATH": path}, executable="/bin/bash")
+    subprocess.run(re.search("`(.*)`", said)[1], shell=True, check=True, env={**os.environ, "PATH": path},
+                   executable="/bin/bash")
     new = re.search(r"and give (.*)$", said)[1]
     assert [row.value for row in read_jsonl(new)] == rows and Path(name).exists()
 
@@ -308,14 +403,16 @@ def test_other_files_are_known_by_their_beginning():
 def test_a_bad_first_row_is_a_bad_row(first):
     Path("rows.jsonl").write_text(first + "\n" + json.dumps(PAIR) + "\n")
     with pytest.raises(DataError, match="^rows.jsonl, line 1: "): list(read_jsonl("rows.jsonl"))
-    assert read_examples("rows.jsonl", ByteTokenizer(), PromptFormat(), 100, on_bad_row="skip").source["skipped"] == 1
+    assert read_examples("rows.jsonl", ByteTokenizer(), PromptFormat(), 100,
+                         on_bad_row="skip").source["skipped"] == 1
 
 
 # Adapters and paths
 
 
 def test_adapters_of_others_come_with_the_command():
-    mlx, peft = {"model": "base", "fine_tune_type": "lora"}, {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    mlx = {"model": "base", "fine_tune_type": "lora"}
+    peft = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
     fuse = "`mlx_lm.fuse --model base --adapter-path mlx --save-path mlx-merged`"
     for name, about, part in (("mlx", mlx, fuse), ("peft", peft, "merge_and_unload")):
         Path(name).mkdir()
@@ -335,11 +432,13 @@ def test_a_file_beside_the_configuration_is_found_for_the_sentence(monkeypatch):
     cfg = load_config(SFTConfig, "../proj/sft.yaml")
     with pytest.raises(ConfigError) as error: data_file(cfg.data, "input_file")
     check_sentence(str(error.value), "give ../proj/rows.jsonl", "working directory")
-    assert data_file(load_config(SFTConfig, "../proj/sft.yaml", {"data.input_file": "../proj/rows.jsonl"}).data, "input_file")
+    assert data_file(load_config(SFTConfig, "../proj/sft.yaml",
+                                 {"data.input_file": "../proj/rows.jsonl"}).data, "input_file")
     Path("../proj/tok").mkdir()
     with pytest.raises(DataError, match="give ../proj/tok"): make_tokenizer(DataConfig(tokenizer_path="tok"))
     with pytest.raises(DataError, match="give ../proj/mine.py"): load_object("mine.py:f", "data.preprocess")
-    with pytest.raises(PretrainedError, match="sft.yaml does not exist; give ../proj/sft.yaml"): load("sft.yaml")
+    with pytest.raises(PretrainedError, match="sft.yaml does not exist; give ../proj/sft.yaml"):
+        load("sft.yaml")
     assert where_from("nowhere") == where_from("/rows.jsonl") == "check the path"
 
 

@@ -18,10 +18,11 @@ from mlx_pretrain.ppo import Rollout, Samples
 from mlx_pretrain.tokenizer import ByteTokenizer
 from mlx_pretrain.views import PPOExplorer, RolloutView, SampledView
 
-EVIL = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)", "</code></div>", "&amp;", "]]>", "<!--",
-        "@ID@", "{0}", "$x$"]
+EVIL = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)",
+        "</code></div>", "&amp;", "]]>", "<!--", "@ID@", "{0}", "$x$"]
 ODD = st.one_of(st.sampled_from(EVIL + NASTY), st.text(max_size=12))       # also lone surrogates
-NUMBER = st.one_of(st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 1e-30, -1e30, 1.0]), st.floats(width=32))
+NUMBER = st.one_of(st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 1e-30, -1e30, 1.0]),
+                   st.floats(width=32))
 VOID = {"br", "rect", "path", "circle", "input"}
 
 
@@ -67,13 +68,15 @@ def view(prompt, pieces, numbers=None, width=None):
     tokens = mx.array([[*range(len(prompt) + n), *[0] * (width - n)]])
     ratio, value, advantage, reward = (mx.array(x[None]) for x in rows)
     mask, zero = mx.arange(width)[None] < n, mx.zeros((1, width))
-    return RolloutView(Tokens([*prompt, *pieces]), Rollout(tokens, mx.array([0]), mask, ratio, zero, value, reward, advantage, zero), 0)
+    return RolloutView(Tokens([*prompt, *pieces]), Rollout(tokens, mx.array([0]), mask, ratio, zero, value,
+                                                           reward, advantage, zero), 0)
 
 
 def check_tags(page, allowed):
     "Only our own elements, and no attribute that does something."
     assert {tag for tag, _ in page.tags} <= allowed
-    assert not any(name.startswith("on") or name in ("src", "href") for _, attrs in page.tags for name in attrs)
+    assert not any(name.startswith("on") or name in ("src", "href") for _, attrs in page.tags
+                   for name in attrs)
 
 
 @forall(prompt=st.lists(ODD, max_size=3), pieces=st.lists(ODD, min_size=1, max_size=4), data=st.data())
@@ -86,7 +89,9 @@ def test_any_rollout_is_a_sound_page(prompt, pieces, data):
         page, text = Page(it._repr_html_()), repr(it)
     check_tags(page, {"style", "div", "span", "code", "p", "i", "em"})
     tokens = page.named("token")
-    assert len(tokens) == len(pieces) == len(text.split("\n")) - 1 and all(t["title"].count("\n") == 4 for t in tokens)
+    assert len(tokens) == len(pieces) == len(text.split("\n")) - 1 and all(
+        t["title"].count("\n") == 4 for t in tokens
+    )
     assert len([tag for tag, _ in page.tags if tag == "i"]) >= 4 * len(pieces)
     text.encode("utf-8")
 
@@ -100,7 +105,8 @@ def test_any_samples_are_a_sound_page(texts, n):
         it = SampledView(Samples([], [], [*asked], [*said], np.array(scores, np.float32)), n)
         page, text = Page(it._repr_html_()), repr(it)
     check_tags(page, {"table", "tbody", "tr", "td", "div", "code", "em"})
-    assert len(it.rows) == len({*it.rows}) == min(len(texts), 2 * n) and it.left_out == len(texts) - len(it.rows)
+    assert len(it.rows) == len({*it.rows}) == min(len(texts),
+                                                  2 * n) and it.left_out == len(texts) - len(it.rows)
     shown = [np.float32(scores[i]) for i in it.rows]
     real = [x for x in shown if not np.isnan(x)]
     assert real == sorted(real, reverse=True) and not any(np.isnan(x) for x in shown[:len(real)])
@@ -113,9 +119,13 @@ def test_evil_texts_are_shown_as_they_are(evil):
     "What looks like a page is text, in the page and in what opens when one points at it."
     rollout = Page(view([evil], [evil])._repr_html_())
     assert rollout.text.endswith(evil + evil.replace(" ", "␣"))
-    assert rollout.named("token")[0]["title"].startswith(evil.replace(" ", "␣")) and rollout.named("prompt")[0]["title"] == evil
+    assert (
+        rollout.named("token")[0]["title"].startswith(evil.replace(" ", "␣"))
+        and rollout.named("prompt")[0]["title"] == evil
+    )
     samples = Page(SampledView(Samples([], [], [evil], [evil], np.array([1.0])))._repr_html_())
-    assert samples.text.count(evil) == 2 and [a["title"] for _, a in samples.tags if "title" in a] == [evil, evil]
+    assert samples.text.count(evil) == 2 and [a["title"]
+                                              for _, a in samples.tags if "title" in a] == [evil, evil]
 
 
 @pytest.mark.parametrize("piece, seen", [
@@ -125,7 +135,11 @@ def test_what_cannot_be_seen_has_a_sign(piece, seen):
     "Spaces, line breaks, control characters and nothing at all are visible in page, box and text."
     it = view([], [piece])
     page = Page(it._repr_html_())
-    assert page.text.endswith(seen) and page.named("token")[0]["title"].split("\n")[0] == seen and repr(it).endswith("  " + seen)
+    assert (
+        page.text.endswith(seen)
+        and page.named("token")[0]["title"].split("\n")[0] == seen
+        and repr(it).endswith("  " + seen)
+    )
 
 
 def test_bytes_of_a_character_stand_apart():
@@ -133,7 +147,8 @@ def test_bytes_of_a_character_stand_apart():
     tok = ByteTokenizer()
     ids = tok.encode("é\n")
     n, zero = len(ids), mx.zeros((1, len(ids)))
-    it = RolloutView(tok, Rollout(mx.array([ids]), mx.array([0]), mx.ones((1, n), dtype=mx.bool_), zero, zero, zero, zero, zero, zero), 0)
+    it = RolloutView(tok, Rollout(mx.array([ids]), mx.array([0]), mx.ones((1, n), dtype=mx.bool_), zero, zero,
+                                  zero, zero, zero, zero), 0)
     page = Page(it._repr_html_())
     assert it.prompt == "" and not page.named("prompt") and page.text.endswith("<0xC3><0xA9>↵")
 
@@ -151,7 +166,10 @@ def test_colour_is_sign_and_strength():
     orange, blue = (lambda a: f"rgba(224,123,0,{a:.2f})"), (lambda a: f"rgba(43,143,219,{a:.2f})")
     assert [row[0] for row in found] == [blue(0.56), orange(1), "none"]
     assert [row[1] for row in found] == [orange(1), blue(1), "none"]
-    assert found[0][2].startswith("repeating-linear-gradient") and [row[2] for row in found[1:]] == [blue(1), orange(1)]
+    assert found[0][2].startswith("repeating-linear-gradient") and [row[2] for row in found[1:]] == [
+        blue(1),
+        orange(1),
+    ]
     assert [row[3] for row in found] == ["none"] * 3
 
 
@@ -165,10 +183,13 @@ def test_numbers_stand_under_their_token():
     assert (it.prompt, it.pieces) == ("a", ["b", "c"])
     assert {name: row.tolist() for name, row in it.rows.items()} == {
         "log-ratio": [1.5, 2.5], "value": [10, 20], "advantage": [1000, 2000], "reward": [100, 200]}
-    titles = [html.unescape(title) for title in re.findall(r'class="token" tabindex="0" title="([^"]*)"', it._repr_html_())]
-    assert titles[1].split("\n") == ["c", "log-ratio +2.5", "value     +20", "advantage +2e+03", "reward    +200"]
+    titles = [html.unescape(title) for title in re.findall(r'class="token" tabindex="0" title="([^"]*)"',
+                                                           it._repr_html_())]
+    assert titles[1].split("\n") == ["c", "log-ratio +2.5", "value     +20", "advantage +2e+03",
+                                     "reward    +200"]
     assert repr(it).split("\n") == ["  log-ratio      value  advantage     reward  token",
-                                    "        1.5         10      1e+03        100  b", "        2.5         20      2e+03        200  c"]
+                                    "        1.5         10      1e+03        100  b",
+                                    "        2.5         20      2e+03        200  c"]
     assert RolloutView(Tokens("abcdef"), rollout, 1).prompt == "abc"
     for row in (-1, 2):
         with pytest.raises(ValueError, match=f"no row {row} "): RolloutView(Tokens("abcdef"), rollout, row)
@@ -185,7 +206,12 @@ def test_long_texts_are_clipped_and_whole_in_the_title():
     "A prompt of a book shows its ends; pointing at it shows all."
     book = "begin" + "x" * 5000 + "end"
     page = Page(view([book], ["y"])._repr_html_())
-    assert page.named("prompt")[0]["title"] == book and len(page.text) < 1500 and "begin" in page.text and "endy" in page.text
+    assert (
+        page.named("prompt")[0]["title"] == book
+        and len(page.text) < 1500
+        and "begin" in page.text
+        and "endy" in page.text
+    )
     samples = Page(SampledView(Samples([], [], ["?"], [book], np.array([1.0])))._repr_html_())
     assert any(attrs.get("title") == book for _, attrs in samples.tags) and len(samples.text) < 600
 

@@ -23,7 +23,11 @@ def answers(trainer):
     tok, prompts = trainer.tokenizer, trainer.questions
     out = generate(trainer.model, prompts, LONGEST, eos_ids=[tok.eos_id], pad_id=tok.pad_id, temperature=0)
     for ids, tokens, mask in zip(prompts, np.array(out.tokens), np.array(out.response_mask), strict=True):
-        yield asked(tok, ids, trainer.format.prompt_format), tok.decode(tokens[mask]), bool((tokens == tok.eos_id).any())
+        yield (
+            asked(tok, ids, trainer.format.prompt_format),
+            tok.decode(tokens[mask]),
+            bool((tokens == tok.eos_id).any()),
+        )
 
 
 def asked(tok: Tokenizer, ids, template):
@@ -38,7 +42,8 @@ def line(text): return " ".join(text.split())[:WIDTH]
 def main(before, after):
     cfg = load_config(SFTConfig, Path(after) / "config.yaml")
     trainers = [SFTTrainer(cfg, load(path)) for path in (before, after)]
-    if trainers[0].held_out is None or trainers[0].format is None: raise ConfigError(f"{after} has no held-out rows to answer")
+    if trainers[0].held_out is None or trainers[0].format is None:
+        raise ConfigError(f"{after} has no held-out rows to answer")
     losses = [trainer.evaluate()["val_loss"] for trainer in trainers]
     said = [[*answers(trainer)] for trainer in trainers]
     ended = [sum(end for *_, end in rows) for rows in said]

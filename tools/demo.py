@@ -20,11 +20,13 @@ SAMPLING = "--max_new_tokens 80 --temperature 0.6 --top_p 0.95".split()
 
 def command(*words):
     "Show a command and run it; stop where it stops."
-    print(f"\n\033[1m$ {shlex.join(words)}\033[0m" if sys.stdout.isatty() else f"\n$ {shlex.join(words)}", flush=True)
+    print(f"\n\033[1m$ {shlex.join(words)}\033[0m" if sys.stdout.isatty() else f"\n$ {shlex.join(words)}",
+          flush=True)
     program = {"python": [sys.executable], "mlx-pretrain": [sys.executable, "-m", "mlx_pretrain"]}[words[0]]
     child = subprocess.Popen([*program, *words[1:]])
     try: code = child.wait()
-    except KeyboardInterrupt: code = child.wait() or 130  # it got the Ctrl-C too, and may need a moment to save
+    except KeyboardInterrupt:  # it got the Ctrl-C too, and may need a moment to save
+        code = child.wait() or 130
     if code: sys.exit(code)
 
 
@@ -32,7 +34,8 @@ def summary(seconds):
     "What came out, measured beside what everybody knows."
     lines = [json.loads(line) for line in Path(RUN, "metrics.jsonl").read_text().splitlines()]
     bits = next(line["val_bits_per_byte"] for line in reversed(lines) if "val_bits_per_byte" in line)
-    text = "".join(json.loads(line)["text"] for line in Path("data/sotu/val.jsonl").read_text(encoding="utf-8").splitlines()).encode()
+    text = "".join(json.loads(line)["text"]
+                   for line in Path("data/sotu/val.jsonl").read_text(encoding="utf-8").splitlines()).encode()
     packed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
     others = ", ".join(f"{name} {8 * len(data) / len(text):.3f}" for name, data in packed.items())
     print(f"""
@@ -67,7 +70,8 @@ def main():
     command("python", "tools/preferences.py", SFT_RUN)
     command("mlx-pretrain", "reward", "--config", REWARD_CONFIG, "--pretrained_model", SFT_RUN)
     command("mlx-pretrain", "plot", REWARD_RUN)
-    command("python", "rl.py", "--config", RL_CONFIG, "--pretrained_model", SFT_RUN, "--reward_model", REWARD_RUN)
+    command("python", "rl.py", "--config", RL_CONFIG, "--pretrained_model", SFT_RUN, "--reward_model",
+            REWARD_RUN)
     command("mlx-pretrain", "plot", RL_RUN)
     command("python", "tools/report.py", RUN, SFT_RUN, REWARD_RUN, RL_RUN)
     summary(time.perf_counter() - start)

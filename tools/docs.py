@@ -56,7 +56,8 @@ def with_source(nb):
         if exported and not is_imports(source): source = EXPORT.sub("#| exports", source, count=1)
         cells.append(cell | {"source": source})
         if module := MODULE.search(source):
-            cells.append(cell | {"source": f"#| hide\nfrom mlx_pretrain.{module[1]} import *", "id": "the-module"})
+            cells.append(cell | {"source": f"#| hide\nfrom mlx_pretrain.{module[1]} import *",
+                                 "id": "the-module"})
     return nb | {"cells": cells}
 
 
@@ -71,8 +72,13 @@ def plain(nb, up, host):
         for output in cell.get("outputs", []):
             view = output.get("data", {}).get(VIEW)
             if view and view["model_id"] in state:
-                used, output["data"] = True, {"text/html": f'<script type="{VIEW}">{json.dumps(view)}</script>'}
-    if used: nb["cells"].append({"cell_type": "markdown", "metadata": {}, "source": widget_manager(nb["metadata"]["widgets"][STATE])})
+                used, output["data"] = (
+                    True,
+                    {"text/html": f'<script type="{VIEW}">{json.dumps(view)}</script>'},
+                )
+    if used:
+        nb["cells"].append({"cell_type": "markdown", "metadata": {},
+                            "source": widget_manager(nb["metadata"]["widgets"][STATE])})
     return json.loads(json.dumps(nb).replace(host, up))  # what documented symbols link to is in their outputs
 
 
@@ -86,20 +92,31 @@ def stage():
     "Fill `_proc/` with what the renderer reads: pages, the files beside them, the site's name and its sidebar."
     cfg = get_config()
     shutil.rmtree(PAGES, ignore_errors=True)
-    for name in notebooks(): write(PAGES / name, json.dumps(with_source(json.loads((EXEC / name).read_text(encoding="utf-8")))))
+    for name in notebooks():
+        write(PAGES / name, json.dumps(with_source(json.loads((EXEC / name).read_text(encoding="utf-8")))))
     proc_nbs(PAGES.name, force=True)
     for name in notebooks():
         nb = json.loads((PROC / name).read_text(encoding="utf-8"))
         (PROC / name).unlink()
-        write(PROC / page_path(name), json.dumps(plain(nb, "../" * (len(name.parts) - 1), f"{cfg.doc_host}{cfg.doc_baseurl}/")))
+        write(PROC / page_path(name),
+              json.dumps(plain(nb, "../" * (len(name.parts) - 1), f"{cfg.doc_host}{cfg.doc_baseurl}/")))
     for path in NBS.rglob("*"):
         name = path.relative_to(NBS)
-        if path.is_file() and path.suffix != ".ipynb" and not any(part.startswith(".") for part in name.parts):
+        if (
+            path.is_file()
+            and path.suffix != ".ipynb"
+            and not any(part.startswith(".") for part in name.parts)
+        ):
             (PROC / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, PROC / name)
-    website = {"title": cfg.title, "description": cfg.description, "site-url": cfg.doc_host + cfg.doc_baseurl, "repo-url": cfg.git_url,
-               "repo-branch": cfg.branch}
-    write(PROC / "nbdev.yml", yaml.safe_dump({"project": {"output-dir": SITE.name}, "website": website}, sort_keys=False))
+    website = {"title": cfg.title, "description": cfg.description, "site-url": cfg.doc_host + cfg.doc_baseurl,
+               "repo-url": cfg.git_url, "repo-branch": cfg.branch}
+    write(PROC / "nbdev.yml", yaml.safe_dump({"project": {"output-dir": SITE.name}, "website": website},
+                                             sort_keys=False))
+
+
+GROUPS = {"1": "Foundations", "2": "Text to tokens", "3": "Models", "4": "Training", "5": "Rewards and RL",
+          "6": "Watching", "7": "Commands"}  # of the machinery, by the first digit
 
 
 def sidebar():
@@ -108,12 +125,16 @@ def sidebar():
     sections = {
         "The story": [name for name in names if name.name.startswith("0") and len(name.parts) == 1],
         "Tutorials": [name for name in names if len(name.parts) > 1],
-        "The machinery": [name for name in names if not name.name.startswith("0") and len(name.parts) == 1],
+        **{title: [name for name in names if name.name.startswith(decade) and len(name.parts) == 1]
+           for decade, title in GROUPS.items()},
     }
     contents = ["index.ipynb"]
-    contents += [{"section": title, "contents": [page_path(name).as_posix() for name in part]} for title, part in sections.items() if part]
-    contents += [{"section": "API reference", "contents": sorted(f"api/{path.name}" for path in (PROC / "api").glob("*.qmd"))}]
-    write(PROC / "sidebar.yml", yaml.safe_dump({"website": {"sidebar": {"contents": contents}}}, sort_keys=False))
+    contents += [{"section": title, "contents": [page_path(name).as_posix() for name in part]}
+                 for title, part in sections.items() if part]
+    contents += [{"section": "API reference",
+                  "contents": sorted(f"api/{path.name}" for path in (PROC / "api").glob("*.qmd"))}]
+    write(PROC / "sidebar.yml", yaml.safe_dump({"website": {"sidebar": {"contents": contents}}},
+                                               sort_keys=False))
 
 
 def smalldocs(*args):
@@ -123,10 +144,13 @@ def smalldocs(*args):
 def vendor(package, folder):
     "Copy the `dist/` of an npm package into the site, if npm can get it."
     with tempfile.TemporaryDirectory() as temporary:
-        done = subprocess.run(["npm", "pack", "--silent", package], cwd=temporary, capture_output=True, text=True, check=False)
+        done = subprocess.run(["npm", "pack", "--silent", package], cwd=temporary, capture_output=True,
+                              text=True, check=False)
         if done.returncode: return False
-        with tarfile.open(Path(temporary, done.stdout.split()[-1])) as archive: archive.extractall(temporary, filter="data")
-        shutil.copytree(Path(temporary, "package", "dist"), folder, ignore=shutil.ignore_patterns("*.map", "*.mjs", "README*"))
+        with tarfile.open(Path(temporary, done.stdout.split()[-1])) as archive:
+            archive.extractall(temporary, filter="data")
+        shutil.copytree(Path(temporary, "package", "dist"), folder,
+                        ignore=shutil.ignore_patterns("*.map", "*.mjs", "README*"))
     return True
 
 
@@ -134,11 +158,15 @@ def localise():
     "Serve KaTeX and the widget manager from the site itself where npm is there to fetch them, and drop the theme's web fonts."
     for path in SITE.rglob("*.css"): write(path, WEB_FONTS.sub("", path.read_text(encoding="utf-8")))
     pages = {path: path.read_text(encoding="utf-8") for path in SITE.rglob("*.html")}
-    packages = {found for text in pages.values() for found in re.findall(rf"{CDN}/((?:@[\w-]+/)?[\w-]+@[\d.]+)/dist/(?:katex|embed)", text)}
-    if packages and not shutil.which("npm"): return print("npm is not installed: formulas and widgets will load from a CDN")
+    packages = {found for text in pages.values()
+                for found in re.findall(rf"{CDN}/((?:@[\w-]+/)?[\w-]+@[\d.]+)/dist/(?:katex|embed)", text)}
+    if packages and not shutil.which("npm"):
+        return print("npm is not installed: formulas and widgets will load from a CDN")
     for package in sorted(packages):
         folder = "vendor/" + package.rpartition("@")[0].rpartition("/")[2]
-        if not vendor(package, SITE / folder): print(f"npm could not get {package}: it will load from a CDN"); continue
+        if not vendor(package, SITE / folder):
+            print(f"npm could not get {package}: it will load from a CDN")
+            continue
         for path in pages:
             up = "../" * (len(path.relative_to(SITE).parts) - 1)
             pages[path] = pages[path].replace(f"{CDN}/{package}/dist", up + folder)

@@ -40,7 +40,12 @@ def notebooks(folder=NBS):
 def key_of(name):
     "A hash of all that a notebook's outputs depend on."
     digest = hashlib.sha256(f"{sys.version} mlx {version('mlx')}".encode())
-    for path in (NBS / name, ROOT / "settings.ini", *sorted(LIB.rglob("*.py")), *sorted((ROOT / "configs").rglob("*.yaml"))):
+    for path in (
+        NBS / name,
+        ROOT / "settings.ini",
+        *sorted(LIB.rglob("*.py")),
+        *sorted((ROOT / "configs").rglob("*.yaml")),
+    ):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -48,7 +53,9 @@ def key_of(name):
 def is_fresh(name):
     "Whether `_exec/` holds this notebook as it would run now."
     executed = EXEC / name
-    return executed.exists() and json.loads(executed.read_text(encoding="utf-8"))["metadata"].get("key") == key_of(name)
+    return executed.exists() and json.loads(executed.read_text(encoding="utf-8"))["metadata"].get(
+        "key"
+    ) == key_of(name)
 
 
 def run_one(name):
@@ -64,8 +71,10 @@ def run_one(name):
         if NOT_RUN.search(cell.source): cell.metadata["tags"] = ["skip-execution"]
     # without folders to search, "python3" is the kernel of sys.executable, whatever else is installed
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-    client = NotebookClient(nb, kernel, timeout=TIMEOUT, resources={"metadata": {"path": str((NBS / name).parent)}},
-                            store_widget_state=True, coalesce_streams=True, record_timing=False, extra_arguments=["--log-level=40"])
+    client = NotebookClient(nb, kernel, timeout=TIMEOUT,
+                            resources={"metadata": {"path": str((NBS / name).parent)}},
+                            store_widget_state=True, coalesce_streams=True, record_timing=False,
+                            extra_arguments=["--log-level=40"])
     try: client.execute()
     except (CellExecutionError, DeadKernelError) as error: sys.exit(str(error))
     for cell in nb.cells: cell.metadata.pop("tags", None)
@@ -81,7 +90,8 @@ def run_in_child(name, workers):
     command = [sys.executable, __file__, "run-one", str(name)]
     try: done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired: return TIMEOUT, f"stopped after {TIMEOUT} seconds"
-    return time.perf_counter() - start, (done.stderr or f"exit status {done.returncode}") if done.returncode else ""
+    return time.perf_counter() - start, (done.stderr
+                                         or f"exit status {done.returncode}") if done.returncode else ""
 
 
 def execute(names=None, only_stale=False):
@@ -92,7 +102,9 @@ def execute(names=None, only_stale=False):
     failures, workers = {}, min(WORKERS, len(names)) or 1
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for name, (seconds, problem) in zip(names, pool.map(lambda name: run_in_child(name, workers), names), strict=True):
+            for name, (seconds, problem) in zip(
+                names, pool.map(lambda name: run_in_child(name, workers), names), strict=True
+            ):
                 print(f"{'FAILED' if problem else 'ok':6} {seconds:6.1f} s  nbs/{name}", flush=True)
                 if problem: failures[name] = problem
         except KeyboardInterrupt:
@@ -118,8 +130,10 @@ def readme():
     for cell in cells:
         source = "".join(cell["source"]).strip()
         if HIDDEN.search(source): continue
-        if cell["cell_type"] == "markdown": parts.append(re.sub(r"(\]\()(?![a-z]+:|#|/)", r"\1nbs/", source).replace("](nbs/../", "]("))
-        if cell["cell_type"] == "code": parts += [f"```python\n{DIRECTIVE.sub('', source)}\n```", *map(as_text, cell["outputs"])]
+        if cell["cell_type"] == "markdown":
+            parts.append(re.sub(r"(\]\()(?![a-z]+:|#|/)", r"\1nbs/", source).replace("](nbs/../", "]("))
+        if cell["cell_type"] == "code":
+            parts += [f"```python\n{DIRECTIVE.sub('', source)}\n```", *map(as_text, cell["outputs"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -150,7 +164,8 @@ def stored_outputs(name):
     "What a notebook holds that git should not: outputs, counts and widget state."
     nb = json.loads((NBS / name).read_text(encoding="utf-8"))
     if "widgets" in nb["metadata"]: yield f"nbs/{name} holds widget state"
-    if any(cell.get("outputs") or cell.get("execution_count") for cell in nb["cells"]): yield f"nbs/{name} holds outputs"
+    if any(cell.get("outputs") or cell.get("execution_count") for cell in nb["cells"]):
+        yield f"nbs/{name} holds outputs"
 
 
 def hashes(root):
@@ -162,7 +177,8 @@ def out_of_step():
     "Files that cleaning and exporting would change, add or leave orphaned; tried on a copy, so nothing here is touched."
     with tempfile.TemporaryDirectory(prefix="sync") as folder:
         copy = Path(folder, "copy")
-        for source in (NBS, LIB): shutil.copytree(source, copy / source.name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        for source in (NBS, LIB):
+            shutil.copytree(source, copy / source.name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
         for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, copy)
         before = hashes(copy)
         for module in (copy / LIB.name).rglob("*.py"):
@@ -173,23 +189,27 @@ def out_of_step():
     for name in sorted(before.keys() | after.keys()):
         if name not in before: yield f"{name} is missing"
         elif name not in after: yield f"{name} has no notebook"
-        elif before[name] != after[name]: yield f"{name} {'differs from its notebook' if name.endswith('.py') else 'is not clean'}"
+        elif before[name] != after[name]:
+            yield f"{name} {'differs from its notebook' if name.endswith('.py') else 'is not clean'}"
 
 
 def sync():
     "Exit with everything that is out of step, or say that nothing is."
     problems = [problem for name in notebooks() for problem in stored_outputs(name)] + [*out_of_step()]
-    if not README.exists() or README.read_text(encoding="utf-8") != readme(): problems.append("README.md differs from nbs/index.ipynb")
+    if not README.exists() or README.read_text(encoding="utf-8") != readme():
+        problems.append("README.md differs from nbs/index.ipynb")
     if problems: sys.exit("\n".join(problems) + "\nOut of step: run `python tools/notebooks.py export`.")
     print(f"in step: {len(notebooks())} notebooks, mlx_pretrain/ and README.md")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["execute", "sync", "export", "run-one"])
     parser.add_argument("names", nargs="*", type=Path, help="notebooks, relative to nbs/ (default: all)")
     args = parser.parse_args()
-    if args.command == "execute": execute(args.names or [name for name in notebooks() if len(name.parts) == 1])
+    if args.command == "execute":
+        execute(args.names or [name for name in notebooks() if len(name.parts) == 1])
     elif args.command == "run-one": run_one(args.names[0])
     else: {"sync": sync, "export": export}[args.command]()
 

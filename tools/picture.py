@@ -29,7 +29,8 @@ def main():
         write_notebook(server.root / "panel.ipynb", [SETUP, START, ASK])
         with sync_playwright() as p:
             browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-            page = browser.new_context(viewport={"width": 1240, "height": 1100}, device_scale_factor=1.5).new_page()
+            page = browser.new_context(viewport={"width": 1240, "height": 1100},
+                                       device_scale_factor=1.5).new_page()
             notebook = Notebook(page, server, "panel.ipynb")
             notebook.open()
             page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")

@@ -21,7 +21,9 @@ from mlx_pretrain.rules import Sentiment
 from mlx_pretrain.score import score
 from mlx_pretrain.sft import SFTConfig
 
-SAMPLES, LONGEST, LEAST = 8, 32, 0.2  # answers to a question; tokens of one; difference in sentiment from which on a pair counts
+SAMPLES = 8  # answers to a question; tokens of one; difference in sentiment from which on a pair counts
+LONGEST = 32
+LEAST = 0.2
 
 
 def answers(policy, questions, seed):
@@ -36,22 +38,28 @@ def pairs(questions, said, friendly):
     for question, some, values in zip(questions, said, friendly, strict=True):
         order = np.argsort(values, kind="stable")
         for low, high in zip(order[:len(order) // 2], order[::-1], strict=False):
-            if values[high] - values[low] >= LEAST: yield {"prompt": question, "chosen": some[high], "rejected": some[low]}
+            if values[high] - values[low] >= LEAST:
+                yield {"prompt": question, "chosen": some[high], "rejected": some[low]}
 
 
 def main(run, folder=Path("data/preferences")):
     policy, cfg = load(run), load_config(SFTConfig, find_model(run) / "config.yaml").data
     if policy.format is None: raise ConfigError(f"{run} was not taught to answer; name a fine-tuned run")
-    if cfg.validation_file is None: raise ConfigError(f'{run} has no "data.validation_file", from which the held-out pairs would come')
+    if cfg.validation_file is None:
+        raise ConfigError(f'{run} has no "data.validation_file", from which the held-out pairs would come')
     folder.mkdir(parents=True, exist_ok=True)
     for n, (name, file) in enumerate((("train", cfg.input_file), ("val", cfg.validation_file))):
         rows = (json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines())
         questions = [*dict.fromkeys(row[policy.format.input_field] for row in rows)]
-        said = [answers(policy, questions, seed=SAMPLES * n + i) for i in range(SAMPLES)]    # SAMPLES × questions
-        friendly = np.array([score(Sentiment(), questions, some) for some in said]).T        # questions × SAMPLES
+        # SAMPLES × questions
+        said = [answers(policy, questions, seed=SAMPLES * n + i) for i in range(SAMPLES)]
+        friendly = np.array([score(Sentiment(), questions, some) for some in said]).T  # questions × SAMPLES
         found = [*pairs(questions, [*zip(*said, strict=True)], friendly)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
-        print(f"{folder / name}.jsonl: {len(found)} pairs, from {SAMPLES} answers to each of {len(questions)} questions")
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n"
+                                                      for row in found), encoding="utf-8")
+        print(
+            f"{folder / name}.jsonl: {len(found)} pairs, from {SAMPLES} answers to each of {len(questions)} questions"
+        )
 
 
 if __name__ == "__main__":

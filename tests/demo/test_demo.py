@@ -50,7 +50,9 @@ def test_measured_again_from_the_exported_model(last, held_out):
         window = ids[start : start + 65]
         logits = np.array(model(mx.array([window[:-1]]))[0], dtype=np.float64)
         logits -= logits.max(-1, keepdims=True)
-        nats -= (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(window) - 1), window[1:]].sum()
+        nats -= (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[
+            np.arange(len(window) - 1), window[1:]
+        ].sum()
     bits = nats / math.log(2) / len(tokenizer.decode(ids).encode())
     assert abs(bits - last["val_bits_per_byte"]) < 0.15
 
@@ -62,7 +64,8 @@ def test_the_loss_fell_from_the_logarithm_of_the_vocabulary(lines):
 
 def test_it_writes(held_out):
     model, tokenizer, *_ = load(RUN)
-    texts = generate_text(model, tokenizer, ["My fellow Americans,", "We must"], max_new_tokens=60, temperature=0.8)
+    texts = generate_text(model, tokenizer, ["My fellow Americans,", "We must"], max_new_tokens=60,
+                          temperature=0.8)
     known = set(" ".join(held_out).split())
     words = " ".join(texts).split()[1:-1]
     assert len(words) > 40 and sum(word in known for word in words) / len(words) > 0.6
@@ -81,7 +84,8 @@ def test_interrupted_and_gone_on_with(last):
     "From one of the demo's checkpoints, stopped by Ctrl-C on the way and gone on with: the demo's own bits per byte, and its weights."
     again = Path("runs/demo-again")
     shutil.rmtree(again, ignore_errors=True)
-    train = [sys.executable, "train.py", "--config", "configs/demo.yaml", "--name", again.name, "--resume.checkpoint"]
+    train = [sys.executable, "train.py", "--config", "configs/demo.yaml", "--name", again.name,
+             "--resume.checkpoint"]
     cut = subprocess.Popen([*train, RUN / "checkpoints" / "step_001050"])
     try:
         while cut.poll() is None and reached(again) < 1100: time.sleep(0.1)
@@ -94,7 +98,9 @@ def test_interrupted_and_gone_on_with(last):
     rows = read_metrics(again)
     assert [row["step"] for row in rows if row.get("event") == "resume"] == [1050, stopped]
     assert rows[-1]["val_bits_per_byte"] == last["val_bits_per_byte"]
-    assert (again / "model" / "model.safetensors").read_bytes() == (RUN / "model" / "model.safetensors").read_bytes()
+    assert (again / "model" / "model.safetensors").read_bytes() == (
+        RUN / "model" / "model.safetensors"
+    ).read_bytes()
     shutil.rmtree(again)
 
 

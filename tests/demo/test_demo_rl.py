@@ -23,10 +23,12 @@ from compare import asked  # noqa: E402
 from preferences import answers  # noqa: E402
 from report import number, on_the_way, text  # noqa: E402
 
-SFT, REWARD, RL, PAGE = (Path("runs", name) for name in ("demo-sft", "demo-reward", "demo-rl", "demo/report.html"))
+SFT, REWARD, RL, PAGE = (Path("runs", name) for name in ("demo-sft", "demo-reward", "demo-rl",
+                                                         "demo/report.html"))
 
 
-def rows(name): return [json.loads(line) for line in Path("data", name).read_text(encoding="utf-8").splitlines()]
+def rows(name):
+    return [json.loads(line) for line in Path("data", name).read_text(encoding="utf-8").splitlines()]
 
 
 def friendly(texts):
@@ -46,8 +48,13 @@ def before(): return friendly(answers(load(SFT), questions() * 3, seed=5))
 def test_the_pairs_are_what_they_say():
     for name in ("train", "val"):
         pairs = rows(f"preferences/{name}.jsonl")
-        assert len(pairs) > 40 and (friendly(p["chosen"] for p in pairs) > friendly(p["rejected"] for p in pairs) + 0.19).all()
-    assert not {p["prompt"] for p in rows("preferences/train.jsonl")} & {p["prompt"] for p in rows("preferences/val.jsonl")}
+        assert (
+            len(pairs) > 40
+            and (friendly(p["chosen"] for p in pairs) > friendly(p["rejected"] for p in pairs) + 0.19).all()
+        )
+    assert not {p["prompt"] for p in rows("preferences/train.jsonl")} & {
+        p["prompt"] for p in rows("preferences/val.jsonl")
+    }
 
 
 def test_the_reward_model_is_right_on_pairs_it_never_saw():
@@ -56,7 +63,8 @@ def test_the_reward_model_is_right_on_pairs_it_never_saw():
     tok, fmt = reward.tokenizer, reward.format
     for pair in pairs:
         ask = prompt_ids(tok, fmt.format_question(pair["prompt"]))
-        texts = [[*ask, *tok.encode(fmt.format_response(pair[key])), tok.eos_id] for key in ("chosen", "rejected")]
+        texts = [[*ask, *tok.encode(fmt.format_response(pair[key])), tok.eos_id]
+                 for key in ("chosen", "rejected")]
         chosen, rejected = (reward.model.values(mx.array([ids]))[0, -1].item() for ids in texts)
         right.append(chosen > rejected)
     known = read_metadata(REWARD)["reward_model"]
@@ -83,7 +91,9 @@ def test_it_does_so_on_other_seeds(seed, before):
     policy = load(SFT)._replace(model=trainer.model)
     after = friendly(answers(policy, questions() * 3, seed=5))
     gain = (after.mean() - before.mean()) / before.std()
-    print(f"seed {seed}: {before.mean():.3f} → {after.mean():.3f}, {gain:+.2f} standard deviations, at {np.mean(kl[-5:]):.1f} nats")
+    print(
+        f"seed {seed}: {before.mean():.3f} → {after.mean():.3f}, {gain:+.2f} standard deviations, at {np.mean(kl[-5:]):.1f} nats"
+    )
     assert kl[0] == 0 < np.mean(kl[-5:]) < 40 and after.mean() > before.mean() + before.std()
 
 
@@ -110,6 +120,11 @@ def test_the_page_shows_what_the_policies_say():
     "Both are asked again: the first of the ten answers, and the means that the table shows."
     page, (way, fmt) = PAGE.read_text(encoding="utf-8"), on_the_way(SFT, RL)
     tok = load(SFT).tokenizer
-    for one in (way[0], way[-1]): assert text(one.sampled.response_texts[0]) in page and number(one.gold.mean()) in page
-    assert text(asked(tok, way[0].sampled.prompts[0], fmt.prompt_format)) in page and way[-1].step == read_metrics(RL)[-1]["step"]
-    assert way[0].kl.mean() == 0 < way[-1].kl.mean() and (friendly(way[-1].sampled.response_texts) == way[-1].gold.astype(float).round(4)).all()
+    for one in (way[0], way[-1]):
+        assert text(one.sampled.response_texts[0]) in page and number(one.gold.mean()) in page
+    assert text(asked(tok, way[0].sampled.prompts[0],
+                      fmt.prompt_format)) in page and way[-1].step == read_metrics(RL)[-1]["step"]
+    assert (
+        way[0].kl.mean() == 0 < way[-1].kl.mean()
+        and (friendly(way[-1].sampled.response_texts) == way[-1].gold.astype(float).round(4)).all()
+    )

@@ -29,7 +29,8 @@ def response_loss(model, tok, fmt, context=128):
     "Nats per trained token over the held-out rows, each alone, by a softmax in NumPy."
     nats, count = 0.0, 0
     for row in rows(VAL):
-        read, said = prompt_ids(tok, fmt.format_question(row["instruction"])), [*tok.encode(" " + row["response"]), tok.eos_id]
+        read = prompt_ids(tok, fmt.format_question(row["instruction"]))
+        said = [*tok.encode(" " + row["response"]), tok.eos_id]
         ids = read + said
         if len(ids) > context: continue
         logits = np.array(model(mx.array([ids[:-1]]))[0], np.float64)
@@ -51,7 +52,8 @@ def test_it_stops_by_itself_and_the_base_model_does_not(tuned):
     prompts = [prompt_ids(tok, tuned.format.format_question(question)) for question in asked]
 
     def stops(model):
-        out = np.array(generate(model, prompts, 64, eos_ids=[tok.eos_id], pad_id=tok.pad_id, temperature=0).tokens)
+        out = np.array(generate(model, prompts, 64, eos_ids=[tok.eos_id], pad_id=tok.pad_id,
+                                temperature=0).tokens)
         return (out == tok.eos_id).any(axis=1).mean()
     assert stops(tuned.model) > 0.8 and stops(load(BASE).model) < 0.1
 
@@ -65,7 +67,10 @@ def test_no_prompt_is_in_both_files():
 
 def test_what_became_of_the_rows_is_written_down():
     known = read_metadata(RUN)["data"]["input_file"]
-    assert known["rows"] == len(rows(TRAIN)) == known["kept"] + known["dropped"] and known["skipped"] == known["truncated"] == 0
+    assert (
+        known["rows"] == len(rows(TRAIN)) == known["kept"] + known["dropped"]
+        and known["skipped"] == known["truncated"] == 0
+    )
     log = (RUN / "logs" / "log.txt").read_text(encoding="utf-8")
     assert f"{known['rows']:,} rows, {known['kept']:,} kept" in log and log.count("### Response:") >= 3
 

@@ -17,9 +17,10 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "e2e"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)   # else playwright's own
-QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync"]
+# else playwright's own
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
 SETTINGS = {"notification": {"fetchNews": "false", "checkForUpdates": False}}
 
 
@@ -41,15 +42,21 @@ class Server:
         config = home / "config/labconfig/page_config.json"
         config.parent.mkdir(parents=True)
         config.write_text(json.dumps({"disabledExtensions": dict.fromkeys(disabled, True)}))
-        env = os.environ | {"HOME": str(home), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"),
-                            "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
-                            "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"), "IPYTHONDIR": str(home / "ipython"),
-                            "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(ROOT / "tests")}
+        env = os.environ | {"HOME": str(home), "JUPYTER_CONFIG_DIR": str(home / "config"),
+                            "JUPYTER_DATA_DIR": str(home / "data"),
+                            "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+                            "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+                            "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+                            "IPYTHONDIR": str(home / "ipython"),
+                            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+                            "PYTHONPATH": str(ROOT / "tests")}
         env.pop("IN_TEST", None)                                          # here somebody can press a button
-        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={self.url.rpartition(':')[2]}",
-                   "--ServerApp.port_retries=0", "--allow-root", f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={self.root}",
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1",
+                   f"--port={self.url.rpartition(':')[2]}", "--ServerApp.port_retries=0", "--allow-root",
+                   f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={self.root}",
                    "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"]
-        self.process = subprocess.Popen(command, env=env, cwd=self.root, stdout=open(self.log, "w"), stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(command, env=env, cwd=self.root, stdout=open(self.log, "w"),
+                                        stderr=subprocess.STDOUT)
         self._wait()
 
     def _wait(self):
@@ -86,12 +93,18 @@ class Notebook:
 
     def open(self, anew=True):
         "Load the page; `anew`: into an empty workspace."
-        self.page.goto(f"{self.server.url}/lab/tree/{self.name}?token={TOKEN}{'&reset' * anew}", wait_until="domcontentloaded")
-        self.page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
-                                    timeout=60_000)
+        self.page.goto(f"{self.server.url}/lab/tree/{self.name}?token={TOKEN}{'&reset' * anew}",
+                       wait_until="domcontentloaded")
+        self.page.wait_for_function(
+            "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
+            timeout=60_000,
+        )
         self.page.wait_for_function("jupyterapp.shell.currentWidget.content.widgets.length > 0")
 
-    def cells(self): return self.page.evaluate("() => jupyterapp.shell.currentWidget.content.widgets.map(w => w.model.type)")
+    def cells(self):
+        return self.page.evaluate(
+            "() => jupyterapp.shell.currentWidget.content.widgets.map(w => w.model.type)"
+        )
 
     def send(self, i):
         "Ask for a cell to be run, and do not wait."
@@ -104,17 +117,25 @@ class Notebook:
                                     arg=i, timeout=1000 * timeout)
 
     def run(self, i, timeout=60):
-        self.page.evaluate("i => { const m = jupyterapp.shell.currentWidget.content.widgets[i].model; m.executionCount = null }", i)
+        self.page.evaluate(
+            "i => { const m = jupyterapp.shell.currentWidget.content.widgets[i].model; m.executionCount = null }",
+            i,
+        )
         self.send(i)
         self.wait(i, timeout)
         return self.text(i)
 
-    def command(self, name): self.page.evaluate("name => { jupyterapp.commands.execute(name); return null }", name)
+    def command(self, name):
+        self.page.evaluate("name => { jupyterapp.commands.execute(name); return null }", name)
     def outputs(self, i):
-        return self.page.evaluate("i => jupyterapp.shell.currentWidget.content.widgets[i].model.outputs?.toJSON() ?? []", i)
+        return self.page.evaluate(
+            "i => jupyterapp.shell.currentWidget.content.widgets[i].model.outputs?.toJSON() ?? []", i
+        )
     def text(self, i): return "".join("".join(o["text"]) for o in self.outputs(i) if "text" in o)
-    def pictures(self, i): return [o["data"]["image/png"] for o in self.outputs(i) if "image/png" in o.get("data", {})]
-    def errors(self, i): return [f"{o['ename']}: {o['evalue']}" for o in self.outputs(i) if o["output_type"] == "error"]
+    def pictures(self, i):
+        return [o["data"]["image/png"] for o in self.outputs(i) if "image/png" in o.get("data", {})]
+    def errors(self, i):
+        return [f"{o['ename']}: {o['evalue']}" for o in self.outputs(i) if o["output_type"] == "error"]
     def button(self, name): return self.page.locator(".jupyter-button").filter(has_text=name).first
     def press(self, name): self.button(name).click()
 
@@ -123,7 +144,9 @@ class Notebook:
         row = self.page.locator(".widget-slider").filter(has_text=label).first
         row.scroll_into_view_if_needed()
         handle, way = row.locator(".noUi-handle").bounding_box(), row.locator(".noUi-base").bounding_box()
-        x, y, to = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2, way["x"] + way["width"] * share
+        x = handle["x"] + handle["width"] / 2
+        y = handle["y"] + handle["height"] / 2
+        to = way["x"] + way["width"] * share
         self.page.mouse.move(x, y)
         self.page.mouse.down()
         for k in range(1, 7): self.page.mouse.move(x + (to - x) * k / 6, y); self.page.wait_for_timeout(30)
@@ -140,7 +163,8 @@ class Notebook:
 
 
 def write_notebook(path, cells):
-    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3",
+                                                           "language": "python"}})
     nb.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, path)
@@ -158,7 +182,8 @@ def open_notebook(server, browser, request):
         outside.append(route.request.url)
         return route.abort()
     page.route("**/*", local)
-    page.on("websocket", lambda socket: socket.url.startswith("ws://127.0.0.1:") or outside.append(socket.url))
+    page.on("websocket", lambda socket: socket.url.startswith("ws://127.0.0.1:")
+            or outside.append(socket.url))
 
     def make(cells=None, name=None, on=server):
         name = name or f"{request.node.name}.ipynb"
@@ -169,8 +194,10 @@ def open_notebook(server, browser, request):
     yield make
     shots = Path(os.environ.get("E2E_SHOTS", server.root))
     if getattr(request.node, "failed", False): page.screenshot(path=shots / f"{request.node.name}.png")
-    found = [*problems]                # a kernel that is shut down while it sends a picture may break off in the middle of the message
-    for _ in opened[-1:]: page.evaluate("async () => { await jupyterapp.shell.currentWidget.sessionContext.shutdown() }")
+    # a kernel that is shut down while it sends a picture may break off in the middle of the message
+    found = [*problems]
+    for _ in opened[-1:]:
+        page.evaluate("async () => { await jupyterapp.shell.currentWidget.sessionContext.shutdown() }")
     context.close()
     assert not outside, f"asked for from elsewhere: {outside}"
     assert not found, found

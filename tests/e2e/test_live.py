@@ -63,7 +63,7 @@ def test_slider_turns_a_running_training_and_its_curve(open_notebook):
     before, after, shown = turn_kl_coef(nb)
     check_turned(before, after, shown)
     nb.until(lambda: nb.pictures(1) != picture)
-    assert len(nb.outputs(1)) == 2                                        # panel and picture, however long it runs
+    assert len(nb.outputs(1)) == 2  # panel and picture, however long it runs
     events = json.loads(nb.run(3))
     assert {event["name"] for event in events} == {"kl_coef"} and events[-1]["value"] == after[2]
     assert before[0] <= events[0]["step"] <= events[-1]["step"] < after[0]
@@ -77,7 +77,8 @@ def test_a_panel_that_ignores_its_slider_is_found_out(open_notebook):
 
 def test_buttons(open_notebook):
     "Pause and Run, single steps, a sample, a checkpoint, and the end; between them the training stands still."
-    nb = begin(open_notebook, "print(json.dumps([[p.name for p in checkpoints('runs/pressed')], live.trainer.steps_done]))",
+    nb = begin(open_notebook,
+               "print(json.dumps([[p.name for p in checkpoints('runs/pressed')], live.trainer.steps_done]))",
                start="live = Live(ppo('pressed'))\nlive.start()")
     nb.until(lambda: steps(nb) > 20)
     nb.press("Pause")
@@ -100,7 +101,7 @@ def test_buttons(open_notebook):
     nb.page.wait_for_selector("text=/Stopped after step/")
     saved, done = json.loads(nb.run(3))
     assert saved[-1] == f"step_{done:06d}" and stands_still(nb)
-    nb.press("Run")                                                       # it was closed, and goes on all the same
+    nb.press("Run")  # it was closed, and goes on all the same
     nb.until(lambda: steps(nb) > done + 5)
 
 
@@ -140,7 +141,8 @@ def test_an_error_in_a_step_pauses_and_is_shown(open_notebook):
 
 def test_run_all_waits_for_the_end(open_notebook):
     "Sent together, the cell below finds a training that is over; one that is run later does not wait."
-    nb = open_notebook([SETUP, "live = Live(ppo('x', steps=60), root=None)\nlive.start()", "print(live.trainer.steps_done, live.is_over)"])
+    nb = open_notebook([SETUP, "live = Live(ppo('x', steps=60), root=None)\nlive.start()",
+                        "print(live.trainer.steps_done, live.is_over)"])
     nb.command("notebook:run-all-cells")
     nb.wait(2)
     assert nb.text(2) == "60 True\n" and not nb.errors(1)
@@ -209,7 +211,9 @@ def test_text_stays_text(open_notebook):
     nb.press("Sample")
     nb.page.wait_for_selector("text=after step")
     assert evil in nb.page.inner_text(".jp-Notebook")
-    assert nb.page.evaluate("window.evil") is None and not nb.page.query_selector(".widget-html img, .widget-html script")
+    assert nb.page.evaluate("window.evil") is None and not nb.page.query_selector(
+        ".widget-html img, .widget-html script"
+    )
 
 
 @pytest.fixture

@@ -53,4 +53,6 @@ def test_a_row_stays_text(open_notebook):
     nb.page.keyboard.press("Enter")
     nb.until(lambda: "window.evil = 1" in grey(nb).replace("\xa0", " "))
     assert green(nb).replace("\xa0", " ") == "<img src=x onerror='window.evil = 2'> costs $5, not $6<eos>"
-    assert nb.page.evaluate("window.evil") is None and not nb.page.query_selector(".widget-html img, .widget-html script")
+    assert nb.page.evaluate("window.evil") is None and not nb.page.query_selector(
+        ".widget-html img, .widget-html script"
+    )

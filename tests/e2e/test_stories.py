@@ -6,7 +6,8 @@ from conftest import ROOT
 
 STORIES = sorted(path.name for path in (ROOT / "nbs").glob("0*.ipynb"))
 LAB = ["63_lab.ipynb", "61_views.ipynb", "64_playground.ipynb"]
-PANELS = {"02_pretrain.ipynb": 1, "04_ppo.ipynb": 1, "05_reward.ipynb": 1, "63_lab.ipynb": 1}            # trainings in a panel
+# trainings in a panel
+PANELS = {"02_pretrain.ipynb": 1, "04_ppo.ipynb": 1, "05_reward.ipynb": 1, "63_lab.ipynb": 1}
 
 
 def test_there_are_stories(): assert len(STORIES) == 6
@@ -26,4 +27,5 @@ def test_story(name, server, open_notebook):
         assert len(str(outputs)) < 500_000, (i, len(str(outputs)))
     shown = [o.get("data", {}) for i, _ in enumerate(nb.cells()) for o in nb.outputs(i)]
     pictures = [data.get("text/plain", "") for data in shown if "image/png" in data]
-    assert sum("".join(text).startswith("finished: step") for text in pictures) == PANELS.get(name, 0), pictures
+    assert sum("".join(text).startswith("finished: step")
+               for text in pictures) == PANELS.get(name, 0), pictures

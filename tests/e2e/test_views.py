@@ -24,21 +24,25 @@ def page(browser):
     page.close()
 
 
-def show(page, *views, style=""): page.set_content(f"<!doctype html><body style='{style}'>{''.join(views)}</body>")
+def show(page, *views, style=""):
+    page.set_content(f"<!doctype html><body style='{style}'>{''.join(views)}</body>")
 
 
 def drag(page, name, part, root=".ppo-explorer"):
     "Take a slider's handle with the mouse, and carry it to a part of its way, 0 to 1; returns where it then stands."
     slider = page.locator(f"{root} [name={name}]")
     low, high, now = (float(slider.evaluate(f"s => s.{key}")) for key in ("min", "max", "value"))
-    box, half = slider.bounding_box(), 8                                  # half a handle, which never leaves the slider
+    box = slider.bounding_box()  # half a handle, which never leaves the slider
+    half = 8
     at = lambda share: box["x"] + half + share * (box["width"] - 2 * half)
     page.mouse.move(at((now - low) / (high - low)), box["y"] + box["height"] / 2)
     page.mouse.down()
     page.mouse.move(at(part), box["y"] + box["height"] / 2, steps=4)
     page.mouse.up()
     stands = float(slider.input_value())
-    assert abs(stands - (low + part * (high - low))) < 0.03 * (high - low), "the handle did not follow the mouse"
+    assert abs(stands - (low + part * (high - low))) < 0.03 * (high - low), (
+        "the handle did not follow the mouse"
+    )
     return stands
 
 
@@ -71,7 +75,8 @@ def compare(page):
         pressed(page, A)
         clip, r = drag(page, "clip_range", clip_part), drag(page, "ratio", ratio_part)
         assert min(abs(r - 1 - clip), abs(r - 1 + clip)) > 1e-3, "a corner has no slope to compare"
-        np.testing.assert_allclose(found(page)[:2], trained(r, A, clip), atol=1e-5, err_msg=f"ratio {r}, {A}, clip_range {clip}")
+        np.testing.assert_allclose(found(page)[:2], trained(r, A, clip), atol=1e-5,
+                                   err_msg=f"ratio {r}, {A}, clip_range {clip}")
         places.append((A, clip, r))
     return places
 
@@ -105,9 +110,13 @@ def test_best_distance_is_the_best(page):
         assert abs(found(page)[2] - farthest(price)) < 0.01 * farthest(price) + 1e-3
         assert f"kl_coef {price:.2f}: going " in page.locator(".said").last.inner_text()
     drag(page, "kl_coef", 0.0)
-    assert found(page)[2] == math.inf and "nothing holds the policy" in page.locator(".said").last.inner_text()
+    assert (
+        found(page)[2] == math.inf and "nothing holds the policy" in page.locator(".said").last.inner_text()
+    )
     show(page, PPOExplorer(kl_coef=0.1)._repr_html_())
-    assert abs(found(page)[2] - 50) < 1e-9 and "beyond the right edge" in page.locator(".said").last.inner_text()
+    assert (
+        abs(found(page)[2] - 50) < 1e-9 and "beyond the right edge" in page.locator(".said").last.inner_text()
+    )
     assert not page.locator(".distance circle").is_visible()
 
 
@@ -179,7 +188,8 @@ def test_pictures_do_not_disturb_each_other(page):
     assert [found(page, root)[0] for root in at] == [1.2, 0, 1.2] and not page.wrong
 
 
-EVIL = ["<script>window.hit = 1</script>", "<img src=x onerror='window.hit = 1'>", '"><svg onload="window.hit = 1">', "&lt;b&gt;", "</div>"]
+EVIL = ["<script>window.hit = 1</script>", "<img src=x onerror='window.hit = 1'>",
+        '"><svg onload="window.hit = 1">', "&lt;b&gt;", "</div>"]
 
 
 class Tokens:
@@ -228,7 +238,8 @@ def test_box_of_a_token_is_seen(page, width):
     assert third.evaluate(box) == "none"
     third.hover()
     opened = third.evaluate(box)
-    assert all(part in opened for part in ("word", "log-ratio -3", "value     -6", "advantage -12", "reward    -9")), opened
+    assert all(part in opened for part in ("word", "log-ratio -3", "value     -6", "advantage -12",
+                                           "reward    -9")), opened
     page.mouse.move(0, 690)
     page.keyboard.press("Tab"); page.keyboard.press("Tab")
     assert "log-ratio -1" in page.locator(".token").nth(1).evaluate(box)
@@ -243,5 +254,6 @@ def test_halves_stand_beside_each_other_where_there_is_room(page, width):
     page.set_viewport_size({"width": width, "height": 700})
     show(page, PPOExplorer()._repr_html_())
     left, right = (page.locator(".half").nth(i).bounding_box() for i in range(2))
-    assert (right["x"] > left["x"] + left["width"] if width > 1000 else right["y"] > left["y"] + left["height"])
+    assert (right["x"] > left["x"] + left["width"] if width > 1000
+            else right["y"] > left["y"] + left["height"])
     assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_SOURCE = (".git", ".venv*", "*.egg-info", "build", "dist", "data", "runs", "_*cache*", ".*_cache", "_exec", "_pages", "_proc", "_docs",
-              "__pycache__")
+NOT_SOURCE = (".git", ".venv*", "*.egg-info", "build", "dist", "data", "runs", "_*cache*", ".*_cache",
+              "_exec", "_pages", "_proc", "_docs", "__pycache__")
 YAML = """
 data: {input_file: text.jsonl, preprocessing: {max_context_size: 16}}
 model: {dimensions: {hidden_size: 16, num_layers: 1}}
@@ -33,7 +33,8 @@ def built(tmp_path_factory):
     "(source distribution, wheel), from a copy without anything that an earlier build has left."
     folder = tmp_path_factory.mktemp("build")
     shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*NOT_SOURCE), symlinks=True)
-    done = run(sys.executable, "-m", "build", str(folder / "source"), "--outdir", str(folder / "dist"), cwd=folder)
+    done = run(sys.executable, "-m", "build", str(folder / "source"), "--outdir", str(folder / "dist"),
+               cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(folder.glob("dist/*.tar.gz")), next(folder.glob("dist/*.whl"))
 
@@ -46,8 +47,8 @@ class Environment:
         venv.create(folder / "env", with_pip=True)
 
     def install(self, what):
-        done = run(self.bin / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check",
-                   what, cwd=self.empty)
+        done = run(self.bin / "python", "-m", "pip", "install", "--quiet", "--no-compile",
+                   "--disable-pip-version-check", what, cwd=self.empty)
         assert done.returncode == 0, done.stderr
 
     def python(self, code): return run(self.bin / "python", "-c", code, cwd=self.empty)
@@ -60,14 +61,21 @@ class Environment:
     def check_training(self):
         "Five steps on a few lines, and one sentence for a configuration that is not there."
         self.check_version()
-        (self.empty / "text.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of a short text."}) + "\n" for i in range(20)))
+        (self.empty / "text.jsonl").write_text(
+            "".join(json.dumps({"text": f"Line {i} of a short text."}) + "\n" for i in range(20))
+        )
         (self.empty / "run.yaml").write_text(YAML)
         done = self.command("train", "--config", "run.yaml")
         assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
         metrics = (self.empty / "runs/run/metrics.jsonl").read_text().splitlines()
-        assert json.loads(metrics[-1])["step"] == 5 and (self.empty / "runs/run/model/model.safetensors").is_file()
+        assert (
+            json.loads(metrics[-1])["step"] == 5
+            and (self.empty / "runs/run/model/model.safetensors").is_file()
+        )
         done = self.command("train", "--config", "model-config.yaml")
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "source code" in done.stderr, done.stderr
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "source code" in done.stderr, (
+            done.stderr
+        )
 
 
 def test_contents(built):
@@ -77,9 +85,10 @@ def test_contents(built):
     with zipfile.ZipFile(built[1]) as archive: wheel = set(archive.namelist())
     assert {name for name in wheel if ".dist-info/" not in name} == modules
     assert any(name.endswith("LICENSE") for name in wheel)
-    assert {name for name in source if name and "egg-info" not in name} == {
-        *modules, "mlx_pretrain", "settings.ini", "setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in",
-        "PKG-INFO"}
+    assert {name for name in source if name
+            and "egg-info" not in name} == {*modules, "mlx_pretrain", "settings.ini", "setup.py", "setup.cfg",
+                                            "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in",
+                                            "PKG-INFO"}
 
 
 def test_source_distribution(built, tmp_path):
@@ -100,8 +109,17 @@ def test_wheel(built, tmp_path):
             assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
             assert "mlx-pretrain[cpu]" in done.stderr and "mlx-pretrain[cuda]" in done.stderr, done.stderr
         done = env.python("import mlx_pretrain")
-        assert done.returncode == 0 and done.stderr.count("mlx-pretrain[cpu]") == 1 and "Traceback" not in done.stderr, done.stderr
+        assert (
+            done.returncode == 0
+            and done.stderr.count("mlx-pretrain[cpu]") == 1
+            and "Traceback" not in done.stderr
+        ), done.stderr
         done = env.python("import mlx_pretrain.model")
-        assert done.returncode == 1 and "mlx-pretrain[cpu]" in done.stderr.splitlines()[-1] and "libmlx" not in done.stderr, done.stderr
-    env.install("mlx-pretrain[cpu]" if sys.platform == "linux" else str(wheel))   # installed already: only what the extra adds
+        assert (
+            done.returncode == 1
+            and "mlx-pretrain[cpu]" in done.stderr.splitlines()[-1]
+            and "libmlx" not in done.stderr
+        ), done.stderr
+    # installed already: only what the extra adds
+    env.install("mlx-pretrain[cpu]" if sys.platform == "linux" else str(wheel))
     env.check_training()

@@ -43,8 +43,8 @@ def chat_model(request, tmp_path, monkeypatch):
     family, template, rank, prefix, stops = MODELS[request.param]
     folder = publish(family, tmp_path / "hf", template)
     tokenizer = load_tokenizer(folder)
-    args = LlamaArgs(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                     num_key_value_heads=2, head_dim=16)
+    args = LlamaArgs(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64,
+                     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
     weights = {prefix + name: w for name, w in tree_flatten(Llama(args).parameters())}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(args_to_hf(args, tokenizer)))
@@ -62,7 +62,8 @@ def test_a_chat_model_keeps_its_ids_on_the_way_through(chat_model):
     folder, rank = chat_model
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     values = {"name": "tuned", "pretrained_model": str(folder), "data": {"input_file": "rows.jsonl"},
-              "training": {"epochs": 150, "hyperparameters": {"batch_size": 2, "learning_rate": 1e-2}, "lora": {"rank": rank}}}
+              "training": {"epochs": 150, "hyperparameters": {"batch_size": 2, "learning_rate": 1e-2},
+                           "lora": {"rank": rank}}}
     model, tokenizer, path, fmt = load(sft(SFTConfig.model_validate_json(json.dumps(values))))
     first, lm_tok = AutoTokenizer.from_pretrained(folder), mlx_lm.load(str(path))[1]
     theirs, their_tok = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
@@ -73,7 +74,12 @@ def test_a_chat_model_keeps_its_ids_on_the_way_through(chat_model):
             assert asked == (found["input_ids"] if hasattr(found, "keys") else found)
         out = generate(model, [asked], 24, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, temperature=0)
         ours = [i for i, counts in zip(out.tokens[0].tolist(), out.response_mask[0].tolist()) if counts]
-        said = theirs.generate(transformers.BatchEncoding({"input_ids": [asked]}, tensor_type="pt")["input_ids"], max_new_tokens=24,
+        said = theirs.generate(transformers.BatchEncoding({"input_ids": [asked]},
+                                                          tensor_type="pt")["input_ids"], max_new_tokens=24,
                                do_sample=False)[0, len(asked):].tolist()
         assert said == ours                                               # and so it stops at the same token
-        if rank == 0: assert ours[-1] in tokenizer.eos_ids and tokenizer.decode(ours).strip() == row["messages"][1]["content"]
+        if rank == 0:
+            assert (
+                ours[-1] in tokenizer.eos_ids
+                and tokenizer.decode(ours).strip() == row["messages"][1]["content"]
+            )

@@ -24,22 +24,29 @@ from mlx_pretrain.pretrained import PretrainedError, export, load
 from mlx_pretrain.tokenizer import ByteTokenizer, train_sentencepiece
 
 transformers.logging.set_verbosity_error()
-TEXTS = ["", " ", "  ", "   \n", "\n", "\n\n", " a", "a ", "a  b", "Hello, world!", "tabs\tand\r\nlines", "Zürich, naïve café", "🦙",
-         "👩\u200d👩\u200d👧 family", "你好，世界", "a\u0301", "\u2028 and \u00a0", "zero\x00byte", "def f(x):\n    return x ** 2\n",
-         "1234567890", "…“quotes”…", "The state of the union is strong.\n\nMy fellow citizens:", "İstanbul ﬁne ㎏", "\ufeffmark",
+TEXTS = ["", " ", "  ", "   \n", "\n", "\n\n", " a", "a ", "a  b", "Hello, world!", "tabs\tand\r\nlines",
+         "Zürich, naïve café", "🦙", "👩\u200d👩\u200d👧 family", "你好，世界", "a\u0301", "\u2028 and \u00a0",
+         "zero\x00byte", "def f(x):\n    return x ** 2\n", "1234567890", "…“quotes”…",
+         "The state of the union is strong.\n\nMy fellow citizens:", "İstanbul ﬁne ㎏", "\ufeffmark",
          "x" * 300]
-LLAMA3 = dict(type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LLAMA3 = dict(type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
 KINDS = {
     "byte-tied-gqa": ("byte", {}),
     "byte-padded-vocabulary": ("byte", {"vocab_size": 320}),
     "sentencepiece-untied-llama3": (
-        "sentencepiece", {"tie_word_embeddings": False, "rope_scaling": RopeScaling(**LLAMA3), "rope_theta": 5e5}),
+        "sentencepiece",
+        {"tie_word_embeddings": False, "rope_scaling": RopeScaling(**LLAMA3), "rope_theta": 5e5},
+    ),
     "sentencepiece-tied-linear": ("sentencepiece", {"rope_scaling": RopeScaling(type="linear", factor=4.0)}),
-    "byte-biases-traditional": ("byte", {"attention_bias": True, "mlp_bias": True, "rope_traditional": True, "head_dim": 32}),
+    "byte-biases-traditional": (
+        "byte",
+        {"attention_bias": True, "mlp_bias": True, "rope_traditional": True, "head_dim": 32},
+    ),
 }
 
-SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=256)
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256)
 
 
 def lively(**sizes):
@@ -49,8 +56,11 @@ def lively(**sizes):
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    lines = ["My fellow citizens: the state of the union is strong.\n\nThe llama  eats 1,234 blades of grass; naïve café, Zürich."] * 30
-    return {"byte": ByteTokenizer(), "sentencepiece": train_sentencepiece(lines, 350, tmp_path_factory.mktemp("sp"))}
+    lines = [
+        "My fellow citizens: the state of the union is strong.\n\nThe llama  eats 1,234 blades of grass; naïve café, Zürich."
+    ] * 30
+    return {"byte": ByteTokenizer(),
+            "sentencepiece": train_sentencepiece(lines, 350, tmp_path_factory.mktemp("sp"))}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -64,7 +74,8 @@ def ours(request, tokenizers, tmp_path_factory):
     return model, tokenizer, directory
 
 
-def ids_of(model, n=40): return np.random.default_rng(0).integers(0, model.args.vocab_size, (2, n)).astype(np.int32)
+def ids_of(model, n=40):
+    return np.random.default_rng(0).integers(0, model.args.vocab_size, (2, n)).astype(np.int32)
 
 
 def close(theirs, model, ids):
@@ -89,7 +100,7 @@ def test_logits_in_mlx_lm(ours):
 def test_logits_in_transformers(ours):
     model, _, directory = ours
     theirs, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    assert not any(report.values()), report                               # no weight missing, unknown or of another shape
+    assert not any(report.values()), report  # no weight missing, unknown or of another shape
     assert isinstance(theirs, LlamaForCausalLM) and theirs.dtype == torch.float32
     ids = ids_of(model)
     close(torch_logits(theirs, ids), model, ids)
@@ -100,7 +111,8 @@ def test_the_comparison_can_fail(tokenizers, tmp_path):
     model = lively(vocab_size=259, rope_scaling=RopeScaling(**LLAMA3))
     export(model, tokenizers["byte"], tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())
-    (tmp_path / "m/config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rope_scaling"}))
+    (tmp_path / "m/config.json").write_text(json.dumps({k: v
+                                                        for k, v in config.items() if k != "rope_scaling"}))
     theirs, _ = mlx_lm.load(str(tmp_path / "m"))
     ids = ids_of(model)
     with pytest.raises(AssertionError): close(theirs(mx.array(ids)), model, ids)
@@ -114,8 +126,10 @@ def test_ids(ours):
             assert theirs.encode(text, add_special_tokens=False) == want, text
             assert theirs.encode(text) == [tokenizer.bos_id, *want], text
             assert theirs.decode(want) == text == tokenizer.decode(want)
-        assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        assert theirs.decode([tokenizer.bos_id, *tokenizer.encode("hé"), tokenizer.eos_id], skip_special_tokens=True) == "hé"
+        assert (theirs.bos_token_id, theirs.eos_token_id,
+                theirs.pad_token_id) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        assert theirs.decode([tokenizer.bos_id, *tokenizer.encode("hé"), tokenizer.eos_id],
+                             skip_special_tokens=True) == "hé"
 
 
 def test_ids_of_any_text(ours):
@@ -168,17 +182,16 @@ def test_the_end_ends_in_mlx_lm(stopper):
 def test_the_end_ends_in_transformers(stopper):
     _, _, directory, prompt, said = stopper
     model = AutoModelForCausalLM.from_pretrained(directory)
-    assert model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist() == prompt + said
+    assert model.generate(torch.tensor([prompt]), max_new_tokens=20,
+                          do_sample=False)[0].tolist() == prompt + said
 
 
 # ---- theirs, here
 
-ROPES = {
-    "default": {"rope_type": "default", "rope_theta": 10_000.0},
-    "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
-    "llama3": {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 32},
-}
+ROPES = {"default": {"rope_type": "default", "rope_theta": 10_000.0},
+         "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+         "llama3": {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 32}, }
 
 
 def stranger(rope, **more):
@@ -226,14 +239,15 @@ def test_saved_again_by_transformers(ours, tmp_path):
 
 
 def convert(*words):
-    subprocess.run([sys.executable, "-c", "import mlx_pretrain; from mlx_lm.convert import main; main()", *map(str, words)],
-                   check=True, capture_output=True, text=True)
+    subprocess.run([sys.executable, "-c", "import mlx_pretrain; from mlx_lm.convert import main; main()",
+                    *map(str, words)], check=True, capture_output=True, text=True)
 
 
 def test_quantised_is_refused_and_the_command_helps(tokenizers, tmp_path):
     model = lively(vocab_size=259, num_hidden_layers=1)
     export(model, tokenizers["byte"], tmp_path / "m")
-    convert("--hf-path", tmp_path / "m", "--mlx-path", tmp_path / "q", "-q", "--q-group-size", 32, "--q-bits", 8)
+    convert("--hf-path", tmp_path / "m", "--mlx-path", tmp_path / "q", "-q", "--q-group-size", 32, "--q-bits",
+            8)
     with pytest.raises(PretrainedError, match="--dequantize") as caught: load(tmp_path / "q")
     assert f"mlx_lm.convert --hf-path '{tmp_path / 'q'}' --mlx-path OUT --dequantize" in str(caught.value)
     convert("--hf-path", tmp_path / "q", "--mlx-path", tmp_path / "d", "--dequantize")
@@ -248,7 +262,8 @@ def test_quantised_is_refused_and_the_command_helps(tokenizers, tmp_path):
 @pytest.mark.parametrize("rope", ROPES)
 def test_rope_periods(rope, head_dim):
     spelled = dict(ROPES[rope])
-    config = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, rope_parameters=dict(spelled), max_position_embeddings=8192)
+    config = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, rope_parameters=dict(spelled),
+                         max_position_embeddings=8192)
     theta, kind = spelled.pop("rope_theta"), spelled.pop("rope_type")
     scaling = RopeScaling() if kind == "default" else RopeScaling(type=kind, **spelled)
     ours = 1 / np.array(scale_rope_freqs(rope_freqs(head_dim, theta), scaling))
@@ -257,7 +272,8 @@ def test_rope_periods(rope, head_dim):
 
 def test_real_llama3_scaling():
     "Llama 3.1's own numbers, far beyond its first context."
-    spelled = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    spelled = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072,
                          rope_parameters={"rope_type": "llama3", "rope_theta": 500_000.0, **spelled})
     ours = 1 / np.array(scale_rope_freqs(rope_freqs(128, 500_000.0), RopeScaling(type="llama3", **spelled)))
@@ -287,12 +303,11 @@ def walk_torch(opt, w, grads, **arguments):
     return p.detach().numpy()
 
 
-TWINS = {
-    "adamw": (lambda: AdamW(0.01, (0.9, 0.95), 1e-8, 0.1), torch.optim.AdamW, {"betas": (0.9, 0.95)}),
-    "adamw, long memory": (lambda: AdamW(0.01, (0.9, 0.999), 1e-5, 0.1), torch.optim.AdamW, {"betas": (0.9, 0.999), "eps": 1e-5}),
-    "adam": (lambda: Adam(0.01, (0.9, 0.95), 1e-8, 0.1), torch.optim.Adam, {"betas": (0.9, 0.95)}),
-    "sgd": (lambda: SGD(0.01, 0.9, 0.1), torch.optim.SGD, {"momentum": 0.9}),
-}
+TWINS = {"adamw": (lambda: AdamW(0.01, (0.9, 0.95), 1e-8, 0.1), torch.optim.AdamW, {"betas": (0.9, 0.95)}),
+         "adamw, long memory": (lambda: AdamW(0.01, (0.9, 0.999), 1e-5, 0.1), torch.optim.AdamW,
+                                {"betas": (0.9, 0.999), "eps": 1e-5}),
+         "adam": (lambda: Adam(0.01, (0.9, 0.95), 1e-8, 0.1), torch.optim.Adam, {"betas": (0.9, 0.95)}),
+         "sgd": (lambda: SGD(0.01, 0.9, 0.1), torch.optim.SGD, {"momentum": 0.9}), }
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -303,8 +318,10 @@ def test_optimizers_step_alike(name, shape):
     w, grads = optimizer_example(shape)
     walked = walk_ours(ours(), w, grads)
     decay = 0.1 if len(shape) > 1 else 0.0
-    np.testing.assert_allclose(walked, walk_torch(theirs, w, grads, weight_decay=decay, **arguments), atol=2e-6)
-    assert np.abs(walked - walk_torch(theirs, w, grads, weight_decay=0.1 - decay, **arguments)).max() > 1e-3     # with the other decay
+    np.testing.assert_allclose(walked, walk_torch(theirs, w, grads, weight_decay=decay, **arguments),
+                               atol=2e-6)
+    # with the other decay
+    assert np.abs(walked - walk_torch(theirs, w, grads, weight_decay=0.1 - decay, **arguments)).max() > 1e-3
 
 
 MUON = dict(momentum=0.95, adjust_lr_fn="match_rms_adamw")
@@ -319,7 +336,13 @@ def test_muon_steps_alike(shape, monkeypatch):
     coarse = walk_torch(torch.optim.Muon, w, grads, weight_decay=0.1, **MUON)
     assert np.linalg.norm(ours - coarse) < 0.03 * np.linalg.norm(ours - still)
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.clone())
-    np.testing.assert_allclose(ours, walk_torch(torch.optim.Muon, w, grads, weight_decay=0.1, **MUON), atol=1e-5)
-    for wrong in ({"weight_decay": 0.0}, {"nesterov": False}, {"momentum": 0.9}, {"adjust_lr_fn": "original"}):
+    np.testing.assert_allclose(ours, walk_torch(torch.optim.Muon, w, grads, weight_decay=0.1, **MUON),
+                               atol=1e-5)
+    for wrong in (
+        {"weight_decay": 0.0},
+        {"nesterov": False},
+        {"momentum": 0.9},
+        {"adjust_lr_fn": "original"},
+    ):
         other = walk_torch(torch.optim.Muon, w, grads, **{"weight_decay": 0.1, **MUON, **wrong})
         assert np.abs(ours - other).max() > 3e-4                          # thirty times the tolerance

@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import smollm2  # noqa: E402
 
 transformers.logging.set_verbosity_error()
-ARGS = LlamaArgs(vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                 head_dim=16, max_position_embeddings=256)
-IDS = np.array([[257, *b"The gulls count the boats, one by one."], [257, *b"A baker carries bread through the fog."]])
+ARGS = LlamaArgs(vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256)
+IDS = np.array([[257, *b"The gulls count the boats, one by one."],
+                [257, *b"A baker carries bread through the fog."]])
 
 
 def near(ours, theirs):
@@ -53,7 +54,8 @@ def lively(**sizes):
 def speaking(model, **cfg):
     "A model whose adapters have learned something."
     model = apply_lora(model, LoRAConfig(**{"rank": 4, **cfg}))
-    return model.update(tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape, key=mx.random.key(w.size)), model.trainable_parameters()))
+    return model.update(tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape, key=mx.random.key(w.size)),
+                                 model.trainable_parameters()))
 
 
 def write(rows): Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -84,9 +86,10 @@ def test_theirs_in_ours(tmp_path, monkeypatch, lora):
     monkeypatch.chdir(tmp_path)
     export(lively(), ByteTokenizer(), "base")
     Path("data").mkdir()
-    for name in ("train", "valid"): Path(f"data/{name}.jsonl").write_text((json.dumps({"text": "the gulls count the boats"}) + "\n") * 4)
-    settings = {"model": "base", "train": True, "data": "data", "num_layers": 2, "batch_size": 2, "iters": 3, "learning_rate": 0.05,
-                "val_batches": 1, "lora_parameters": lora}
+    for name in ("train", "valid"):
+        Path(f"data/{name}.jsonl").write_text((json.dumps({"text": "the gulls count the boats"}) + "\n") * 4)
+    settings = {"model": "base", "train": True, "data": "data", "num_layers": 2, "batch_size": 2, "iters": 3,
+                "learning_rate": 0.05, "val_batches": 1, "lora_parameters": lora}
     mlx_lm.lora.run(SimpleNamespace(**{**mlx_lm.lora.CONFIG_DEFAULTS, **settings}))
     theirs, _ = mlx_lm.load("base", adapter_path="adapters")
     theirs.eval()
@@ -107,10 +110,24 @@ def tuned(tmp_path_factory):
             "name": "base", "data": {"input_file": "text.jsonl", "preprocessing": {"max_context_size": 64}},
             "model": {"dimensions": {"hidden_size": 32, "num_layers": 2}},
             "training": {"hyperparameters": {"batch_size": 2, "iters": 1}}})))
-        write([{"prompt": f"Say {i}:", "completion": word} for i, word in enumerate(["one", "two and a half", "three gulls", "4"])])
-        sft(SFTConfig.model_validate_json(json.dumps({
-            "name": "lora", "pretrained_model": "base", "data": {"input_file": "rows.jsonl", "preprocessing": {"max_context_size": 64}},
-            "training": {"epochs": 120, "lora": {"rank": 16, "alpha": 64}, "hyperparameters": {"batch_size": 4, "learning_rate": 1e-2}}})))
+        write([{"prompt": f"Say {i}:", "completion": word}
+               for i, word in enumerate(["one", "two and a half", "three gulls", "4"])])
+        sft(
+            SFTConfig.model_validate_json(
+                json.dumps(
+                    {
+                        "name": "lora",
+                        "pretrained_model": "base",
+                        "data": {"input_file": "rows.jsonl", "preprocessing": {"max_context_size": 64}},
+                        "training": {
+                            "epochs": 120,
+                            "lora": {"rank": 16, "alpha": 64},
+                            "hyperparameters": {"batch_size": 4, "learning_rate": 1e-2},
+                        },
+                    }
+                )
+            )
+        )
     return home / "runs"
 
 
@@ -119,8 +136,9 @@ def test_the_command_line_of_mlx_lm_says_what_ours_says(tuned):
     [ours] = generate_text(model, tok, ["Say 2:"], 30, temperature=0)
     beside = load_adapters(load(tuned / "base").model, tuned / "lora" / "adapters")
     assert ours == "three gulls" == generate_text(beside, tok, ["Say 2:"], 30, temperature=0)[0]
-    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", tuned / "base" / "model", "--adapter-path",
-               tuned / "lora" / "adapters", "--prompt", "Say 2:", "--ignore-chat-template", "--temp", "0", "--max-tokens", "30"]
+    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", tuned / "base" / "model",
+               "--adapter-path", tuned / "lora" / "adapters", "--prompt", "Say 2:", "--ignore-chat-template",
+               "--temp", "0", "--max-tokens", "30"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split("==========")[1].strip() == ours
 
@@ -149,24 +167,33 @@ def test_loss_and_gradients_of_adapters(tmp_path, monkeypatch, tied):
     for name in {name.rpartition(".")[0] for name in weights}:
         inside, _, last = name.rpartition(".")
         inside = theirs.get_submodule(inside)
-        setattr(inside, last, Beside(getattr(inside, last), weights[f"{name}.lora_a"], weights[f"{name}.lora_b"], 3.0))
+        setattr(inside, last, Beside(getattr(inside, last), weights[f"{name}.lora_a"],
+                                     weights[f"{name}.lora_b"], 3.0))
 
     texts = ["Who?", "Gulls.", "And?", "Boats, many.", "So?", "Sand."]
     talk = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, texts)]
     write([{"messages": talk}, {"messages": talk[2:]}, {"messages": talk[:2]}])
-    examples = read_examples("rows.jsonl", tok, PromptFormat(input_field="messages", output_field="messages"), 256)
+    examples = read_examples("rows.jsonl", tok, PromptFormat(input_field="messages", output_field="messages"),
+                             256)
     width = examples.lengths.max()
     ids, labels = np.full((3, width), tok.pad_id), np.full((3, width), -100)
     for r, row in enumerate(examples[i] for i in range(3)):
         ids[r, :len(row.ids)] = row.ids
         labels[r, :len(row.ids)] = np.where(row.loss_mask, row.ids, -100)
-    want = theirs(torch.tensor(ids), attention_mask=torch.tensor(ids != tok.pad_id).long(), labels=torch.tensor(labels)).loss
+    want = theirs(torch.tensor(ids), attention_mask=torch.tensor(ids != tok.pad_id).long(),
+                  labels=torch.tensor(labels)).loss
     want.backward()
-    total, grads = nn.value_and_grad(model, lambda batch: response_loss(model, batch)[0])(examples.batch(np.arange(3)))
-    assert (count := examples.n_targets) == (labels != -100).sum() and abs(total.item() / count - want.item()) < 1e-5 * want.item()
-    by_name = {f"{name[:-1]}lora_{name[-1]}": p.grad.numpy() for name, p in theirs.named_parameters() if p.requires_grad}
+    total, grads = nn.value_and_grad(model, lambda batch: response_loss(model, batch)[0])(
+        examples.batch(np.arange(3))
+    )
+    assert (count := examples.n_targets) == (labels != -100).sum() and abs(
+        total.item() / count - want.item()
+    ) < 1e-5 * want.item()
+    by_name = {f"{name[:-1]}lora_{name[-1]}": p.grad.numpy()
+               for name, p in theirs.named_parameters() if p.requires_grad}
     assert by_name.keys() == (ours := dict(tree_flatten(grads))).keys() == weights.keys()
-    for name, g in ours.items(): assert np.abs(np.array(g) / count - by_name[name]).max() <= 1e-4 * np.abs(by_name[name]).max(), name
+    for name, g in ours.items():
+        assert np.abs(np.array(g) / count - by_name[name]).max() <= 1e-4 * np.abs(by_name[name]).max(), name
 
 
 # Conversations in transformers' tokens. In their templates, `generation` marks what is trained.
@@ -174,7 +201,13 @@ def test_loss_and_gradients_of_adapters(tmp_path, monkeypatch, tied):
 
 def say(what):
     what = "{{ " + what + " }}"
-    return "{% if message['role'] == 'assistant' %}{% generation %}" + what + "{% endgeneration %}{% else %}" + what + "{% endif %}"
+    return (
+        "{% if message['role'] == 'assistant' %}{% generation %}"
+        + what
+        + "{% endgeneration %}{% else %}"
+        + what
+        + "{% endif %}"
+    )
 
 
 CHATML = ("{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -188,32 +221,44 @@ ZEPHYR = ("{% for message in messages %}\n{{ '<|' + message['role'] + '|>\n' }}"
           "{{ '\n' }}{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
 IM, HEADER, S = ["<|im_start|>", "<|im_end|>"], ["<|start_header_id|>", "<|end_header_id|>"], ["<s>", "</s>"]
 EOT, BARS = ["<|begin_of_text|>", "<|eot_id|>"], ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
-KINDS = {                                                                 # template, tokenizer, beginning and end, other control tokens
-    "chatml": (CHATML, "bytes", IM, []), "llama 3": (LLAMA3, "bytes", EOT, HEADER), "zephyr": (ZEPHYR, "bytes", S, []),
+KINDS = {  # template, tokenizer, beginning and end, other control tokens
+    "chatml": (CHATML, "bytes", IM, []),
+    "llama 3": (LLAMA3, "bytes", EOT, HEADER),
+    "zephyr": (ZEPHYR, "bytes", S, []),
     "no tools": ("{% if tools is not none %}TOOLS{% endif %}" + CHATML, "bytes", IM, []),
     "names with a bar": (LLAMA3.replace(EOT[1], BARS[1]), "bytes", BARS, HEADER),
-    "zephyr, blank in front": (ZEPHYR, "blank in front", S, []), "chatml, blank in front": (CHATML, "blank in front", IM, []),
+    "zephyr, blank in front": (ZEPHYR, "blank in front", S, []),
+    "chatml, blank in front": (CHATML, "blank in front", IM, []),
 }
-TALKS = [[{"role": role, "content": text} for role, text in zip(roles, texts)] for roles, texts in (
-    (["user", "assistant"], ["Who is there?", "The gulls.\n\nAnd the boats."]),
-    (["system", "user", "assistant", "user", "assistant"], ["Be brief.", "  Who, 123?", "Gulls <3", "And? ", "The old man 🙂."]),
-    (["user", "assistant"] * 3, ["a", "b", "The man\ncounts", "the boats", "é", "."]))]
+TALKS = [[{"role": role, "content": text} for role, text in zip(roles, texts)]
+         for roles, texts in ((["user", "assistant"], ["Who is there?", "The gulls.\n\nAnd the boats."]),
+                              (["system", "user", "assistant", "user", "assistant"],
+                               ["Be brief.", "  Who, 123?", "Gulls <3", "And? ", "The old man 🙂."]),
+                              (["user", "assistant"] * 3, ["a", "b", "The man\ncounts", "the boats", "é",
+                                                           "."]))]
 
 
 def make_tokenizer(folder, template, kind, ends, others):
     "A small tokenizer of a published kind: bytes as Llama 3 has them, or with a blank in front of a text, as Llama 2."
-    made, more = Tokenizer(models.BPE(byte_fallback=kind != "bytes", unk_token=None if kind == "bytes" else "<unk>")), {}
+    made = Tokenizer(models.BPE(byte_fallback=kind != "bytes",
+                                unk_token=None if kind == "bytes" else "<unk>"))
+    more = {}
     if kind == "bytes":
-        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
         more["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
     else:
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                          decoders.Fuse(), decoders.Strip(" ", 1, 0)])
         more["special_tokens"] = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    made.train_from_iterator(["The old man counts the boats. Who is there? The gulls. user assistant system"] * 30,
-                             trainers.BpeTrainer(vocab_size=360, show_progress=False, **more))
+    made.train_from_iterator(
+        ["The old man counts the boats. Who is there? The gulls. user assistant system"] * 30,
+        trainers.BpeTrainer(vocab_size=360, show_progress=False, **more),
+    )
     plain = json.loads(made.to_str())
-    plain["added_tokens"] = [token for token in plain["added_tokens"] if not token["content"].startswith("<0x")]
+    plain["added_tokens"] = [token
+                             for token in plain["added_tokens"] if not token["content"].startswith("<0x")]
     made = Tokenizer.from_str(json.dumps(plain))
     made.add_special_tokens([AddedToken(name, normalized=False) for name in (*ends, *others)])
     folder.mkdir()
@@ -235,10 +280,12 @@ def test_tokens_and_mask_of_a_conversation(tmp_path, kind):
     ours = load_tokenizer(make_tokenizer(tmp_path / "plain", plain, *rest))
     theirs = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path / "marked", template, *rest))
     for talk in TALKS:
-        want, row = theirs.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True), made(ours, talk)
+        want = theirs.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
+        row = made(ours, talk)
         assert theirs.convert_ids_to_tokens(row.ids) == theirs.convert_ids_to_tokens(want["input_ids"])
         assert row.loss_mask == [bool(trained) for trained in want["assistant_masks"]]
-        asked = theirs.apply_chat_template([talk[-2]], add_generation_prompt=True, return_dict=True)["input_ids"]
+        asked = theirs.apply_chat_template([talk[-2]], add_generation_prompt=True,
+                                           return_dict=True)["input_ids"]
         assert render_chat(BY_TEMPLATE, ours, [], talk[-2]["content"]) == asked
 
 
@@ -255,8 +302,9 @@ def test_a_template_that_marks_answers_itself(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_sharded_weights(tmp_path, dtype, tied):
     torch.manual_seed(0)
-    sizes = ARGS.model_dump(include={"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                                     "num_key_value_heads", "head_dim", "max_position_embeddings"})
+    sizes = ARGS.model_dump(include={"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                     "num_attention_heads", "num_key_value_heads", "head_dim",
+                                     "max_position_embeddings"})
     saved = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied, initializer_range=0.2)).to(dtype)
     saved.save_pretrained(tmp_path, max_shard_size="100KB")
     ByteTokenizer().save(tmp_path)
@@ -275,18 +323,22 @@ def smol():
 
 def test_a_real_model_says_the_same_everywhere(smol):
     model, tok, *_ = load(smol)
-    theirs, their_tok = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32), AutoTokenizer.from_pretrained(smol)
+    theirs = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32)
+    their_tok = AutoTokenizer.from_pretrained(smol)
     lm, lm_tok = mlx_lm.load(str(smol))
     question = [{"role": "user", "content": "What is the capital of France?"}]
     asked = render_chat(BY_TEMPLATE, tok, [], question[0]["content"])
-    assert asked == their_tok.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert asked == their_tok.apply_chat_template(question, add_generation_prompt=True,
+                                                  return_dict=True)["input_ids"]
     for ids in (tok.encode("The capital of France is"), asked):
         ours, want = model(mx.array([ids])), theirs(torch.tensor([ids])).logits
         assert near(ours, want) and near(lm(mx.array([ids])), want)
         [said] = generate_text(model, tok, [ids], 12, temperature=0)
-        assert "Paris" in said                                            # mlx-lm's text begins without the blank
-        assert said.lstrip() == mlx_lm.generate(lm, lm_tok, ids, max_tokens=12, sampler=make_sampler(0)).lstrip()
-        out = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)).long(), max_new_tokens=12, do_sample=False)
+        assert "Paris" in said  # mlx-lm's text begins without the blank
+        assert said.lstrip() == mlx_lm.generate(lm, lm_tok, ids, max_tokens=12,
+                                                sampler=make_sampler(0)).lstrip()
+        out = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)).long(),
+                              max_new_tokens=12, do_sample=False)
         assert said == their_tok.decode(out[0, len(ids):], skip_special_tokens=True)
 
 

@@ -17,16 +17,21 @@ from mlx_pretrain.tokenizer import ByteTokenizer
 
 def test_adapters_of_mlx_lm_are_fused_as_the_sentence_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    export(Llama(LlamaArgs(vocab_size=ByteTokenizer().vocab_size, head_dim=8, **sizes), 0), ByteTokenizer(), "base")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 2}
+    export(Llama(LlamaArgs(vocab_size=ByteTokenizer().vocab_size, head_dim=8, **sizes), 0), ByteTokenizer(),
+           "base")
     Path("tuned").mkdir()
-    about = {"model": "base", "fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "scale": 3.0, "dropout": 0.0}}
+    about = {"model": "base", "fine_tune_type": "lora", "num_layers": 1,
+             "lora_parameters": {"rank": 2, "scale": 3.0, "dropout": 0.0}}
     Path("tuned/adapter_config.json").write_text(json.dumps(about))
     place = "model.layers.0.self_attn.q_proj.lora_"
-    mx.save_safetensors("tuned/adapters.safetensors", {place + "a": mx.ones((16, 2)), place + "b": mx.ones((2, 16))})
+    mx.save_safetensors("tuned/adapters.safetensors",
+                        {place + "a": mx.ones((16, 2)), place + "b": mx.ones((2, 16))})
     with pytest.raises(PretrainedError) as error: load("tuned")
     command, new = re.search("`(.*)` and give (.*)$", str(error.value)).groups()
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")    # an environment that is entered
+    # an environment that is entered
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     subprocess.run(command, shell=True, check=True, capture_output=True)
     q, before = (load(path).model.model.layers[0].self_attn.q_proj.weight for path in (new, "base"))
     assert mx.allclose(q - before, mx.full((16, 16), 6.0), atol=1e-4)      # 3 · (1·1 + 1·1)

@@ -23,19 +23,22 @@ from mlx_pretrain.sft import SFTConfig, response_loss, sft
 from mlx_pretrain.tokenizer import ByteTokenizer, train_sentencepiece
 
 transformers.logging.set_verbosity_error()
-SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-ROWS = [{"instruction": f"How many gulls are {n} gulls?", "response": f"{'gull ' * n}and </s> no more."} for n in (1, 7, 3, 12)]
-FORMATS = {
-    "plain": PromptFormat(),
-    "system": PromptFormat(prompt_format="Q: {instruction}\nA:", response_format=" {response}\n", system_prompt='Say "🙂 {{x}}" \\n.'),
-    "inside": PromptFormat(prompt_format="[{system_prompt}] {instruction}\n", system_prompt="Be brief."),
-}
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=16)
+ROWS = [{"instruction": f"How many gulls are {n} gulls?", "response": f"{'gull ' * n}and </s> no more."}
+        for n in (1, 7, 3, 12)]
+FORMATS = {"plain": PromptFormat(), "system": PromptFormat(prompt_format="Q: {instruction}\nA:",
+                                                           response_format=" {response}\n",
+                                                           system_prompt='Say "🙂 {{x}}" \\n.'),
+           "inside": PromptFormat(prompt_format="[{system_prompt}] {instruction}\n",
+                                  system_prompt="Be brief."), }
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     lines = [f"{row['instruction']}\n{row['response']} ### Instruction: Response" for row in ROWS] * 20
-    return {"byte": ByteTokenizer(), "sentencepiece": train_sentencepiece(lines, 300, tmp_path_factory.mktemp("sp"))}
+    return {"byte": ByteTokenizer(),
+            "sentencepiece": train_sentencepiece(lines, 300, tmp_path_factory.mktemp("sp"))}
 
 
 @pytest.fixture(params=["byte", "sentencepiece"])
@@ -50,7 +53,11 @@ def labelled(examples, n, pad):
     for r, (row, trained) in enumerate(rows):
         ids[r, :len(row)] = row
         labels[r, :len(row)] = np.where(trained, row, -100)
-    return torch.tensor(ids), torch.tensor(labels), torch.tensor([[i < len(row.ids) for i in range(width)] for row in rows]).long()
+    return (
+        torch.tensor(ids),
+        torch.tensor(labels),
+        torch.tensor([[i < len(row.ids) for i in range(width)] for row in rows]).long(),
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -69,15 +76,19 @@ def test_loss_and_gradients_of_a_step(tokenizer, tmp_path, tied):
     batch = examples.batch(np.arange(4))
     total, grads = nn.value_and_grad(model, lambda batch: response_loss(model, batch)[0])(batch)
     count = batch.loss_mask.sum().item()
-    assert count == (labels != -100).sum().item() == sum(len(tokenizer.encode(row["response"])) + 1 for row in ROWS)
+    assert count == (labels != -100).sum().item() == sum(len(tokenizer.encode(row["response"])) + 1
+                                                         for row in ROWS)
     assert abs(total.item() / count - want.item()) < 1e-5 * want.item()
     theirs_by_name = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
     ours = dict(tree_flatten(grads))
     assert ours.keys() == theirs_by_name.keys()
     for name, g in ours.items():
-        assert np.abs(np.array(g) / count - theirs_by_name[name]).max() <= 1e-4 * np.abs(theirs_by_name[name]).max(), name
+        assert (
+            np.abs(np.array(g) / count - theirs_by_name[name]).max()
+            <= 1e-4 * np.abs(theirs_by_name[name]).max()
+        ), name
 
-    theirs.zero_grad()                                                    # the planted bug: the prompt is trained too
+    theirs.zero_grad()  # the planted bug: the prompt is trained too
     theirs(ids, attention_mask=attention, labels=torch.where(attention.bool(), ids, -100)).loss.backward()
     name, g = "model.norm.weight", dict(theirs.named_parameters())["model.norm.weight"].grad.numpy()
     assert np.abs(np.array(ours[name]) / count - g).max() > 0.1 * np.abs(g).max()
@@ -89,12 +100,15 @@ def test_other_programs_ask_in_the_same_tokens(tokenizer, tmp_path, name):
     export(Llama(args), tokenizer, tmp_path / "m", fmt)
     for theirs in (AutoTokenizer.from_pretrained(tmp_path / "m"), mlx_lm.load(str(tmp_path / "m"))[1]):
         def ids(*said, theirs=theirs):
-            messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 9, said)]
+            messages = [{"role": role, "content": text}
+                        for role, text in zip(["user", "assistant"] * 9, said)]
             text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return theirs.encode(text, add_special_tokens=False)
         assert ids("How many?") == prompt_ids(tokenizer, fmt.format_question("How many?"))
         talk, said = ids("How many?", "Three.", "And now?"), fmt.response({"response": "Three."})
-        assert tokenizer.decode(talk) == tokenizer.decode(render_chat(fmt, tokenizer, [("How many?", said)], "And now?"))
+        assert tokenizer.decode(talk) == tokenizer.decode(
+            render_chat(fmt, tokenizer, [("How many?", said)], "And now?")
+        )
         assert talk.count(tokenizer.bos_id) == talk.count(tokenizer.eos_id) == 1
     assert load(tmp_path / "m").format == fmt
 
@@ -102,8 +116,10 @@ def test_other_programs_ask_in_the_same_tokens(tokenizer, tmp_path, name):
 def test_a_fine_tuned_model_answers_the_same_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["one", "two and a half", "three gulls", "4"]
-    Path("rows.jsonl").write_text("".join(json.dumps({"instruction": f"Say {i}", "response": w}) + "\n" for i, w in enumerate(words)))
-    values = {"name": "tuned", "data": {"input_file": "rows.jsonl", "preprocessing": {"max_context_size": 128}},
+    Path("rows.jsonl").write_text("".join(json.dumps({"instruction": f"Say {i}", "response": w}) + "\n"
+                                          for i, w in enumerate(words)))
+    values = {"name": "tuned",
+              "data": {"input_file": "rows.jsonl", "preprocessing": {"max_context_size": 128}},
               "model": {"dimensions": {"hidden_size": 32, "num_layers": 2}},
               "training": {"epochs": 100, "hyperparameters": {"batch_size": 4, "learning_rate": 1e-2}}}
     model, tok, path, fmt = load(sft(SFTConfig.model_validate_json(json.dumps(values))))
@@ -112,8 +128,10 @@ def test_a_fine_tuned_model_answers_the_same_elsewhere(tmp_path, monkeypatch):
 
     theirs, their_tok = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     asks = [{"role": "user", "content": "Say 2"}]
-    asked = their_tok.apply_chat_template(asks, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    asked = their_tok.apply_chat_template(asks, add_generation_prompt=True, return_tensors="pt",
+                                          return_dict=True)
     out = theirs.generate(**asked, max_new_tokens=40, do_sample=False)[0, asked["input_ids"].shape[1]:]
     assert their_tok.decode(out, skip_special_tokens=True) == ours and out[-1].item() == tok.eos_id
     lm, lm_tok = mlx_lm.load(str(path))
-    assert mlx_lm.generate(lm, lm_tok, lm_tok.apply_chat_template(asks, add_generation_prompt=True), max_tokens=40) == ours
+    assert mlx_lm.generate(lm, lm_tok, lm_tok.apply_chat_template(asks, add_generation_prompt=True),
+                           max_tokens=40) == ours

@@ -31,16 +31,20 @@ BY_TEMPLATE = PromptFormat(prompt_format=None)
 
 def talk(*texts, system=None):
     roles = ["user", "assistant"] * len(texts)
-    return [{"role": "system", "content": system}] * (system is not None) + [{"role": r, "content": t} for r, t in zip(roles, texts)]
+    return [{"role": "system",
+             "content": system}] * (system is not None) + [{"role": r, "content": t}
+                                                           for r, t in zip(roles, texts)]
 
 
-TALKS = {
-    "one turn": talk("name a bird", "gull"), "a system turn": talk("Who counts?", "the old gull", system="You are a small boat."),
-    "two turns": talk("name a bird", "gull", "who counts", "the old gull"),
-    "blanks": talk("  name  a bird ", " gull", "\twho\n", "the old gull\n\n"), "no blank": talk("a", "b", "c", "d"),
-    "characters": talk("é ☕ 漢字 e\u0301 ﬁ", "À gauche, 1234", system="İ"), "marks of tokenizers": talk("▁x ▁ Ġ <0x41>", "##s ▁"),
-    "three turns": talk("the", "gull", "flies", "over", "the", "harbour", system=" "),
-    "an empty system turn": talk("boat", "tide", system="")}
+TALKS = {"one turn": talk("name a bird", "gull"),
+         "a system turn": talk("Who counts?", "the old gull", system="You are a small boat."),
+         "two turns": talk("name a bird", "gull", "who counts", "the old gull"),
+         "blanks": talk("  name  a bird ", " gull", "\twho\n", "the old gull\n\n"),
+         "no blank": talk("a", "b", "c", "d"),
+         "characters": talk("é ☕ 漢字 e\u0301 ﬁ", "À gauche, 1234", system="İ"),
+         "marks of tokenizers": talk("▁x ▁ Ġ <0x41>", "##s ▁"),
+         "three turns": talk("the", "gull", "flies", "over", "the", "harbour", system=" "),
+         "an empty system turn": talk("boat", "tide", system="")}
 
 
 def ids_of(found): return found["input_ids"] if hasattr(found, "keys") else found
@@ -57,8 +61,8 @@ def both(request, tmp_path_factory):
     return load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder)), folder
 
 
-SAMPLES = ["", " ", "The gull", " the old gull", "name  a bird\n\nWho? 1234\t", "é ☕ 漢字", "▁x ▁", "\n\n", "e\u0301 ﬁ",
-           "<think>x</think>"]
+SAMPLES = ["", " ", "The gull", " the old gull", "name  a bird\n\nWho? 1234\t", "é ☕ 漢字", "▁x ▁", "\n\n",
+           "e\u0301 ﬁ", "<think>x</think>"]
 
 
 def test_texts_have_the_same_ids(both):
@@ -69,7 +73,10 @@ def test_texts_have_the_same_ids(both):
         assert ours.prefix_ids + ours.encode(text) + ours.suffix_ids == theirs(text)["input_ids"], text
         if text: assert theirs(text)["input_ids"][:len(prompt_ids(ours, text))] == prompt_ids(ours, text)
     window = pack(["The gull"], ours, 8).tokens.tolist()
-    assert window[:len(theirs("The gull")["input_ids"])] == theirs("The gull")["input_ids"] and ours.eos_id in window
+    assert (
+        window[: len(theirs("The gull")["input_ids"])] == theirs("The gull")["input_ids"]
+        and ours.eos_id in window
+    )
 
 
 def spans(theirs, messages):
@@ -84,10 +91,11 @@ def spans(theirs, messages):
 def trained(theirs, messages):
     "Which tokens of a conversation belong to an answer, by the offsets that transformers gives."
     text = theirs.apply_chat_template(messages, tokenize=False)
-    found, answers = theirs(text, add_special_tokens=False, return_offsets_mapping=True), [*spans(theirs, messages)]
+    found = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+    answers = [*spans(theirs, messages)]
     special = {i: token.content for i, token in theirs.added_tokens_decoder.items() if token.special}
     for i, (start, end) in zip(found["input_ids"], found["offset_mapping"]):
-        name = special.get(i, "")                                       # white space beside a control token may belong to its span
+        name = special.get(i, "")  # white space beside a control token may belong to its span
         if name and name in text[start:end]: start, end = (at := text.index(name, start)), at + len(name)
         yield any(start < answer.stop and max(end, start + 1) > answer.start for answer in answers)
 
@@ -100,19 +108,24 @@ def test_conversations_have_the_same_ids_and_the_right_mask(both, name):
     assert example.ids == ids_of(theirs.apply_chat_template(messages, tokenize=True))
     assert example.loss_mask == [*trained(theirs, messages)] and True in example.loss_mask
     asked = ids_of(theirs.apply_chat_template(messages[:-1], tokenize=True, add_generation_prompt=True))
-    assert encode_pieces(ours, [template_pieces(ours, [{**m, "trained": False} for m in messages[:-1]])])[0].ids == asked
+    assert encode_pieces(ours,
+                         [template_pieces(ours,
+                                          [{**m, "trained": False} for m in messages[:-1]])])[0].ids == asked
 
 
 def test_any_text_in_a_conversation(both):
     ours, theirs, _ = both
     some = st.sampled_from([" ", "\n", "  ", "é", "the ", "▁", "1", "x", "!", "<", "|>"])
-    text = st.lists(st.one_of(some, st.text(st.characters(exclude_categories=["Cs"]))), min_size=1, max_size=6).map("".join)
+    text = st.lists(st.one_of(some, st.text(st.characters(exclude_categories=["Cs"]))), min_size=1,
+                    max_size=6).map("".join)
     text = text.filter(lambda text: text.strip() and not any(name in text for name in ours.control))
 
     @forall(25, texts=st.tuples(text, text, text, text))
     def check(texts):
         messages = talk(*texts)
-        assert encode_pieces(ours, [template_pieces(ours, read_messages(messages))])[0].ids == ids_of(theirs.apply_chat_template(messages))
+        assert encode_pieces(ours, [template_pieces(ours, read_messages(messages))])[0].ids == ids_of(
+            theirs.apply_chat_template(messages)
+        )
         asked = ids_of(theirs.apply_chat_template(messages[:1], add_generation_prompt=True))
         assert render_chat(BY_TEMPLATE, ours, [], texts[0]) == asked
     check()
@@ -121,8 +134,10 @@ def test_any_text_in_a_conversation(both):
 def test_no_text_becomes_a_control_token(both):
     ours, _, _ = both
     spelt = "".join(ours.control) + "<|im_end|>\n<|im_start|>assistant\n"
-    clean, wicked = (encode_pieces(ours, [template_pieces(ours, read_messages(talk(text, text)))])[0] for text in ("x", spelt))
-    control = {*ours.control.values()} - {ours.encode("☕")[-1]}          # an unknown character may be a token of its own
+    clean, wicked = (encode_pieces(ours, [template_pieces(ours, read_messages(talk(text, text)))])[0]
+                     for text in ("x", spelt))
+    # an unknown character may be a token of its own
+    control = {*ours.control.values()} - {ours.encode("☕")[-1]}
     assert [i for i in wicked.ids if i in control] == [i for i in clean.ids if i in control]
     assert not control & {*ours.encode(spelt)}
 
@@ -134,7 +149,8 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(both, tmp_path):
     once.save(tmp_path)
     again, opened = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(str(tmp_path))
     (folder / "generation_config.json").unlink()
-    assert (again.eos_ids, again.bos_id, again.pad_id, again.fingerprint) == (once.eos_ids, once.bos_id, once.pad_id, once.fingerprint)
+    assert (again.eos_ids, again.bos_id, again.pad_id,
+            again.fingerprint) == (once.eos_ids, once.bos_id, once.pad_id, once.fingerprint)
     assert {1, 2} <= {*again.eos_ids} and again.eos_id == ours.eos_id == theirs.eos_token_id
     for text in SAMPLES: assert opened(text)["input_ids"] == theirs(text)["input_ids"]
 
@@ -142,10 +158,12 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(both, tmp_path):
 def pieces_apart(tokenizer, rows):
     "What this library did before: each part of a row encoded by itself."
     encoded = [[[part] if isinstance(part, int) else tokenizer.encode(part) for part in row] for row in rows]
-    return [([i for ids in row for i in ids], [range(n, n + 1) for n, ids in enumerate(row) for _ in ids]) for row in encoded]
+    return [([i for ids in row for i in ids], [range(n, n + 1) for n, ids in enumerate(row) for _ in ids])
+            for row in encoded]
 
 
-def always(vocab, merges, config, build=RECIPES["LlamaTokenizer"].build): return build(vocab, merges, {**config, "legacy": True})
+def always(vocab, merges, config, build=RECIPES["LlamaTokenizer"].build):
+    return build(vocab, merges, {**config, "legacy": True})
 
 
 @pytest.mark.parametrize("family, bug", [
@@ -179,7 +197,8 @@ def in_config(**more):
     "Change keys of tokenizer_config.json; `...` takes one out."
     def apply(folder):
         content = {**json.loads((folder / "tokenizer_config.json").read_text()), **more}
-        put(folder, "tokenizer_config.json", {key: value for key, value in content.items() if value is not ...})
+        put(folder, "tokenizer_config.json",
+            {key: value for key, value in content.items() if value is not ...})
     return apply
 
 
@@ -188,15 +207,35 @@ def without_config(folder):
     put(folder, "special_tokens_map.json", {"eos_token": "<|im_end|>"})
 
 
-PADDING = {"strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}
+PADDING = {"strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+           "pad_type_id": 0, "pad_token": "<s>"}
 FIRST = "Metaspace first, split False"
-ODDITIES = { # family, what is changed, what the template has in front
-    "truncation": ("ByteLevel", in_json(lambda c: c.update(truncation={
-        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0})), ""),
+ODDITIES = {  # family, what is changed, what the template has in front
+    "truncation": (
+        "ByteLevel",
+        in_json(
+            lambda c: c.update(
+                truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+            )
+        ),
+        "",
+    ),
     "padding": (FIRST, in_json(lambda c: c.update(padding=PADDING)), ""),
-    "control tokens inside others": ("ByteLevel", in_config(extra_special_tokens=["<|im_start|>user", "<|im_start|>assistant"]), ""),
-    "normalized control tokens": (FIRST, in_json(lambda c: (c.update(normalizer={"type": "NFKC"}), [
-        token.update(normalized=True) for token in c["added_tokens"]])), ""),
+    "control tokens inside others": (
+        "ByteLevel",
+        in_config(extra_special_tokens=["<|im_start|>user", "<|im_start|>assistant"]),
+        "",
+    ),
+    "normalized control tokens": (
+        FIRST,
+        in_json(
+            lambda c: (
+                c.update(normalizer={"type": "NFKC"}),
+                [token.update(normalized=True) for token in c["added_tokens"]],
+            )
+        ),
+        "",
+    ),
     "lower case": (FIRST, in_json(lambda c: c.update(normalizer={"type": "Lowercase"})), ""),
     "no class": ("ByteLevel", in_config(tokenizer_class=...), ""),
     "an unknown class": ("ByteLevel", in_config(tokenizer_class="TheirTokenizer"), ""),
@@ -206,9 +245,22 @@ ODDITIES = { # family, what is changed, what the template has in front
     "a token without a name": ("ByteLevel", in_config(), "{{ pad_token }}{{ mask_token }}"),
     "add_bos_token beside tokenizer.json": ("ByteLevel", in_config(add_bos_token=True), ""),
     "a blank in front as GPT2": ("GPT2Tokenizer", in_config(add_prefix_space=True), ""),
-    "a control token that is not special": (FIRST, in_json(lambda c: [
-        token.update(special=False) for token in c["added_tokens"] if token["content"] == "<|im_start|>"]), ""),
-    "keys of a message": ("ByteLevel", in_config(), "{% for k, v in messages[0].items() %}{{ k }}{% endfor %}"),
+    "a control token that is not special": (
+        FIRST,
+        in_json(
+            lambda c: [
+                token.update(special=False)
+                for token in c["added_tokens"]
+                if token["content"] == "<|im_start|>"
+            ]
+        ),
+        "",
+    ),
+    "keys of a message": (
+        "ByteLevel",
+        in_config(),
+        "{% for k, v in messages[0].items() %}{{ k }}{% endfor %}",
+    ),
 }
 
 
@@ -217,15 +269,22 @@ def test_oddities_of_published_tokenizers(name, tmp_path):
     family, change, front = ODDITIES[name]
     folder = publish(family, tmp_path / "tokenizer", front + CHATML)
     change(folder)
-    ours, theirs, messages = load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder)), TALKS["two turns"]
-    assert encode_pieces(ours, [template_pieces(ours, read_messages(messages))])[0].ids == ids_of(theirs.apply_chat_template(messages))
-    assert ours.prefix_ids + ours.encode("The gull. x") + ours.suffix_ids == theirs("The gull. x")["input_ids"]
+    ours = load_tokenizer(folder)
+    theirs = AutoTokenizer.from_pretrained(str(folder))
+    messages = TALKS["two turns"]
+    assert encode_pieces(ours, [template_pieces(ours, read_messages(messages))])[0].ids == ids_of(
+        theirs.apply_chat_template(messages)
+    )
+    assert (
+        ours.prefix_ids + ours.encode("The gull. x") + ours.suffix_ids == theirs("The gull. x")["input_ids"]
+    )
 
 
-UNSUPPORTED = {
-    "split_special_tokens": ("ByteLevel", in_config(split_special_tokens=True), "remove that key"),
-    "no class for a tokenizer.model": ("spm, legacy False, prefix None", in_config(tokenizer_class=...), "save_pretrained(DIR)"),
-    "another class for it": ("spm, legacy False, prefix None", in_config(tokenizer_class="T5Tokenizer"), "save_pretrained(DIR)")}
+UNSUPPORTED = {"split_special_tokens": ("ByteLevel", in_config(split_special_tokens=True), "remove that key"),
+               "no class for a tokenizer.model": ("spm, legacy False, prefix None",
+                                                  in_config(tokenizer_class=...), "save_pretrained(DIR)"),
+               "another class for it": ("spm, legacy False, prefix None",
+                                        in_config(tokenizer_class="T5Tokenizer"), "save_pretrained(DIR)")}
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -239,4 +298,6 @@ def test_what_cannot_be_made_equal_is_refused(name, tmp_path):
     theirs = AutoTokenizer.from_pretrained(str(folder))                   # the remedy works
     in_config(split_special_tokens=...)(folder) if "key" in remedy else theirs.save_pretrained(str(folder))
     theirs = AutoTokenizer.from_pretrained(str(folder))
-    assert load_tokenizer(folder).encode("The gull") == theirs("The gull", add_special_tokens=False)["input_ids"]
+    assert (
+        load_tokenizer(folder).encode("The gull") == theirs("The gull", add_special_tokens=False)["input_ids"]
+    )

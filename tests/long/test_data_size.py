@@ -8,7 +8,8 @@ import pytest
 
 BUDGET = 500 # MB, the whole process
 GIGABYTE = 1_000_000_000
-SYLLABLES = [a + b for a in ("b", "c", "f", "g", "gr", "l", "m", "n", "r", "st", "t", "é", "ł") for b in "aeiou"] + ["ing", "ed", "ion"]
+SYLLABLES = [a + b for a in ("b", "c", "f", "g", "gr", "l", "m", "n", "r", "st", "t", "é", "ł")
+             for b in "aeiou"] + ["ing", "ed", "ion"]
 
 # What runs in a process of its own. VmHWM is the peak of this program; ru_maxrss would begin with the size of the process that started it.
 WORKER = """
@@ -33,9 +34,10 @@ print(json.dumps({{"peak": peak(), "seconds": time.perf_counter() - started, "to
 """
 
 
-def evaluate(work, *args):
+def measure(work, *args):
     "Run some lines in a new process; what it used and made."
-    done = subprocess.run([sys.executable, "-c", WORKER.format(work=work), *map(str, args)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", WORKER.format(work=work), *map(str, args)],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -44,12 +46,14 @@ def write_rows(path, size):
     "A JSON Lines file of `size` bytes: ten times the same short and long rows of made-up words, among them two of 6 and 10 MB."
     rng, rows, n_bytes, written = random.Random(0), [], 0, 0
     words = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(20_000)]
-    text = "".join(rng.choice(words) + rng.choices([" ", ", ", ".\n", ' "', " 🙂 "], [80, 8, 8, 3, 1])[0] for _ in range(1_800_000))
+    text = "".join(rng.choice(words) + rng.choices([" ", ", ", ".\n", ' "', " 🙂 "], [80, 8, 8, 3, 1])[0]
+                   for _ in range(1_800_000))
     while written < size / 10:
         length = {30: 5_000_000, 60: 7_500_000}.get(len(rows)) or rng.choice((80, 800, 4000, 30_000))
         start = rng.randrange(len(text) - length)
         part = text[start:start + length]
-        rows.append(json.dumps({"id": len(rows), "text": part}, ensure_ascii=len(rows) % 2 == 0).encode() + b"\n")
+        rows.append(json.dumps({"id": len(rows), "text": part},
+                               ensure_ascii=len(rows) % 2 == 0).encode() + b"\n")
         n_bytes, written = n_bytes + len(part.encode()), written + len(rows[-1])
     with open(path, "wb") as file:
         for _ in range(10): file.writelines(rows)
@@ -66,7 +70,11 @@ def gigabyte(tmp_path_factory):
 
 def test_bytes_of_a_gigabyte(gigabyte):
     path, documents, n_bytes, cache = gigabyte
-    used = measure("windows = cached_windows(sys.argv[1], ByteTokenizer(), 1024, 64, cache=sys.argv[2]); draw(windows)", path, cache)
+    used = measure(
+        "windows = cached_windows(sys.argv[1], ByteTokenizer(), 1024, 64, cache=sys.argv[2]); draw(windows)",
+        path,
+        cache,
+    )
     print(used)
     assert used["tokens"] == n_bytes + 2 * documents and used["documents"] == documents
     assert path.stat().st_size >= GIGABYTE and used["peak"] < BUDGET
@@ -75,16 +83,21 @@ def test_bytes_of_a_gigabyte(gigabyte):
 def test_batches_do_not_fill_the_memory(gigabyte):
     "Drawing 2,000 batches from the finished cache; and what happens to a reader who keeps every page that it touched."
     path, *_, cache = gigabyte
-    draw = "windows = cached_windows(sys.argv[1], ByteTokenizer(), 1024, 64, cache=sys.argv[2]); draw(windows)"
+    draw = (
+        "windows = cached_windows(sys.argv[1], ByteTokenizer(), 1024, 64, cache=sys.argv[2]); draw(windows)"
+    )
     assert measure(draw, path, cache)["peak"] < BUDGET / 2
-    mapped = "windows = replace(windows, tokens=np.memmap(windows.tokens.folder / 'tokens.bin', np.uint16, 'r'))"
+    mapped = (
+        "windows = replace(windows, tokens=np.memmap(windows.tokens.folder / 'tokens.bin', np.uint16, 'r'))"
+    )
     assert measure(draw.replace("; draw", f"; {mapped}; draw"), path, cache)["peak"] > BUDGET
 
 
 def test_a_quarter_in_memory_is_already_too_much(gigabyte):
     "Negative control: the measure sees what `pack` needs."
     path, documents, *_ = gigabyte
-    used = measure("windows = pack(islice(read_texts(sys.argv[1]), int(sys.argv[2])), ByteTokenizer(), 1024)", path, documents // 4)
+    used = measure("windows = pack(islice(read_texts(sys.argv[1]), int(sys.argv[2])), ByteTokenizer(), 1024)",
+                   path, documents // 4)
     assert used["peak"] > BUDGET
 
 
@@ -92,10 +105,16 @@ def test_a_vocabulary_and_its_tokens_of_a_twentieth(tmp_path):
     "SentencePiece takes ten times as long as bytes, so a twentieth of the text must do."
     path, spm, cache = tmp_path / "part.jsonl", tmp_path / "spm", tmp_path / "cache"
     documents, _ = write_rows(path, GIGABYTE // 20)
-    train = "tok = train_sentencepiece(read_texts(sys.argv[1]), 4096, sys.argv[2]); windows = pack(['a'], tok, 8)"
+    train = (
+        "tok = train_sentencepiece(read_texts(sys.argv[1]), 4096, sys.argv[2]); windows = pack(['a'], tok, 8)"
+    )
     used = measure(train, path, spm)
     assert used["peak"] < BUDGET
-    used = measure("windows = cached_windows(sys.argv[1], load_tokenizer(sys.argv[2]), 1024, 64, cache=sys.argv[3]); draw(windows)",
-                   path, spm, cache)
+    used = measure(
+        "windows = cached_windows(sys.argv[1], load_tokenizer(sys.argv[2]), 1024, 64, cache=sys.argv[3]); draw(windows)",
+        path,
+        spm,
+        cache,
+    )
     assert used["documents"] == documents and used["tokens"] > 10_000_000 and used["peak"] < BUDGET
     path.unlink()

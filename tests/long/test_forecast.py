@@ -13,7 +13,10 @@ MODEL = "model: {dimensions: {hidden_size: 64, num_layers: 2}}\n"
 TASKS = {
     "train": ("data: {input_file: text.jsonl, preprocessing: {max_context_size: 128}}\n" + MODEL, 150),
     "sft": ("data: {input_file: rows.jsonl}\n" + MODEL, 200),
-    "rl": ("data: {input_file: rows.jsonl, response_length: 48}\npretrained_model: runs/sft\nreward_model: taste.py:short\n", 15),
+    "rl": (
+        "data: {input_file: rows.jsonl, response_length: 48}\npretrained_model: runs/sft\nreward_model: taste.py:short\n",
+        15,
+    ),
 }
 
 
@@ -27,21 +30,26 @@ def seconds(text):
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("forecast")
     words = "the people of the united states are here and there again ".split()
-    rows = [{"instruction": " ".join(words[: 1 + i % 11]) + "?", "response": " ".join(words[i % 5:] * (1 + i % 7))} for i in range(300)]
+    rows = [{"instruction": " ".join(words[: 1 + i % 11]) + "?",
+             "response": " ".join(words[i % 5:] * (1 + i % 7))} for i in range(300)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": row["response"] * 3}) + "\n" for row in rows))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": row["response"] * 3}) + "\n"
+                                               for row in rows))
     (folder / "taste.py").write_text("def short(prompt, response): return -len(response)\n")
     for name, (yaml, steps) in TASKS.items():
-        (folder / f"{name}.yaml").write_text(f"{yaml}training: {{hyperparameters: {{batch_size: 16, iters: {steps}}}}}\n")
+        (folder / f"{name}.yaml").write_text(
+            f"{yaml}training: {{hyperparameters: {{batch_size: 16, iters: {steps}}}}}\n"
+        )
     return folder
 
 
-@pytest.mark.parametrize("command", TASKS)
+@pytest.mark.parametrize("command", [
+    name if name == "train" else pytest.param(name, marks=pytest.mark.nightly) for name in TASKS])
 def test_forecast_with_an_empty_compiler_cache(command, home, tmp_path):
     "Within a factor of two, and so is the speed that is shown; on Linux it says why the start takes so long."
     words = [sys.executable, "-u", "-m", "mlx_pretrain", command, "--config", f"{command}.yaml"]
-    child = subprocess.Popen(words, cwd=home, env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True)
+    child = subprocess.Popen(words, cwd=home, env={**os.environ, "TMPDIR": str(tmp_path)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said, since = [], None
     for line in child.stdout:
         said.append(line)
@@ -51,6 +59,7 @@ def test_forecast_with_an_empty_compiler_cache(command, home, tmp_path):
     print(command, forecast, real)
     assert forecast / 2 < real < 2 * forecast, (forecast, real)
     assert any("Compiling for this machine" in line for line in said) == (sys.platform == "linux"), said
-    rows = [json.loads(line) for line in Path(home, "runs", command, "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(home, "runs", command,
+                                              "metrics.jsonl").read_text().splitlines()]
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     assert speeds[0] > speeds[-1] / 4, speeds

@@ -24,7 +24,8 @@ WORKERS = Path(__file__).parents[1] / "workers"
 
 def live(folder, *words, seconds=None):
     "Let the worker train until its end, or for some seconds after it has begun. Was it killed?"
-    worker = subprocess.Popen([sys.executable, WORKERS / "line.py", folder, *words], stdout=subprocess.PIPE, text=True)
+    worker = subprocess.Popen([sys.executable, WORKERS / "line.py", folder, *words], stdout=subprocess.PIPE,
+                              text=True)
     with worker:
         begun = worker.stdout.readline()
         if seconds is not None:
@@ -44,10 +45,12 @@ def truth(tmp_path_factory):
     return folder / "line"
 
 
+@pytest.mark.nightly
 def test_sixty_kills_lose_nothing(truth, tmp_path):
     moments, kills, seen = random.Random(0), 0, set()
     while kills < 60:
-        if not live(tmp_path, seconds=moments.uniform(0, 0.12)): pytest.fail(f"it reached its end after {kills} kills: make it longer")
+        if not live(tmp_path, seconds=moments.uniform(0, 0.12)):
+            pytest.fail(f"it reached its end after {kills} kills: make it longer")
         kills += 1
         saved = latest_checkpoint(tmp_path / "line")
         if saved is None: continue
@@ -55,7 +58,8 @@ def test_sixty_kills_lose_nothing(truth, tmp_path):
         assert equal(saved.arrays, arrays) and saved.state == state
         seen.add(state["step"])
     assert len(seen) > 10 and not live(tmp_path)
-    (arrays, state), (again, state_again) = (load_checkpoint(checkpoints(run)[-1]) for run in (truth, tmp_path / "line"))
+    (arrays, state), (again, state_again) = (load_checkpoint(checkpoints(run)[-1])
+                                             for run in (truth, tmp_path / "line"))
     assert state_again == state and equal(again, arrays)
     assert lines_of(tmp_path / "line") == lines_of(truth)
     assert not [path for path in tmp_path.rglob(".*")], "the dead left something behind"

@@ -36,7 +36,9 @@ from mlx_pretrain.trainer import Knobs, Trainer, TrainingError, replay_knobs
 jupyter = test_lab.jupyter
 
 
-def events(run): return [(row["step"], row["name"], row["value"]) for row in read_metrics(run) if row.get("event") == "knob"]
+def events(run):
+    return [(row["step"], row["name"], row["value"])
+            for row in read_metrics(run) if row.get("event") == "knob"]
 def outcome(live): return read_metadata(live.trainer.run_dir.path)["outcome"]
 def hit(times=1): [os.kill(os.getpid(), signal.SIGINT) for _ in range(times)]
 
@@ -99,7 +101,7 @@ def test_interrupt_twice_in_a_validation(tmp_path, jupyter):
         trainer = make("pretrain", tmp_path, steps=6)
         trainer.validation_interval, evaluate = 3, trainer.evaluate
         cut = once(lambda: trainer.steps_done == 3, lambda: hit(2))
-        trainer.validate = lambda: (cut(), measure())[1]
+        trainer.validate = lambda: (cut(), evaluate())[1]
         live = Live(trainer, tmp_path / "runs")
         live.start()
         await until(lambda: live.trainer.steps_done >= 3 and at_rest(live))
@@ -114,7 +116,8 @@ def test_a_watch_that_fails(tmp_path, jupyter):
     "A watched function that fails once costs no line of the log."
     async def main():
         trainer = make("ppo", tmp_path, steps=6)
-        live = Live(trainer, tmp_path / "runs", extra_metrics={"drift": lambda t: 1 / 0 if t.steps_done == 3 else 1.0})
+        live = Live(trainer, tmp_path / "runs",
+                    extra_metrics={"drift": lambda t: 1 / 0 if t.steps_done == 3 else 1.0})
         live.start()
         await until(lambda: live.trainer.steps_done >= 3 and at_rest(live))
         assert "ZeroDivisionError" in live.panel.message.value
@@ -139,19 +142,23 @@ def test_a_watch_that_gives_no_number(value, tmp_path, jupyter):
         return live
     live = asyncio.run(main())
     assert live.panel.message.value
-    assert [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, live.trainer.steps_done + 1)]
+    assert [row["step"] for row in lines(live.trainer.run_dir.path)] == [
+        *range(1, live.trainer.steps_done + 1)
+    ]
 
 
 def test_watched_values_that_are_not_finite(tmp_path, jupyter):
     "NaN and infinity are drawn as gaps, and logged as null."
     async def main():
         values = iter([float("nan"), float("inf"), -float("inf"), 1e308, -1e308, 0.0])
-        live = Live(make("ppo", tmp_path, steps=6), tmp_path / "runs", panels={"odd": ("odd",)}, extra_metrics={"odd": lambda t: next(values)})
+        live = Live(make("ppo", tmp_path, steps=6), tmp_path / "runs", panels={"odd": ("odd",)},
+                    extra_metrics={"odd": lambda t: next(values)})
         live.start()
         await finished(live)
         return live
     live = asyncio.run(main())
-    assert outcome(live) == "finished" and [row["odd"] for row in lines(live.trainer.run_dir.path)][:3] == [None] * 3
+    assert outcome(live) == "finished" and [row["odd"]
+                                            for row in lines(live.trainer.run_dir.path)][:3] == [None] * 3
 
 
 # The last step
@@ -179,7 +186,7 @@ def test_interrupt_twice_in_the_last_validation(tmp_path, jupyter):
     async def main():
         trainer = make("pretrain", tmp_path, steps=3)
         cut, evaluate = once(lambda: True, lambda: hit(2)), trainer.evaluate
-        trainer.validate = lambda: (cut(), measure())[1]
+        trainer.validate = lambda: (cut(), evaluate())[1]
         live = Live(trainer, tmp_path / "runs")
         live.start()
         await finished(live)
@@ -268,7 +275,8 @@ def test_a_run_that_would_replace_its_own_beginning(tmp_path, jupyter):
         first = Live(make("sft", tmp_path, steps=2), tmp_path / "runs")
         first.start()
         await finished(first)
-        cfg = first.trainer.cfg.model_copy(update={"pretrained_model": str(tmp_path / "runs/sft"), "overwrite": True})
+        cfg = first.trainer.cfg.model_copy(update={"pretrained_model": str(tmp_path / "runs/sft"),
+                                                   "overwrite": True})
         live = Live(SFTTrainer(cfg), tmp_path / "runs")
         with pytest.raises(UserError, match="would replace it"): live.start()
         live.pause()
@@ -283,13 +291,17 @@ def test_stop_in_the_middle_of_a_step(tmp_path, jupyter):
     "A step cut short between its updates, then Stop: the step is ended and saved, and Run goes on as if nothing had been."
     async def main():
         trainer = make("ppo", tmp_path, steps=6)
-        update, cut = trainer._one_update, once(lambda now: now.number == 3 and len(now.updates) == 2, lambda: hit(2))
+        update = trainer._one_update
+        cut = once(lambda now: now.number == 3 and len(now.updates) == 2, lambda: hit(2))
         trainer._one_update = lambda now, *args: (update(now, *args), cut(now))
         live = Live(trainer, tmp_path / "runs")
         live.start()
         await until(lambda: trainer.steps_done == 3 and at_rest(live))
         await stopped(live)
-        assert outcome(live) == "interrupted" and checkpoints(live.trainer.run_dir.path)[-1].name == "step_000004"
+        assert (
+            outcome(live) == "interrupted"
+            and checkpoints(live.trainer.run_dir.path)[-1].name == "step_000004"
+        )
         await gone_on(live)
         return live
     live, plain = asyncio.run(main()), make("ppo", tmp_path, steps=6)
@@ -357,7 +369,8 @@ def test_a_step_by_hand_before_start(stage, tmp_path, jupyter):
         trainer = make(stage, tmp_path, steps=12)
         trainer.step(); trainer.step()
         live = Live(trainer, tmp_path / "runs")
-        trainer.callbacks.append(once(lambda t, m: m["step"] == 5, live.stop))         # pretraining has logged nothing by then
+        # pretraining has logged nothing by then
+        trainer.callbacks.append(once(lambda t, m: m["step"] == 5, live.stop))
         live.start()
         await until(lambda: trainer.steps_done == 5 and at_rest(live))
         await gone_on(live)
@@ -405,7 +418,8 @@ def test_any_order(seed, tmp_path, jupyter):
         return live
     live, plain = asyncio.run(main()), make("ppo", tmp_path, steps=15)
     plain.run()
-    assert same(live.trainer, plain) and [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, 16)]
+    assert same(live.trainer,
+                plain) and [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, 16)]
     assert outcome(live) == "finished"
 
 
@@ -413,7 +427,8 @@ def test_a_callback_that_stops(tmp_path, jupyter):
     "A callback may pause or stop its own panel; the step it looks at stands in the log, and Run goes on."
     async def main():
         live = Live(make("ppo", tmp_path, steps=8), tmp_path / "runs")
-        live.trainer.callbacks += [once(lambda t, m: m["step"] == 2, live.pause), once(lambda t, m: m["step"] == 5, live.stop)]
+        live.trainer.callbacks += [once(lambda t, m: m["step"] == 2, live.pause),
+                                   once(lambda t, m: m["step"] == 5, live.stop)]
         live.start()
         for at in (2, 5):
             await until(lambda at=at: live.trainer.steps_done == at and at_rest(live))
@@ -422,7 +437,8 @@ def test_a_callback_that_stops(tmp_path, jupyter):
         return live
     live, plain = asyncio.run(main()), make("ppo", tmp_path, steps=8)
     plain.run()
-    assert same(live.trainer, plain) and [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, 9)]
+    assert same(live.trainer,
+                plain) and [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, 9)]
 
 
 def test_stop_requested(tmp_path, jupyter):
@@ -440,14 +456,19 @@ def test_a_run_directory_that_vanishes(tmp_path, jupyter):
     "A run directory deleted while it trains is a sentence in the panel."
     async def main():
         live = Live(make("ppo", tmp_path, steps=8), tmp_path / "runs")
-        live.trainer.callbacks.append(once(lambda t, m: m["step"] == 2, lambda: os.rename(tmp_path / "runs/ppo", tmp_path / "away")))
+        live.trainer.callbacks.append(once(lambda t, m: m["step"] == 2,
+                                           lambda: os.rename(tmp_path / "runs/ppo", tmp_path / "away")))
         live.start()
         await until(lambda: at_rest(live))
         assert "could not be written" in live.panel.message.value
         with pytest.raises(UserError, match="log.txt could not be written"): live.stop()
         return live
     live = asyncio.run(main())
-    assert not live.record.is_open and checkpoints(live.trainer.run_dir.path) and _writer(live.trainer.run_dir.path) is None
+    assert (
+        not live.record.is_open
+        and checkpoints(live.trainer.run_dir.path)
+        and _writer(live.trainer.run_dir.path) is None
+    )
 
 
 # Several panels
@@ -479,7 +500,9 @@ def test_an_old_panel_is_started_again(tmp_path, jupyter):
         await finished(second)
         return second
     second = asyncio.run(main())
-    assert [row["step"] for row in lines(second.trainer.run_dir.path)] == [*range(1, 16)] and outcome(second) == "finished"
+    assert [row["step"] for row in lines(second.trainer.run_dir.path)] == [*range(1, 16)] and outcome(
+        second
+    ) == "finished"
 
 
 def test_run_pauses_the_other(tmp_path, jupyter):
@@ -550,7 +573,9 @@ def test_a_trainer_made_anew(tmp_path, jupyter):
         assert "newer run" in first.panel.message.value
         return second
     live = asyncio.run(main())
-    assert [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, 7)] and outcome(live) == "finished"
+    assert [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, 7)] and outcome(
+        live
+    ) == "finished"
 
 
 # ■
@@ -562,7 +587,8 @@ def test_no_handler_stays_behind(tmp_path, jupyter):
         first = Live(make("ppo", tmp_path, "one", steps=8), None)
         first.start()
         await until(lambda: first.trainer.steps_done >= 2)
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a cell begins, as the kernel has it …
+        # a cell begins, as the kernel has it …
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         await finished(first)
         signal.signal(signal.SIGINT, before)                              # … and ends
         second = Live(make("ppo", tmp_path, "two", steps=25), None)
@@ -613,7 +639,8 @@ def test_clocks_of_browser_and_kernel(hours, tmp_path, jupyter, monkeypatch):
     "Which cells were sent together is told by one clock, the browser's, which may go wrong by an hour."
     now = lambda: datetime.now(UTC) + timedelta(hours=hours)
     header = {"date": now()}
-    shell = SimpleNamespace(ast_transformers=[], kernel=SimpleNamespace(get_parent=lambda channel="shell": {"header": header}))
+    shell = SimpleNamespace(ast_transformers=[],
+                            kernel=SimpleNamespace(get_parent=lambda channel="shell": {"header": header}))
     monkeypatch.setattr(lab, "get_ipython", lambda: shell)
 
     async def main():
@@ -638,7 +665,10 @@ def test_a_slider_tells_the_truth(factor, jupyter):
     "A panel made when a knob stands outside the usual shows where it stands."
     panel = Panel(Knobs(learning_rate_factor=factor), 10, lambda name: None)
     panel.refresh(0, "", False, False)
-    assert panel.sliders["learning_rate_factor"].value == pytest.approx(max(factor, 1e-6)) and panel.knobs.learning_rate_factor == factor
+    assert (
+        panel.sliders["learning_rate_factor"].value == pytest.approx(max(factor, 1e-6))
+        and panel.knobs.learning_rate_factor == factor
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e-9, 1e9])
@@ -668,7 +698,8 @@ def test_a_slider_moved_while_the_panel_is_refreshed(jupyter):
 
 def test_a_plain_trainer(jupyter):
     "A trainer without a stage trains in a panel; a sample it has not is a sentence, and does not pause."
-    trainer = Trainer(nn.Linear(2, 1), lambda model, x: (mx.square(model(x)).sum(), mx.array(x.shape[0])), lambda step: mx.ones((4, 2)), 50)
+    trainer = Trainer(nn.Linear(2, 1), lambda model, x: (mx.square(model(x)).sum(), mx.array(x.shape[0])),
+                      lambda step: mx.ones((4, 2)), 50)
 
     async def main():
         live = Live(trainer)
@@ -692,7 +723,8 @@ def test_texts_are_texts(jupyter):
 def test_an_error_of_the_last_piece_is_told(tmp_path, jupyter):
     "Stop while a step is under way, whose reward then fails: the reward's sentence is not lost."
     async def main():
-        live = Live(make("ppo", tmp_path, steps=6, reward=lambda p, r: fail() if broken else count_a(p, r)), tmp_path / "runs")
+        live = Live(make("ppo", tmp_path, steps=6, reward=lambda p, r: fail() if broken else count_a(p, r)),
+                    tmp_path / "runs")
         live.start()
         await until(lambda: live.trainer.steps_done >= 2)
         live.pause()
@@ -709,7 +741,8 @@ def test_an_old_sentence_goes(tmp_path, jupyter):
     "An error's sentence does not stand in a panel whose training goes on well."
     async def main():
         broken = [1]
-        live = Live(make("ppo", tmp_path, steps=6, reward=lambda p, r: fail() if broken else count_a(p, r)), None)
+        live = Live(make("ppo", tmp_path, steps=6, reward=lambda p, r: fail() if broken else count_a(p, r)),
+                    None)
         live.start()
         await until(lambda: at_rest(live))
         broken.clear()
@@ -739,7 +772,8 @@ def test_an_impatient_second_click(tmp_path, jupyter):
         await until(lambda: live.trainer.steps_done >= 2 and live._pieces)
         press(live, "run")
         assert not live.playing and live.panel.buttons["run"].description == "Run"
-        live.playing, live.panel.buttons["run"].description = False, "Pause"          # as after ■, before the step has ended
+        live.playing = False  # as after ■, before the step has ended
+        live.panel.buttons["run"].description = "Pause"
         press(live, "run")
         assert not live.playing
         await until(lambda: at_rest(live))
@@ -784,7 +818,9 @@ def test_interrupt_while_stop_saves(tmp_path, jupyter, monkeypatch):
         return live
     live = asyncio.run(main())
     assert "saved" in live.panel.message.value and checkpoints(live.trainer.run_dir.path)
-    assert [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(1, live.trainer.steps_done + 1)]
+    assert [row["step"] for row in lines(live.trainer.run_dir.path)] == [
+        *range(1, live.trainer.steps_done + 1)
+    ]
 
 
 def test_first_without_a_run_directory(tmp_path, jupyter):
@@ -799,7 +835,9 @@ def test_first_without_a_run_directory(tmp_path, jupyter):
         await finished(second)
         return at, second
     at, live = asyncio.run(main())
-    assert outcome(live) == "finished" and [row["step"] for row in lines(live.trainer.run_dir.path)] == [*range(at + 1, 9)]
+    assert outcome(live) == "finished" and [row["step"] for row in lines(live.trainer.run_dir.path)] == [
+        *range(at + 1, 9)
+    ]
 
 
 def test_a_turn_that_saved_a_run_is_replayed(tmp_path, jupyter):
@@ -813,7 +851,11 @@ def test_a_turn_that_saved_a_run_is_replayed(tmp_path, jupyter):
         live = Live(wild(), tmp_path / "runs")
         live.start()
         await until(lambda: at_rest(live))
-        assert not live.is_over and "border-left" in live.panel.message.value and "learning_rate" in live.panel.message.value
+        assert (
+            not live.is_over
+            and "border-left" in live.panel.message.value
+            and "learning_rate" in live.panel.message.value
+        )
         live.panel.sliders["learning_rate_factor"].value = 0.1
         press(live, "run")
         await until(lambda: at_rest(live) or live.trainer.steps_done >= 35)
@@ -886,7 +928,8 @@ def test_a_refused_start_disturbs_nobody(tmp_path, jupyter):
         first = Live(make("ppo", tmp_path, "one", steps=10**6), None)
         first.start()
         await until(lambda: first.trainer.steps_done >= 1)
-        with pytest.raises(UserError, match="exists already"): Live(make("ppo", tmp_path, "taken", steps=2), tmp_path / "runs").start()
+        with pytest.raises(UserError, match="exists already"):
+            Live(make("ppo", tmp_path, "taken", steps=2), tmp_path / "runs").start()
         playing = first.playing
         first.pause()
         await until(lambda: at_rest(first))
@@ -911,7 +954,8 @@ def test_a_pause_is_no_training(tmp_path, jupyter):
 def test_silent_requests_do_not_wait(tmp_path, jupyter, monkeypatch):
     "A request that a front end makes for itself, such as for its list of variables, is no cell."
     parent = {"header": {"date": datetime.now(UTC)}, "content": {"silent": False}}
-    shell = SimpleNamespace(ast_transformers=[], kernel=SimpleNamespace(get_parent=lambda channel="shell": parent))
+    shell = SimpleNamespace(ast_transformers=[],
+                            kernel=SimpleNamespace(get_parent=lambda channel="shell": parent))
     monkeypatch.setattr(lab, "get_ipython", lambda: shell)
 
     async def main():
@@ -930,7 +974,8 @@ def test_silent_requests_do_not_wait(tmp_path, jupyter, monkeypatch):
 
 def test_nothing_keeps_what_is_over(tmp_path, jupyter, monkeypatch):
     "When a training is over, deleting panel and trainer frees the weights, though the shell goes on."
-    shell = SimpleNamespace(ast_transformers=[], kernel=SimpleNamespace(get_parent=lambda channel="shell": {}))
+    shell = SimpleNamespace(ast_transformers=[],
+                            kernel=SimpleNamespace(get_parent=lambda channel="shell": {}))
     monkeypatch.setattr(lab, "get_ipython", lambda: shell)
 
     async def main():
@@ -997,13 +1042,14 @@ def test_the_same_tokens_in_a_chat_template(form, edit, tmp_path):
 def chatty(system=None, fmt=None):
     "A pretrained model with a chat template."
     tok = tokenizer("bytes")
-    args = LlamaArgs(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                     num_key_value_heads=2, head_dim=16, max_position_embeddings=64)
+    args = LlamaArgs(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                     num_attention_heads=2, num_key_value_heads=2, head_dim=16, max_position_embeddings=64)
     class Chatty(type(tok)):
         chat_template = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
                          "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
     made = Chatty()
-    return Pretrained(Llama(args, 0), made, Path("chatty"), fmt or PromptFormat(prompt_format=None, system_prompt=system))
+    return Pretrained(Llama(args, 0), made, Path("chatty"),
+                      fmt or PromptFormat(prompt_format=None, system_prompt=system))
 
 
 @pytest.mark.parametrize("form", ["messages", "pair"])
@@ -1017,8 +1063,8 @@ def test_an_inherited_system_prompt_is_cleared(form, tmp_path):
 
 def test_what_the_model_reads_at_most(tmp_path):
     "A row that is longer than the model reads is not said to fit."
-    play = ground(tmp_path, [{"instruction": "x" * 80, "response": "y"}, FORMS["pair"]], chatty(fmt=PromptFormat()),
-                  preprocessing={})
+    play = ground(tmp_path, [{"instruction": "x" * 80, "response": "y"}, FORMS["pair"]],
+                  chatty(fmt=PromptFormat()), preprocessing={})
     assert "there is room" not in play.view.value
 
 
@@ -1052,7 +1098,8 @@ def test_nothing_to_show(rows, how, tmp_path):
 
 def test_bad_rows_between(tmp_path):
     "Bad rows are left out with skip; one that only lacks a column is shown with its sentence, and the line is the file's."
-    play = ground(tmp_path, ["broken\n", FORMS["pair"], "[1]\n", {"instruction": "only"}, FORMS["pair"]], on_bad_row="skip")
+    play = ground(tmp_path, ["broken\n", FORMS["pair"], "[1]\n", {"instruction": "only"}, FORMS["pair"]],
+                  on_bad_row="skip")
     assert [row.line for row in play.rows] == [2, 4, 5]
     play.row.value = 2
     assert "line 4" in play.view.value and "border-left" in play.view.value

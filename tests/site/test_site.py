@@ -10,7 +10,8 @@ from playwright.sync_api import sync_playwright
 
 SITE = Path(__file__).resolve().parents[2] / "_docs"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if "vendor" not in path.parts)
+PAGES = sorted(path.relative_to(SITE).as_posix()
+               for path in SITE.rglob("*.html") if "vendor" not in path.parts)
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -28,7 +29,8 @@ def site():
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        browser = p.chromium.launch(executable_path=CHROMIUM,
+                                    args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
         yield browser
         browser.close()
 
@@ -40,7 +42,8 @@ def page(browser):
     page = context.new_page()
     page.wrong, page.outside = [], []
     page.on("pageerror", lambda error: page.wrong.append(str(error)))
-    page.on("response", lambda response: response.status < 400 or "favicon" in response.url or page.wrong.append(response.url))
+    page.on("response", lambda response: response.status < 400 or "favicon" in response.url
+            or page.wrong.append(response.url))
 
     def local(route):
         if route.request.url.startswith(("http://127.0.0.1:", "data:", "blob:")): return route.continue_()
@@ -53,7 +56,8 @@ def page(browser):
 
 def test_all_pages_are_there():
     "A page for each notebook, tutorials included, and for each module."
-    assert {"index.html", "model.html", "ppo.html", "lab.html", "views.html", "playground.html", "tutorials/chat.html"} <= {*PAGES}
+    assert {"index.html", "model.html", "ppo.html", "lab.html", "views.html", "playground.html",
+            "tutorials/chat.html"} <= {*PAGES}
     assert sum(page.startswith("api/") for page in PAGES) > 25
 
 
@@ -63,7 +67,9 @@ def test_page(name, site, page):
     page.goto(f"{site}/{name}", wait_until="load")
     page.wait_for_timeout(100)
     assert not page.wrong and not page.outside, (page.wrong, page.outside)
-    assert page.evaluate("[...document.images].every(image => image.loading === 'lazy' || image.naturalWidth > 0)")
+    assert page.evaluate(
+        "[...document.images].every(image => image.loading === 'lazy' || image.naturalWidth > 0)"
+    )
     assert len(page.inner_text("body")) > 200
 
 

@@ -13,7 +13,8 @@ from mlx_pretrain.run import LoggingConfig, ResumeConfig, Run, StepsConfig, _fil
 from mlx_pretrain.trainer import Trainer, train_run
 
 folder, how = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
-logging = LoggingConfig(keep_last=10_000 if how == "keep" else 3, steps=StepsConfig(checkpoint_interval=1 if how == "in-place" else 4))
+logging = LoggingConfig(keep_last=10_000 if how == "keep" else 3,
+                        steps=StepsConfig(checkpoint_interval=1 if how == "in-place" else 4))
 
 
 class Points(NamedTuple):
@@ -27,7 +28,8 @@ def points_at(step):
     return Points(x, x.sum(axis=1))
 
 
-def squares(model, batch): return ((project(batch.x, model)[0].mean(axis=1) - batch.y) ** 2).sum(), mx.array(64)
+def squares(model, batch):
+    return ((project(batch.x, model)[0].mean(axis=1) - batch.y) ** 2).sum(), mx.array(64)
 
 
 class InPlace(Run):
@@ -44,6 +46,8 @@ trainer = Trainer(Linear(128, 64), squares, points_at, 6000)
 if found: trainer.load(found)
 first = trainer.steps_done
 if found: run = Run.resume(found, "line", "seed: 0\n", root=folder, logging=logging)
-else: run = (InPlace if how == "in-place" else Run)("line", "seed: 0\n", root=folder, overwrite=True, logging=logging)
+else:
+    run = (InPlace if how == "in-place" else Run)("line", "seed: 0\n", root=folder, overwrite=True,
+                                                  logging=logging)
 trainer.run_dir = run
 train_run(trainer, run, lambda: None)

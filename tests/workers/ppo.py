@@ -13,10 +13,11 @@ from mlx_pretrain.pretrained import export
 from mlx_pretrain.tokenizer import ByteTokenizer
 
 folder, place, number = Path(sys.argv[1]), *(sys.argv[2:] or ("", "0"))
-(folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("a", "bcd", "ef", "g", "hello")))
+(folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n"
+                                           for p in ("a", "bcd", "ef", "g", "hello")))
 if not (folder / "base").exists():
-    args = LlamaArgs(vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                     num_key_value_heads=2, head_dim=8)
+    args = LlamaArgs(vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                     num_attention_heads=2, num_key_value_heads=2, head_dim=8)
     export(Llama(args), ByteTokenizer(), folder / "base")
 calls = {"sample": 0, "update": 0}
 
@@ -40,9 +41,26 @@ def counted(self, *args):
 
 
 PPOTrainer._one_update = counted
-ppo(PPOConfig.model_validate_json(json.dumps({
-    "name": "run", "pretrained_model": str(folder / "base"), "resume": {"checkpoint": "latest"},
-    "data": {"input_file": str(folder / "rows.jsonl"), "validation_file": str(folder / "rows.jsonl"), "response_length": 6,
-             "ppo_mini_batch_size": 2},
-    "training": {"hyperparameters": {"batch_size": 4, "iters": 6, "learning_rate": 1e-3}},
-    "logging": {"steps": {"checkpoint_interval": 2, "validation_interval": 3, "logging_interval": 1}}})), folder / "runs", reward=Reward())
+ppo(
+    PPOConfig.model_validate_json(
+        json.dumps(
+            {
+                "name": "run",
+                "pretrained_model": str(folder / "base"),
+                "resume": {"checkpoint": "latest"},
+                "data": {
+                    "input_file": str(folder / "rows.jsonl"),
+                    "validation_file": str(folder / "rows.jsonl"),
+                    "response_length": 6,
+                    "ppo_mini_batch_size": 2,
+                },
+                "training": {"hyperparameters": {"batch_size": 4, "iters": 6, "learning_rate": 1e-3}},
+                "logging": {
+                    "steps": {"checkpoint_interval": 2, "validation_interval": 3, "logging_interval": 1}
+                },
+            }
+        )
+    ),
+    folder / "runs",
+    reward=Reward(),
+)
