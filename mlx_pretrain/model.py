@@ -474,7 +474,7 @@ class ScalarLlama(ScalarHead):
         self.args, self.model = args, Decoder(args)
 
     @classmethod
-    def of(
+    def from_llama(
         cls,
         llama: Llama, # gives sizes and first weights; not changed
     ) -> "ScalarLlama": # the same blocks, with a head of zeros
@@ -561,7 +561,7 @@ class ModelConfig(ConfigSection):
         return self
 
     @classmethod
-    def of(
+    def from_args(
         cls,
         args: LlamaArgs, # the sizes of a model that exists
     ) -> "ModelConfig": # what a configuration for it would say

@@ -324,12 +324,12 @@ class PPOConfig(FinetuneConfig):
 class Samples(NamedTuple):
     """Responses before anything is learned from them.
 
-    `prompts` and `responses`: token ids, B lists each; `prompt_texts` and `said`: their texts; `scores` (B,) float32: rewards.
+    `prompts` and `responses`: token ids, B lists each; `prompt_texts` and `response_texts`: their texts; `scores` (B,) float32: rewards.
     """
     prompts: list[list[int]]
     responses: list[list[int]]
-    asked: list[str]
-    said: list[str]
+    prompt_texts: list[str]
+    response_texts: list[str]
     scores: np.ndarray
 
 
