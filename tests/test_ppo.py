@@ -324,9 +324,9 @@ def test_at_ratio_1_the_gradient_is_the_classic_one(): assert gradient_is_classi
 
 
 @pytest.mark.parametrize(("right", "wrong"), {
-    "scored outside of what is differentiated": ("policy_loss(logp, rows", "policy_loss(mx.stop_gradient(logp), rows"),
+    "scored outside of what is differentiated": ("logp, rows.logp, rows.advantages", "mx.stop_gradient(logp), rows.logp, rows.advantages"),
     "values outside": ("value_loss(values, rows", "value_loss(mx.stop_gradient(values), rows"),
-    "old minus new": ("policy_loss(logp, rows.logp", "policy_loss(rows.logp, logp"),
+    "old minus new": ("logp, rows.logp, rows.adv", "rows.logp, logp, rows.adv"),
     "returns instead of advantages": ("rows.advantages", "rows.returns")}.values())
 def test_a_dead_gradient_is_seen(right, wrong):
     assert not gradient_is_classic(planted(ppo_loss, right, wrong))

@@ -175,7 +175,7 @@ def test_a_checkpoint_holds_what_the_guards_have_seen(home):
         if metrics["step"] == 3: raise Killed
     with pytest.raises(Killed): home.run("cut", callbacks=[end], reward=lambda p, r: 1.0)
     [path] = checkpoints(home.runs / "cut")
-    assert load_checkpoint(path)[1]["guards"]["held"]["equal_rewards"] == 2
+    assert load_checkpoint(path)[1]["guards"]["consecutive"]["equal_rewards"] == 2
 
 
 def test_a_step_that_a_guard_stops_is_not_saved(home):

@@ -59,7 +59,7 @@ def test_each_response_is_scored_with_the_columns_of_its_row(reward):
     trainer = task(reward, prompts=ROWS, batch=8, response_length=2)
     for indices in (np.arange(8), np.array([5, 1, 1, 7]), np.array([5, 1, 1, 7])):
         sampled = trainer.sample(trainer.data, indices, {"temperature": 1.0}, 0)
-        assert sampled.scores.tolist() == [1.0] * len(indices) and sampled.asked == [
+        assert sampled.scores.tolist() == [1.0] * len(indices) and sampled.prompt_texts == [
             ROWS[i]["prompt"] for i in indices
         ]
 

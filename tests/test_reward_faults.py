@@ -327,7 +327,7 @@ def test_what_is_no_reward_model(learned):
 def test_an_unfinished_reward_run_is_none(home, monkeypatch):
     "It has a checkpoint, and perhaps an older model; PPO with either would not be what the run will say."
     with monkeypatch.context() as patch:
-        patch.setattr(reward_module.RewardTrainer, "leave",
+        patch.setattr(reward_module.RewardTrainer, "finalize",
                       lambda self, run: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert home.call("reward", home.reward(name="rm"))[0] == 130
     home.refused("rl", home.ppo(reward_model="runs/rm"), "runs/rm has no finished model yet",
@@ -416,10 +416,10 @@ def test_a_policy_that_is_asked_in_another_form(learned, caplog):
                         data={"prompt_format": "### Instruction:\n{instruction}\n\n### Response:"})
     trainer = PPOTrainer(PPOConfig.model_validate_json(json.dumps(asked)))
     said = trainer.sample(trainer.data, np.arange(2), {"temperature": 1.0}, 0)
-    bare = load_reward("rm").compute_reward(["a", "bc"], said.said)
-    assert said.asked[1] == "### Instruction:\nbc\n\n### Response:" and said.scores.tolist() == bare.tolist()
+    bare = load_reward("rm").compute_reward(["a", "bc"], said.response_texts)
+    assert said.prompt_texts[1] == "### Instruction:\nbc\n\n### Response:" and said.scores.tolist() == bare.tolist()
     assert (
-        load_reward("rm").compute_reward(said.asked, said.said).tolist() != bare.tolist()
+        load_reward("rm").compute_reward(said.prompt_texts, said.response_texts).tolist() != bare.tolist()
         and "may mean little" not in caplog.text
     )
     rows = [{"prompt": "a", "context": "b"}]

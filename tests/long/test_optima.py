@@ -98,7 +98,7 @@ def test_the_best_reward_is_found(name, seed):
 
 
 @pytest.mark.parametrize(("right", "wrong"), [
-    ("policy_loss(logp, rows", "policy_loss(mx.stop_gradient(logp), rows"), ("rows.advantages", "-rows.advantages"),
+    ("logp, rows.logp, rows.advantages", "mx.stop_gradient(logp), rows.logp, rows.advantages"), ("rows.advantages", "-rows.advantages"),
     ("rows.advantages", "rows.returns * 0")])
 def test_a_broken_loss_finds_nothing(right, wrong, monkeypatch):
     monkeypatch.setattr(ppo, "ppo_loss", planted(ppo.ppo_loss, right, wrong))
