@@ -254,7 +254,7 @@ def test_conversations_as_others_write_them():
     ([{"from": "bing", "value": "x"}, *TALK], "has the role 'bing'; it must be system, user or assistant, or human or gpt"),
     ([message("user", [{"type": "image"}, {"type": "text", "text": "?"}]), ANSWER], "has a part of the type 'image'"),
     ([ASK, message("assistant", None)], "message 2 has no text as its content, but null"),
-    (json.dumps(TALK), "found a text; give each a role and a content, which `json.loads`"),
+    (json.dumps(TALK), "found a string; give each a role and a content, which `json.loads`"),
     ({"role": "user"}, "found an object"),
 ])
 def test_what_is_wrong_with_messages_is_named(messages, part):
