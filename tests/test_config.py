@@ -111,7 +111,7 @@ def check(said, mistakes):
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{k}: &{k} [{','.join(['*' + j] * 9)}]\n"
                                                for j, k in ("ab", "bc", "cd", "de", "ef", "fg"))
 INDENT = "check the indentation"
-TAB = "a tab stands here; use spaces"
+TAB = "a tab is not allowed here; use spaces"
 
 MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
     # keys
@@ -164,19 +164,19 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
     ),
     "duplicate key": (
         "name: a\nepochs: 1\nname: b\n",
-        [('line 3: "name" stands on line 1 already', "keep one of them")],
+        [('line 3: "name" is already on line 1', "keep one of them")],
     ),
     "duplicate in a section": (
         "data:\n  input_file: a\n  'input_file': a\n",
-        [('line 3: "data.input_file" stands on line 2 already', "keep one of them")],
+        [('line 3: "data.input_file" is already on line 2', "keep one of them")],
     ),
     "duplicate section": (
         "data: {input_file: a}\nepochs: 1\ndata: {prompt_format: a}\n",
-        [('line 3: "data" stands on line 1 already',)],
+        [('line 3: "data" is already on line 1',)],
     ),
     "a key three times": (
         "epochs: 1\nepochs: 2\nepochs: 3\n",
-        [('line 2: "epochs" stands on line 1',), ('line 3: "epochs" stands on line 1',)],
+        [('line 2: "epochs" is already on line 1',), ('line 3: "epochs" is already on line 1',)],
     ),
     "list as key": ("? [a]\n: 1\n", [("line 1: a key must be a plain word", "quote")]),
     "line break in a key": ('"a\\nb": 1\n', [('line 1: "a\\nb" is not a key',)]),
@@ -196,11 +196,11 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
     ),
     "quoted number": (
         "optimizer: {learning_rate: '1e-4'}\n",
-        [('line 1: "optimizer.learning_rate" should be a number, not "1e-4"', "take the quotes away")],
+        [('line 1: "optimizer.learning_rate" should be a number, not "1e-4"', "remove the quotes")],
     ),
     "quoted whole number": (
         'epochs: "3"\n',
-        [('line 1: "epochs" should be a whole number, not "3"', "take the quotes away")],
+        [('line 1: "epochs" should be a whole number, not "3"', "remove the quotes")],
     ),
     "fraction for a whole number": (
         "epochs: 3.5\n",
@@ -231,7 +231,7 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
     ),
     "no blank after the colon": (
         "data:\n  input_file:a\n",
-        [('line 1: "data" should be a section', "put a blank after the colon")],
+        [('line 1: "data" should be a section', "put a space after the colon")],
     ),
     "list for a section": (
         "data: [1]\n",
@@ -239,7 +239,7 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
     ),
     "dashes in a section": (
         "data:\n- input_file: a\n",
-        [('line 1: "data" should be a section', "take the dashes away")],
+        [('line 1: "data" should be a section', "remove the dashes")],
     ),
     "number for a list": (
         "optimizer:\n  betas: 0.9\n",
@@ -253,7 +253,7 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
     "list empty": ("optimizer:\n  betas: []\n", [('line 2: "optimizer.betas" has too few values',)]),
     "list too long": (
         "optimizer:\n  betas: [0.9, 0.9, 0.9]\n",
-        [('line 2: "optimizer.betas" has 3 values', "leave 2")],
+        [('line 2: "optimizer.betas" has 3 values', "keep 2")],
     ),
     "null in a list": (
         "optimizer:\n  betas:\n  - 0.9\n  -\n",
@@ -296,44 +296,44 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
         [('line 1: "epochs" should be a number below 2**63, not 9223372036854775808',)],
     ),
     "long text": (f"epochs: {'x' * 9999}\n", [('line 1: "epochs" should be a whole number, not "xxx', "…")]),
-    "half a character": ('name: "\\ud83d"\n', [('line 1: "name" should be text without half a character',)]),
-    "half a character in a key": ('"\\ud83d": 1\n', [('line 1: "?" is not a key',)]),
+    "unpaired surrogate": ('name: "\\ud83d"\n', [('line 1: "name" should be text without an unpaired surrogate',)]),
+    "unpaired surrogate in a key": ('"\\ud83d": 1\n', [('line 1: "?" is not a key',)]),
     # tags, aliases, size
     "python tag": (
         "name: !!python/object/apply:os.system [ls]\n",
-        [('line 1: "name" has the tag !!python/object/apply:os.system', "take it away")],
+        [('line 1: "name" has the tag !!python/object/apply:os.system', "remove it")],
     ),
     "unknown tag": (
         "name: !env HOME\n",
-        [('line 1: "name" has the tag !env, which has no meaning here', "take it away")],
+        [('line 1: "name" has the tag !env, which has no meaning here', "remove it")],
     ),
     "tag on a section": (
         "data: !include a.yaml\n",
-        [('line 1: "data" has the tag !include', "take it away")],
+        [('line 1: "data" has the tag !include', "remove it")],
     ),
     "tag of another kind": (
         "data: !!seq {input_file: a}\n",
-        [('line 1: "data" has the tag !!seq', "take it away")],
+        [('line 1: "data" has the tag !!seq', "remove it")],
     ),
     "tag on everything": (
         "!recipe\nname: a\n",
-        [("line 1: the configuration has the tag !recipe", "take it away")],
+        [("line 1: the configuration has the tag !recipe", "remove it")],
     ),
     "tag that does not fit": (
         "epochs: !!int three\n",
         [('"epochs" should be a number below 2**63, not three',)],
     ),
-    "alias bomb": (BOMB, [("more than 10,000 values with all aliases written out", "shorten it")]),
+    "alias bomb": (BOMB, [("more than 10,000 values with all aliases expanded", "shorten it")]),
     "alias of itself": ("data: &a {data: *a}\n", [("more than 10,000 values",)]),
     "alias of itself, twice": ("data: &a [*a, *a]\n", [("more than 10,000 values",)]),
-    "unknown alias": ("name: *x\n", [("line 1: a word with * in front", "put text in quotes")]),
+    "unknown alias": ("name: *x\n", [("line 1: this alias", "put text in quotes")]),
     "star in text": (
         "name: a\ndata: {input_file: *.jsonl}\n",
-        [("line 2: a text cannot begin with & or *", "put it in quotes")],
+        [("line 2: text cannot begin with & or *", "put it in quotes")],
     ),
     "two anchors of one name": (
         "name: &a x\nepochs: &a 3\n",
-        [("line 2: two words have the same & in front", "rename one")],
+        [("line 2: this anchor (& and a name) is defined twice", "rename one")],
     ),
     "deep brackets": ("a: " + "[" * 50_000, [("line 1: more than 32 levels of nesting",)]),
     "deep braces": ("a: " + "{a: " * 20_000, [("line 1: more than 32 levels",)]),
@@ -351,13 +351,13 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
     ),
     "bad indentation": (
         "data:\n    input_file: a\n  windows: 3\n",
-        [("line 3: this does not go on from what stands before", INDENT)],
+        [("line 3: this does not continue the text before it", INDENT)],
     ),
     "indented first line": (
         "  name: a\nepochs: 1\n",
-        [("line 2: this line does not go on from those above", INDENT)],
+        [("line 2: this line does not continue those above", INDENT)],
     ),
-    "apostrophe in quotes": ("name: 'it's'\n", [("line 1: this does not go on", "the quotation marks")]),
+    "apostrophe in quotes": ("name: 'it's'\n", [("line 1: this does not continue", "the quotation marks")]),
     "open quote": (
         "name: 'a\n\nepochs: 1\n",
         [("line 1: the quotation mark here is not closed", "close it")],
@@ -365,11 +365,11 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
     "open bracket": ("name: a\nx: [1, 2\n\n", [("line 2: the bracket here is not closed",)]),
     "percent": (
         "name: a\nepochs: %3\n",
-        [("line 2: a text cannot begin with this character", "put it in quotes")],
+        [("line 2: text cannot begin with this character", "put it in quotes")],
     ),
     "Windows path in double quotes": (
         'data: {input_file: "C:\\data"}\n',
-        [("line 1: a backslash means something else", "single quotes")],
+        [("line 1: a backslash starts an escape sequence", "single quotes")],
     ),
     "no such character": ('name: "\\U00110000"\n', [("c.yaml is not YAML", "single quotes")]),
     "line without a colon": (
@@ -382,22 +382,22 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
     ),
     "version of YAML": (
         "%YAML 9.9\n---\nname: a\n",
-        [("line 1: this %YAML line cannot be used", "take it away")],
+        [("line 1: this %YAML line cannot be used", "remove it")],
     ),
     "text after |": ("name: |x\n", [("line 1: after | or > the text begins on the next line",)]),
     "bracket too many": ("a: ]\n", [("line 1: a value is missing before this",)]),
-    "TOML": ("[data]\ninput_file = 'a'\n", [("line 2: this line does not go on", "that the file is YAML")]),
+    "TOML": ("[data]\ninput_file = 'a'\n", [("line 2: this line does not continue", "that the file is YAML")]),
     "JSON Lines": (
         '{"text": "a"}\n{"text": "b"}\n',
-        [("line 2: this line does not go on", "that the file is YAML")],
+        [("line 2: this line does not continue", "that the file is YAML")],
     ),
     "empty": ("", [("c.yaml is empty", "write at least one key")]),
     "comments only": ("# name: a\n", [("c.yaml is empty", "write at least one key")]),
     "only null": ("null\n", [("c.yaml is empty",)]),
-    "list at the top": ("- name: a\n", [("c.yaml must hold keys at the top", 'not [{"name": "a"}]')]),
+    "list at the top": ("- name: a\n", [("c.yaml must have keys at the top", 'not [{"name": "a"}]')]),
     "text at the top": (
         "name:a\nepochs:3\n",
-        [("c.yaml must hold keys at the top, with a colon, a blank", 'not "name:a epochs:3"')],
+        [("c.yaml must have keys at the top, with a colon, a space", 'not "name:a epochs:3"')],
     ),
     # bytes
     "Latin-1": (
@@ -411,7 +411,7 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
     ),
     "control character": (
         "epochs: 1\nname: a\x07b\n",
-        [("line 2: the control character U+0007 cannot stand in YAML", "delete it")],
+        [("line 2: the control character U+0007 is not allowed in YAML", "delete it")],
     ),
     "zero bytes": (b"\0" * 10, [("line 1: the control character U+0000",)]),
     "byte order mark inside": (
@@ -451,7 +451,7 @@ def test_a_mistake_is_one_sentence(write, case):
 def test_every_slip_has_its_sentence(write):
     "No row of the table of PyYAML's messages is dead."
     said = {complaint(write(text)) for text, _ in MISTAKES.values()}
-    for sentence in config._SLIPS.values(): assert any(sentence in line for line in said), sentence
+    for sentence in config._SYNTAX_HINTS.values(): assert any(sentence in line for line in said), sentence
 
 
 def test_very_many_mistakes(write):
@@ -485,7 +485,7 @@ PLACES = {  # name: (how to make it, what to ask for, pieces)
     "nothing near": (
         lambda: None,
         "zzz.yaml",
-        ("no configuration zzz.yaml, neither from here nor in configs/", "check the path"),
+        ("no configuration zzz.yaml, neither in the working directory nor in configs/", "check the path"),
     ),
     "no name": (lambda: None, "", ('no configuration ""', "check the path")),
     "directory": (lambda: Path("d").mkdir(), "d", ("d is a directory", "name a YAML file in it")),
@@ -696,7 +696,7 @@ BAD_OVERRIDES = {
         {"": 1},
         ['"" is not a key; the keys here are name, overwrite, epochs, folder, data, optimizer'],
     ),
-    "not UTF-8": ({"name": "caf\udce9"}, ['"name" is not UTF-8 text; type it anew']),
+    "not UTF-8": ({"name": "caf\udce9"}, ['"name" is not UTF-8 text; type it again']),
     "several": (
         {"name": 3, "data.input_file": "caf\udce9", "data.windows.size": 1},
         ['"data.input_file" is not', '"name" should be text', '"data.windows.size" should be'],

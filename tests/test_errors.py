@@ -92,7 +92,7 @@ MISTAKES = {  # name: (what to break first, command, the pieces of each line)
     "not YAML": (
         broken("data:\n\tinput_file: a\n", "run.yaml"),
         TRAIN,
-        [("run.yaml, line 2", "a tab stands here; use spaces")],
+        [("run.yaml, line 2", "a tab is not allowed here; use spaces")],
     ),
     "section misspelt": (
         broken(YAML + "sistem: {seed: 1}\n", "run.yaml"),
@@ -109,7 +109,7 @@ MISTAKES = {  # name: (what to break first, command, the pieces of each line)
         [*TRAIN, "--training.epochs", "0"],
         [
             ("run.yaml, line 4", '"overwrite" should be true or false'),
-            ("run.yaml, line 5", "take the quotes away"),
+            ("run.yaml, line 5", "remove the quotes"),
             ("run.yaml, line 7", "keep one of them"),
             ("command line", '"training.epochs" should be greater than or equal to 1'),
         ],
