@@ -80,7 +80,7 @@ def _decoding_problem(error: ValueError | RecursionError, raw: bytes) -> str:
             return (f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8, if it is from "
                     "Windows with `iconv -f CP1252 -t UTF-8 FILE > NEW`")
         case UnicodeEncodeError():
-            return "an unpaired surrogate (half of a character, such as \\ud83d); remove it"
+            return "an unpaired surrogate, half a character such as \\ud83d; remove it"
         case RecursionError():
             return "too deeply nested; a row is an object with a few fields"
     return "a number has thousands of digits; write it as a string"
