@@ -1,4 +1,4 @@
-"config: every mistake is one sentence with place, key and remedy, all of them at once; what is written reads back equal."
+"config: every mistake is one line with location, key and fix, all in one error; YAML round trips are exact."
 import json
 import logging
 import math
@@ -65,12 +65,12 @@ class Demanding(ConfigSection):
 
 
 class Hang(BaseException):
-    "Nobody catches this one."
+    "Not caught by `except Exception`."
 
 
 @pytest.fixture(autouse=True)
 def no_hang():
-    "A test that waits for ever fails instead."
+    "Fail a test that hangs."
     def stop(*_): raise Hang
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(60)
@@ -95,10 +95,10 @@ def complaint(*args, cls=Recipe):
     return str(e.value)
 
 
-def check(said, mistakes):
-    "One line for each mistake, with all its pieces, in their order."
-    assert len(said.split("\n")) == len(mistakes), said
-    for line, pieces in zip(said.split("\n"), mistakes, strict=True):
+def check(message, mistakes):
+    "One line per mistake, containing all its pieces in order."
+    assert len(message.split("\n")) == len(mistakes), message
+    for line, pieces in zip(message.split("\n"), mistakes, strict=True):
         at = 0
         for piece in pieces:
             assert piece in line[at:], (piece, line)
@@ -106,7 +106,7 @@ def check(said, mistakes):
         assert line.isprintable() and len(line) <= 1000, line
 
 
-# ------------------------------------------------------------------------------------------------ mistakes in a file
+# ------------------------------------------------------------ mistakes in a file
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{k}: &{k} [{','.join(['*' + j] * 9)}]\n"
                                                for j, k in ("ab", "bc", "cd", "de", "ef", "fg"))
@@ -296,7 +296,10 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
         [('line 1: "epochs" should be a number below 2**63, not 9223372036854775808',)],
     ),
     "long text": (f"epochs: {'x' * 9999}\n", [('line 1: "epochs" should be a whole number, not "xxx', "…")]),
-    "unpaired surrogate": ('name: "\\ud83d"\n', [('line 1: "name" should be text without an unpaired surrogate',)]),
+    "unpaired surrogate": (
+        'name: "\\ud83d"\n',
+        [('line 1: "name" should be text without an unpaired surrogate',)],
+    ),
     "unpaired surrogate in a key": ('"\\ud83d": 1\n', [('line 1: "?" is not a key',)]),
     # tags, aliases, size
     "python tag": (
@@ -386,7 +389,10 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
     ),
     "text after |": ("name: |x\n", [("line 1: after | or > the text begins on the next line",)]),
     "bracket too many": ("a: ]\n", [("line 1: a value is missing before this",)]),
-    "TOML": ("[data]\ninput_file = 'a'\n", [("line 2: this line does not continue", "that the file is YAML")]),
+    "TOML": (
+        "[data]\ninput_file = 'a'\n",
+        [("line 2: this line does not continue", "that the file is YAML")],
+    ),
     "JSON Lines": (
         '{"text": "a"}\n{"text": "b"}\n',
         [("line 2: this line does not continue", "that the file is YAML")],
@@ -441,22 +447,23 @@ MISTAKES = {  # name: (file, one tuple of pieces for each mistake)
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_one_sentence(write, case):
+def test_mistake_is_one_line(write, case):
     text, mistakes = MISTAKES[case]
-    said = complaint(write(text))
-    check(said, mistakes)
-    assert all(line.startswith(("c.yaml, line ", "c.yaml is ", "c.yaml must ")) for line in said.split("\n"))
+    message = complaint(write(text))
+    check(message, mistakes)
+    starts = ("c.yaml, line ", "c.yaml is ", "c.yaml must ")
+    assert all(line.startswith(starts) for line in message.split("\n"))
 
 
-def test_every_slip_has_its_sentence(write):
-    "No row of the table of PyYAML's messages is dead."
-    said = {complaint(write(text)) for text, _ in MISTAKES.values()}
-    for sentence in config._SYNTAX_HINTS.values(): assert any(sentence in line for line in said), sentence
+def test_every_syntax_hint_is_reachable(write):
+    "Every entry of the table of PyYAML's messages is used."
+    message = {complaint(write(text)) for text, _ in MISTAKES.values()}
+    for sentence in config._SYNTAX_HINTS.values(): assert any(sentence in line for line in message), sentence
 
 
-def test_very_many_mistakes(write):
-    said = complaint(write("".join(f"key{i}: 1\n" for i in range(5000)))).split("\n")
-    assert len(said) == 21 and said[-1] == "c.yaml: 4980 more mistakes"
+def test_at_most_20_mistakes_are_listed(write):
+    message = complaint(write("".join(f"key{i}: 1\n" for i in range(5000)))).split("\n")
+    assert len(message) == 21 and message[-1] == "c.yaml: 4980 more mistakes"
 
 
 def test_missing_key(write):
@@ -465,7 +472,7 @@ def test_missing_key(write):
     assert load_config(Demanding, write("inner:\n"), {"epochs": 3}).epochs == 3
 
 
-# ------------------------------------------------------------------------------------------------ files that are none
+# ------------------------------------------------------------ paths that are not files
 
 def bind(name):
     with socket.socket(socket.AF_UNIX) as s: s.bind(name)
@@ -508,19 +515,19 @@ PLACES = {  # name: (how to make it, what to ask for, pieces)
 
 
 @pytest.mark.parametrize("case", PLACES)
-def test_a_place_that_is_no_file(tmp_path, monkeypatch, case):
+def test_path_that_is_not_a_file(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     make, path, pieces = PLACES[case]
     make()
     check(complaint(path), [pieces])
 
 
-def test_a_name_that_would_break_the_line(write):
+def test_line_break_in_file_name(write):
     check(complaint(write("epoch: 1", "a\nb.yaml")), [(r'a\nb.yaml, line 1: "epoch"',)])
     check(complaint(write("", "a\nb.yaml")), [(r"a\nb.yaml is empty",)])
 
 
-def test_files_that_cannot_be_read(write, monkeypatch):
+def test_unreadable_files(write, monkeypatch):
     with pytest.raises(
         ConfigError, match="zzz.yaml cannot be read: No such file or directory; check the path"
     ):
@@ -546,7 +553,7 @@ def test_configs_folder(write, caplog):
     assert load_config(Recipe, "c.yaml").name == "here" and not caplog.text
 
 
-# ------------------------------------------------------------------------------------------------ what is right
+# ------------------------------------------------------------ what is right
 
 VALUES = { # name: (file, dotted key, value)
     "number without a dot": ("optimizer: {learning_rate: 1e-4}", "optimizer.learning_rate", 1e-4),
@@ -624,7 +631,7 @@ def test_import_is_light():
                           check=True).stdout.strip() == "[]"
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------ the command line
 
 OVERRIDES = {  # name: (file, overrides, dotted key, value)
     "beats the file": ("epochs: 2", {"epochs": 3}, "epochs", 3),
@@ -636,8 +643,8 @@ OVERRIDES = {  # name: (file, overrides, dotted key, value)
         "optimizer.kind",
         "sgd",
     ),
-    "heals the file": ("epochs: x", {"epochs": 3}, "epochs", 3),
-    "heals a list": (
+    "replaces a bad value": ("epochs: x", {"epochs": 3}, "epochs", 3),
+    "replaces a bad list": (
         "optimizer: {betas: [x, y]}",
         {"optimizer.betas": (0.5, 0.6)},
         "optimizer.betas",
@@ -713,7 +720,7 @@ def test_bad_override(write, case):
     check(complaint(write(text), overrides), [(f"command line: {sentence}",) for sentence in sentences])
 
 
-def test_two_fields_at_odds_are_blamed_on_the_one_that_was_typed(write):
+def test_contradiction_is_reported_for_the_override(write):
     check(complaint(write("data: {windows: {size: 8}}\n"), {"data.windows.overlap": 8}),
           [('command line: "data.windows": overlap 8',)])
     check(complaint(write("data: {windows: {size: 8, overlap: 8}}\n"), {"epochs": 8}),
@@ -721,20 +728,21 @@ def test_two_fields_at_odds_are_blamed_on_the_one_that_was_typed(write):
 
 
 def test_file_and_command_line_together(write):
-    said = complaint(write("epochz: 3\noverwrite: no\n"), {"epochs": 1.5, "data.x": 1})
-    check(said, [("c.yaml, line 1", "epochz"), ("c.yaml, line 2", "overwrite"), ("command line", "epochs"),
+    message = complaint(write("epochz: 3\noverwrite: no\n"), {"epochs": 1.5, "data.x": 1})
+    check(message, [("c.yaml, line 1", "epochz"), ("c.yaml, line 2", "overwrite"), ("command line", "epochs"),
                  ("command line", "data.x")])
 
 
-# ------------------------------------------------------------------------------------------------ anything at all
+# ------------------------------------------------------------ random input
 
 anything = settings(max_examples=300, deadline=None,
                     suppress_health_check=[HealthCheck.function_scoped_fixture])
-GOOD = b"name: a\noptimizer:\n  learning_rate: 1e-4\n  betas: [0.9, 0.99]\ndata: {input_file: \"b\\n\", special: {x: 'y'}}\n"
+GOOD = (b"name: a\noptimizer:\n  learning_rate: 1e-4\n  betas: [0.9, 0.99]\n"
+        b"data: {input_file: \"b\\n\", special: {x: 'y'}}\n")
 
 
 def config_or_sentences(cls, path):
-    "What `load_config` makes of a file: a configuration that survives being written, or sentences."
+    "`load_config` gives a configuration that survives a round trip, or an error with one line per mistake."
     try: cfg = load_config(cls, path)
     except ConfigError as e:
         assert all(line.startswith(str(path)) and line.isprintable() for line in str(e).split("\n"))
@@ -745,7 +753,7 @@ def config_or_sentences(cls, path):
 
 @st.composite
 def damaged(draw):
-    "A good file with some bytes replaced by others that mean something to YAML."
+    "A valid file with some bytes replaced by characters with a meaning in YAML."
     data = bytearray(GOOD)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data) - 1))
@@ -756,9 +764,10 @@ def damaged(draw):
 
 
 @anything
-@given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")), damaged(),
+@given(st.one_of(st.binary(max_size=200),
+                 st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")), damaged(),
                  st.text("[]{}:-?,&*!|>'\"%@`#~<=\n \t\\.0aeNU", max_size=40).map(str.encode)))
-def test_any_bytes(tmp_path, data):
+def test_random_bytes(tmp_path, data):
     (tmp_path / "c.yaml").write_bytes(data)
     config_or_sentences(Recipe, tmp_path / "c.yaml")
 
@@ -771,7 +780,7 @@ value = st.recursive(scalar, lambda v: st.lists(v, max_size=3)
 
 
 def section(cls):
-    "Values with the keys of a section, most of them of the right shape, and now and then a key that is none."
+    "Random values for the keys of a section, most of them of the right shape, and sometimes an unknown key."
     keys = {name: section(f.annotation) | value if config._is_section(f.annotation) else value
             for name, f in cls.model_fields.items()}
     return st.fixed_dictionaries({}, optional={**keys, "learning_rat": scalar})
@@ -780,7 +789,7 @@ def section(cls):
 @pytest.mark.long
 @anything
 @given(section(PretrainConfig), st.booleans())
-def test_any_values_below_the_right_keys(tmp_path, values, as_json):
+def test_random_values_with_valid_keys(tmp_path, values, as_json):
     text = json.dumps(values, indent=1) if as_json else yaml.safe_dump(values)
     (tmp_path / "c.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
     config_or_sentences(PretrainConfig, tmp_path / "c.yaml")
@@ -808,7 +817,7 @@ recipes = st.builds(
 
 @anything
 @given(recipes)
-def test_written_and_read_again(tmp_path, cfg):
+def test_yaml_roundtrip(tmp_path, cfg):
     dump_yaml(cfg, tmp_path / "config.yaml")
     assert load_config(Recipe, tmp_path / "config.yaml") == cfg
     assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == to_yaml(cfg)
@@ -816,5 +825,5 @@ def test_written_and_read_again(tmp_path, cfg):
 
 @anything
 @given(recipes)
-def test_other_programs_read_the_same(tmp_path, cfg):
+def test_pyyaml_reads_the_same_values(tmp_path, cfg):
     assert yaml.safe_load(to_yaml(cfg)) == cfg.model_dump(mode="json")

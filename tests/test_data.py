@@ -36,10 +36,10 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MLX_PRETRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-# Batches -----------------------------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
 
 def check_epochs(n, batch_size, epochs, seed, batches=batch_indices):
-    "Every window once an epoch, each epoch whole before the next begins, missing places only at the very end."
+    "Every window once per epoch, one epoch after the other, empty places only at the very end."
     steps = num_steps(n, batch_size, epochs)
     visited = np.concatenate([batches(n, batch_size, step, seed, epochs) for step in range(steps)])
     assert visited.shape == (steps * batch_size,)
@@ -99,10 +99,10 @@ def test_planted_batch_bugs_are_detected(bug):
     with pytest.raises(AssertionError): check_epochs(10, 4, 3, 0, bug)
 
 
-# Windows -----------------------------------------------------------------------------------------------------------------------------
+# Windows ------------------------------------------------------------------------------------------
 
 def check_windows(windows, documents, tok):
-    "Every token but the first is a target exactly once, in order, after the token that comes before it; bos and eos at borders only."
+    "Every token but the first is a target once, in order, with its predecessor as input."
     stream = [i for document in documents for i in [tok.bos_id, *tok.encode(document), tok.eos_id]]
     inputs, targets, mask = (np.array(a) for a in windows.batch(np.arange(len(windows))))
     assert inputs.shape == targets.shape == mask.shape == (len(windows), windows.context)
@@ -172,7 +172,7 @@ class CountsOverlap(Windows):
 
 
 class SkipsAtCuts(Windows):
-    "Planted bug: the first target of each window is never predicted (inputs and targets cut from the same T tokens)."
+    "Planted bug: the first target of each window is lost (inputs and targets cut from the same T tokens)."
     def batch(self, indices):
         inputs, targets, mask = super().batch(indices)
         mask = np.array(mask)
@@ -221,9 +221,10 @@ def test_tokens_do_not_depend_on_group_size(monkeypatch):
     assert np.array_equal(pack(documents, tokenizer("sentencepiece"), 16, 4).tokens, whole.tokens)
 
 
-# JSON Lines --------------------------------------------------------------------------------------------------------------------------
+# JSON Lines ---------------------------------------------------------------------------------------
 
-@forall(texts=st.lists(TEXT, min_size=1, max_size=6), ascii=st.booleans(), end=st.sampled_from(["\n", "\r\n", "\n\n"]), last=st.booleans())
+@forall(texts=st.lists(TEXT, min_size=1, max_size=6), ascii=st.booleans(),
+        end=st.sampled_from(["\n", "\r\n", "\n\n"]), last=st.booleans())
 def test_jsonl_roundtrip(texts, ascii, end, last):
     file = f"{mkdtemp()}/rows.jsonl"
     content = end.join(json.dumps({"text": t, "id": i}, ensure_ascii=ascii)
@@ -236,16 +237,33 @@ def test_jsonl_roundtrip(texts, ascii, end, last):
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    (b'{"text": "a"', "not valid JSON"), (b"{text: 1}", "not valid JSON"), (b'{"text": "a"} {"text": "b"}', "not valid JSON"),
-    (b'{"text": "tab\there"}', "not valid JSON"), (b"{", "each line must hold one complete object"),
-    (b'{"text": "a", "x": NaN}', "NaN is not a valid JSON number"), (b'{"x": -Infinity}', "-Infinity"), (b'{"x": 1e400}', "1e400"),
-    (b'{"text": "a", "text": "a"}', 'duplicate key "text"'), (b'{"x": {"y": 1, "y": 2}}', 'duplicate key "y"'),
-    (b'{"text": "\\ud83d"}', "unpaired surrogate"), (b'{"\\uDE00": 1}', "unpaired surrogate"), (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
-    (b'{"text": "caf\xe9"}', "byte 0xe9 is not UTF-8"), (b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "too deeply nested"),
+    (b'{"text": "a"', "not valid JSON"),
+    (b"{text: 1}", "not valid JSON"),
+    (b'{"text": "a"} {"text": "b"}', "not valid JSON"),
+    (b'{"text": "tab\there"}', "not valid JSON"),
+    (b"{", "each line must hold one complete object"),
+    (b'{"text": "a", "x": NaN}', "NaN is not a valid JSON number"),
+    (b'{"x": -Infinity}', "-Infinity"),
+    (b'{"x": 1e400}', "1e400"),
+    (b'{"text": "a", "text": "a"}', 'duplicate key "text"'),
+    (b'{"x": {"y": 1, "y": 2}}', 'duplicate key "y"'),
+    (b'{"text": "\\ud83d"}', "unpaired surrogate"),
+    (b'{"\\uDE00": 1}', "unpaired surrogate"),
+    (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
+    (b'{"text": "caf\xe9"}', "byte 0xe9 is not UTF-8"),
+    (b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "too deeply nested"),
     (b'{"x": 1' + b"0" * 6000 + b"}", "thousands of digits"),
-    (b"[1]", "found a list"), (b'"text"', "found a string"), (b"null", "found null"), (b"3", "found a number"), (b"true", "found true"),
-    (b'{"txt": "a"}', 'there is no field "text", the row has "txt"'), (b"{}", "no field at all"),
-    (b'{"text": null}', '"text" must be a string, found null'), (b'{"text": ["a"]}', "a list"), (b'{"text": 5}', "a number")])
+    (b"[1]", "found a list"),
+    (b'"text"', "found a string"),
+    (b"null", "found null"),
+    (b"3", "found a number"),
+    (b"true", "found true"),
+    (b'{"txt": "a"}', 'there is no field "text", the row has "txt"'),
+    (b"{}", "no field at all"),
+    (b'{"text": null}', '"text" must be a string, found null'),
+    (b'{"text": ["a"]}', "a list"),
+    (b'{"text": 5}', "a number"),
+])
 def test_bad_line_error_names_file_and_line(tmp_path, line, message):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
@@ -257,7 +275,7 @@ def test_bad_line_error_names_file_and_line(tmp_path, line, message):
     assert len(sentence) < 300 + len(str(file))
 
 
-# Mistakes ----------------------------------------------------------------------------------------------------------------------------
+# Mistakes -----------------------------------------------------------------------------------------
 
 def test_check_sentence_can_fail():
     for bad in (
@@ -271,7 +289,7 @@ def test_check_sentence_can_fail():
     with pytest.raises(AssertionError): check_sentence("fine; fix it", "line 3")
 
 
-ROWS = {  # what stands on line 3 → what is said
+ROWS = {  # line 3 → part of the message
     "not JSON": (b"text: a", "not valid JSON"),
     "cut off": (b'{"text": "a', "each line must hold one complete object"),
     "two objects": (b'{"text": "a"}{"text": "b"}', "Extra data"),
@@ -347,7 +365,7 @@ def written(path, content):
     return path
 
 
-FILES = {  # makes the file → what is said
+FILES = {  # makes the file → part of the message
     "empty": (lambda f: written(f, b""), "holds no rows"),
     "blank lines": (lambda f: written(f, b"\n \r\n\t\n"), "holds no rows"),
     "byte order mark only": (lambda f: written(f, b"\xef\xbb\xbf\n"), "holds no rows"),
@@ -446,7 +464,7 @@ def test_pack_without_text_raises():
         with pytest.raises(DataError, match="overlap must be"): pack(["a"], ByteTokenizer(), context, overlap)
 
 
-# Preprocessing -----------------------------------------------------------------------------------------------------------------------
+# Preprocessing ------------------------------------------------------------------------------------
 
 RULES = """
 import dataclasses
@@ -508,7 +526,7 @@ def test_preprocess_changes_and_drops_rows(rules, monkeypatch):
         assert both_ways(rules, spec) == (odd, 3)
 
 
-FUNCTIONS = {  # what is named → what is said
+FUNCTIONS = {  # spec → part of the message
     "no colon": ("rules", "'rules' does not name a function"),
     "no name": ("rules.py:", "does not name a function"),
     "no module": (":odd", "does not name a function"),
@@ -544,8 +562,10 @@ FUNCTIONS = {  # what is named → what is said
 def bad_rules(rules, monkeypatch):
     monkeypatch.chdir(rules)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for name, content in {"bad": "x = 1\ny = x / 0", "deeper": "import bad", "syntax": "def f(:", "needs": "import not_there",
-                          "leave": "raise SystemExit(3)", "binary": "\udcff\udcfe", "zero": "x = 1\0"}.items():
+    modules = {"bad": "x = 1\ny = x / 0", "deeper": "import bad", "syntax": "def f(:",
+               "needs": "import not_there", "leave": "raise SystemExit(3)", "binary": "\udcff\udcfe",
+               "zero": "x = 1\0"}
+    for name, content in modules.items():
         (rules / f"{name}.py").write_bytes(content.encode(errors="surrogateescape"))
     (rules / "folder.py").mkdir()
     (rules / "broken").mkdir()
@@ -555,18 +575,21 @@ def bad_rules(rules, monkeypatch):
 
 @pytest.mark.parametrize(("spec", "says"), FUNCTIONS.values(), ids=FUNCTIONS)
 def test_missing_function_error_is_one_sentence(bad_rules, spec, says):
-    for use in (lambda: load_object(spec, "data.preprocess"), lambda: cached_windows("rows.jsonl", ByteTokenizer(), 8, preprocess=spec),
+    for use in (lambda: load_object(spec, "data.preprocess"),
+                lambda: cached_windows("rows.jsonl", ByteTokenizer(), 8, preprocess=spec),
                 lambda: list(read_texts("rows.jsonl", spec))):
         with pytest.raises(DataError) as error: use()
         check_sentence(str(error.value), '"data.preprocess": ', says)
     assert "bad" not in sys.modules and "broken" not in sys.modules
 
 
-FAILURES = { # function → what is said about line 1
-    "fails": "preprocess rules.py:fails failed in rules.py, line 23 (ZeroDivisionError: division by zero); fix the function or the row",
+FAILURES = { # function → part of the message about line 1
+    "fails": "preprocess rules.py:fails failed in rules.py, line 23 (ZeroDivisionError: division by zero); "
+             "fix the function or the row",
     "leaves": "(SystemExit: 3)", "loops": "(RecursionError: ", "talks": "(ValueError: two lines. And more",
     "a_text": "returned str, not a row",
-    "generator": "returned generator, not a row", "later": "returned coroutine, not a row", "CONSTANT": "is not a function",
+    "generator": "returned generator, not a row", "later": "returned coroutine, not a row",
+    "CONSTANT": "is not a function",
     "renamed": 'after preprocess rules.py:renamed, there is no field "text", the row has "txt"',
     "listed": '"text" must be a string, found a list',
     "tupled": "found a tuple", "half": "after preprocess rules.py:half, a text holds half a character"}
@@ -598,7 +621,7 @@ def test_dropping_every_row_raises(rules):
 
 
 def test_edited_function_is_reloaded(rules, monkeypatch):
-    "In the same process, in the same second, with the same size: what is in the file now is what runs, and the cache knows."
+    "In the same process and second, with the same size: the current content runs, with its own cache key."
     monkeypatch.chdir(rules)
     for place in ("quick.py", "quick"):
         seen = []
@@ -618,14 +641,15 @@ def test_module_is_executed_once_per_content(tmp_path, monkeypatch):
     assert load_object("json:loads", "k")("[1]") == [1] and load_object("math:sqrt", "k")(9) == 3
 
 
-# Cache -------------------------------------------------------------------------------------------------------------------------------
+# Cache --------------------------------------------------------------------------------------------
 
 def same_batches(one, two):
     pairs = [pair for i in range(-1, len(one)) for pair in zip(one.batch([i]), two.batch([i]))]
     return len(one) == len(two) and all(a.tolist() == b.tolist() for a, b in pairs)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface", pytest.param("wide", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface",
+                                  pytest.param("wide", marks=pytest.mark.long)])
 @forall(60, **PACKED)
 def test_cached_and_in_memory_batches_agree(kind, documents, shape):
     home, tok = Path(mkdtemp()), ByteTokenizer(65_536) if kind == "wide" else tokenizer(kind)
@@ -822,7 +846,8 @@ import sys, time
 from mlx_pretrain.data import cached_windows
 from mlx_pretrain.tokenizer import ByteTokenizer
 print("ready", flush=True); sys.stdin.readline()
-windows = cached_windows(sys.argv[1], ByteTokenizer(), 8, preprocess=sys.argv[2] if len(sys.argv) > 2 else None)
+preprocess = sys.argv[2] if len(sys.argv) > 2 else None
+windows = cached_windows(sys.argv[1], ByteTokenizer(), 8, preprocess=preprocess)
 print(windows.batch(range(len(windows))).inputs.sum().item(), windows.source["key"])
 """
 
@@ -975,7 +1000,7 @@ def test_untokenizable_document_is_named(tmp_path, kind):
         pack(["one", "a\ud800"], tok, 8)
 
 
-# Settings ----------------------------------------------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------------------
 
 def test_data_config(tmp_path):
     def load(text):
@@ -985,7 +1010,8 @@ def test_data_config(tmp_path):
                "tokenizer: {normal_vocab_size: 300, special_tokens: {eos: <end>}}\n")
     tok = make_tokenizer(cfg)
     assert (cfg.preprocessing.chunk_overlap, tok.vocab_size, tok.piece(tok.eos_id)) == (0, 303, "<end>")
-    for text, message in (("preprocessing: {max_context_size: 8, chunk_overlap: 8}", "must be less than max_context_size"),
+    for text, message in (("preprocessing: {max_context_size: 8, chunk_overlap: 8}",
+                           "must be less than max_context_size"),
                           ("preprocessing: {max_context_size: 1}", "greater than or equal to 2"),
                           ("tokenizer: {normal_vocab_size: 255}", "256"),
                           ("tokenizer_path: 3", "tokenizer_path"), ("inputfile: x", "input_file")):
