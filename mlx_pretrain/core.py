@@ -37,16 +37,16 @@ def _digest(seed: int, step: int, purpose: str) -> int:
 def key_for(
     seed: int, # the run's seed
     step: int, # the training step, from 0
-    purpose: str, # what the numbers are for, such as "sample" or "dropout"
+    purpose: str, # use of the numbers, such as "sample" or "dropout"
 ) -> mx.array: # a key for `mx.random.*(…, key=key)`, (2,) uint32
     "The random key of one purpose at one step."
     return mx.random.key(_digest(seed, step, purpose))
 
-
+# %% ../nbs/12_core.ipynb #2bab791e
 def rng_for(
     seed: int, # the run's seed
     step: int, # a step, an epoch, or 0
-    purpose: str, # what the numbers are for, such as "order"
+    purpose: str, # use of the numbers, such as "order"
 ) -> np.random.Generator: # a fresh NumPy generator
     "The NumPy counterpart of `key_for`, for work on data that never touches MLX."
     return np.random.default_rng(_digest(seed, step, purpose))
@@ -65,18 +65,17 @@ class RewardModel:
         """
         raise TypeError(f"{type(self).__name__} must define compute_reward(self, prompts, responses)")
 
-# %% ../nbs/12_core.ipynb #ff5561d0
+# %% ../nbs/12_core.ipynb #a3d4181e
 class FunctionReward(RewardModel):
     "A function of one prompt and one response, as a `RewardModel`."
     def __init__(self, f): self.f = f
 
     def compute_reward(self, prompts, responses, /, **columns):
         rows = zip(prompts, responses, *columns.values(), strict=True)
-        return mx.array(
-            [float(self.f(p, r, **dict(zip(columns, values)))) for p, r, *values in rows], dtype=mx.float32
-        )
+        scores = [float(self.f(p, r, **dict(zip(columns, values)))) for p, r, *values in rows]
+        return mx.array(scores, dtype=mx.float32)
 
-
+# %% ../nbs/12_core.ipynb #ff5561d0
 def as_reward_model(
     reward: RewardModel | Callable[..., float], # a `RewardModel`, or `f(prompt, response) -> float`
 ) -> RewardModel: # an object with `compute_reward`
@@ -84,12 +83,11 @@ def as_reward_model(
 
     Raises `TypeError` if it is neither.
     """
-    if hasattr(reward, "compute_reward") and not inspect.isclass(reward): return reward
-    if callable(reward) and not inspect.isclass(reward):
-        return FunctionReward(reward)
-    raise TypeError(
-        f"a reward must be a RewardModel object or a function f(prompt, response) -> float, got {reward!r}"
-    )
+    if not inspect.isclass(reward):
+        if hasattr(reward, "compute_reward"): return reward
+        if callable(reward): return FunctionReward(reward)
+    raise TypeError("a reward must be a RewardModel object or a function f(prompt, response) -> float, "
+                    f"got {reward!r}")
 
 # %% ../nbs/12_core.ipynb #91814990
 def reward_columns(
@@ -119,7 +117,7 @@ def fsync(
     except (AttributeError, OSError): os.fsync(handle)                    # not a Mac, or not supported
     finally: os.close(handle)
 
-
+# %% ../nbs/12_core.ipynb #2a44d5f4
 def atomic_write(
     path: Path, # a file; its content is replaced
     data: bytes,
