@@ -19,10 +19,12 @@ import numpy as np
 
 from .chat import (
     _conversation, ask_pieces, asked_messages, by_instruction, judged_pieces, read_messages, template_pieces)
-from .data import Row, _groups, _hash_file, _Preprocess
+from .config import DataError
+from .jsonl import Row, hash_file
 from .prompt import Piece, PromptFormat, encode_pieces, pair_pieces
 from .rows import _grid, _none_left, _number, RowCounts, _values
-from .tokenizer import DataError, Tokenizer
+from .tokenizer import Tokenizer, _groups
+from .user_code import Preprocess
 
 # %% ../nbs/50_preferences.ipynb #83f26ffb
 @lru_cache(8)
@@ -295,9 +297,9 @@ def read_preferences(
 
     Raises `DataError` with file and line for a bad row, or if no row is left.
     """
-    edit = None if preprocess is None else _Preprocess(preprocess)
+    edit = None if preprocess is None else Preprocess(preprocess)
     tally = RowCounts(on_bad_row)
-    sha256 = _hash_file(path)
+    sha256 = hash_file(path)
     kept = []
     rows = _judged(path, fmt, tokenizer, columns, pairs, edit, tally)
     for group in _groups(rows, length=lambda row: len(row.prompt) + sum(map(len, row.said))):

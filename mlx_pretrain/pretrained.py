@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from pydantic import ValidationError
 
 from .chat import chat_template
-from .config import UserError, where_from
+from .config import DataError, UserError, where_from
 from .core import fsync
 from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_split, merge
 from .model import Llama, LlamaArgs, ScalarLlama
@@ -28,8 +28,7 @@ from .prompt import PromptFormat
 from .run import (
     _HASHES, Checkpoint, _hash_problem, _not_utf8, replace_dir, _write_hashes, _writing, checkpoints, is_run,
     load_checkpoint, read_metadata)
-from .tokenizer import (
-    DataError, Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer)
+from .tokenizer import Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer
 
 # %% ../nbs/32_pretrained.ipynb #f95ed538
 class PretrainedError(UserError):

@@ -12,9 +12,9 @@ import re
 from string import Formatter
 from typing import Any, NamedTuple
 
-from .config import ConfigError, ConfigSection
-from .data import _field, _quote
-from .tokenizer import DataError, Tokenizer
+from .config import ConfigError, ConfigSection, DataError
+from .jsonl import get_field, quote
+from .tokenizer import Tokenizer
 
 # %% ../nbs/23_prompt.ipynb #dfe2e2a3
 def split_format(
@@ -31,7 +31,7 @@ def split_format(
         if name is None: continue
         if spec or conversion or not name.strip() == name != "" or re.search(r"[.\[\]{}]", name):
             field = f"{{{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}}}"
-            raise ConfigError(f"{_quote(field)} is more than the name of a field, {help}")
+            raise ConfigError(f"{quote(field)} is more than the name of a field, {help}")
         pieces.append((text, name))
         text = ""
     return [*pieces, (text, None)] if text else pieces
@@ -42,7 +42,7 @@ def fill_format(
     row: dict[str, str], # field name → text, inserted as it is
 ) -> str: # the filled template
     "Put a row into a template. Raises `DataError` if a field is missing or not a text."
-    return "".join(text + ("" if name is None else _field(row, name)) for text, name in pieces)
+    return "".join(text + ("" if name is None else get_field(row, name)) for text, name in pieces)
 
 # %% ../nbs/23_prompt.ipynb #7d945738
 def _names(template: str, key: str) -> set[str]:
@@ -100,19 +100,19 @@ class PromptFormat(ConfigSection):
     ) -> str: # what is asked
         "The instruction of a row. Raises `DataError` if there is none."
         more = "".join(self._extra(row).values()) if extra else ""
-        return _field(row, self.input_field) + (f"\n\n{more}" if more else "")
+        return get_field(row, self.input_field) + (f"\n\n{more}" if more else "")
 
     def response(
         self,
         row: dict[str, Any], # column → value
     ) -> str: # what the model shall say
         "The response of a row. Raises `DataError` if a column is missing or holds no text, or there is no response."
-        if not (said := _field(row, self.output_field)).strip():
+        if not (said := get_field(row, self.output_field)).strip():
             raise DataError(f'"{self.output_field}" is empty; write a response')
         pieces = split_format(self.response_format, "data.response_format")
         values = {**row, **self._extra(row), "response": said}
         if "instruction" in {name for _, name in pieces}:
-            values["instruction"] = _field(row, self.input_field)
+            values["instruction"] = get_field(row, self.input_field)
         return fill_format(pieces, values)
 
     def system(
@@ -123,7 +123,7 @@ class PromptFormat(ConfigSection):
         own = (
             None
             if self.system_field is None or row.get(self.system_field) is None
-            else _field(row, self.system_field)
+            else get_field(row, self.system_field)
         )
         return own if own and own.strip() else self.system_prompt
 
@@ -182,7 +182,7 @@ class PromptFormat(ConfigSection):
     def _extra(self, row: dict[str, Any]) -> dict[str, str]:
         "The optional column, if there is one in this format."
         key = self.input_field_optional
-        return {} if key is None else {key: "" if row.get(key) is None else _field(row, key)}
+        return {} if key is None else {key: "" if row.get(key) is None else get_field(row, key)}
 
 # %% ../nbs/23_prompt.ipynb #7668f5fc
 def _begin(tokenizer: Tokenizer) -> list[int]: return tokenizer.prefix_ids

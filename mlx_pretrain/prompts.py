@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from .chat import ask_pieces, asked_messages, row_pieces
-from .data import Row, _groups, _hash_file, _Preprocess
+from .config import DataError
+from .jsonl import Row, hash_file
 from .prompt import Example, Piece, PromptFormat
 from .rows import _encoded, _grid, _none_left, _number, _size, RowCounts, _values
-from .tokenizer import DataError, Tokenizer
+from .tokenizer import Tokenizer, _groups
+from .user_code import Preprocess
 
 # %% ../nbs/27_prompts.ipynb #daca7d4f
 def split_prompt_response(
@@ -168,9 +170,9 @@ def read_prompts(
 
     Raises `DataError` with file and line for a bad row, or if no row is left.
     """
-    edit = None if preprocess is None else _Preprocess(preprocess)
+    edit = None if preprocess is None else Preprocess(preprocess)
     tally = RowCounts(on_bad_row)
-    sha256 = _hash_file(path)
+    sha256 = hash_file(path)
     kept, known = [], {}
 
     def laid_out():

@@ -14,12 +14,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .config import UserError
-from .core import RewardModel, _FunctionReward, as_reward_model, reward_columns
-from .data import _blame, _kind, _quote, load_object
+from .config import DataError, UserError
+from .core import FunctionReward, RewardModel, as_reward_model, reward_columns
+from .jsonl import kind_name, quote
 from .pretrained import find_model
 from .reward_model import load_reward
-from .tokenizer import DataError
+from .user_code import describe_error, load_object
 
 # %% ../nbs/52_score.ipynb #da07dfe5
 class RewardError(UserError):
@@ -28,7 +28,7 @@ class RewardError(UserError):
 
 def _code(reward: RewardModel) -> Any:
     "What is called: a function, a method, or an object like them."
-    f = reward.f if isinstance(reward, _FunctionReward) else reward.compute_reward
+    f = reward.f if isinstance(reward, FunctionReward) else reward.compute_reward
     while isinstance(f, functools.partial): f = f.func
     return f
 
@@ -43,7 +43,7 @@ def reward_name(
     reward: RewardModel, # from `find_reward`
 ) -> str: # that of its class, or of its function
     "What a reward is called."
-    named = _code(reward) if isinstance(reward, _FunctionReward) else reward
+    named = _code(reward) if isinstance(reward, FunctionReward) else reward
     if hasattr(named, "__qualname__"): return named.__qualname__
     return repr(named) if type(named).__repr__ is not object.__repr__ else type(named).__qualname__
 
@@ -88,7 +88,7 @@ def find_reward(
         ) from None
     try: return found()
     except (Exception, SystemExit) as e:
-        raise RewardError(f'"reward_model": {spec}() fails{_blame(e)}; mend it') from None
+        raise RewardError(f'"reward_model": {spec}() fails{describe_error(e)}; mend it') from None
 
 # %% ../nbs/52_score.ipynb #8abef9ba
 def score(
@@ -109,13 +109,13 @@ def score(
     except UserError:  # of a part, which has said what is wrong
         raise
     except (Exception, SystemExit) as e:
-        function = isinstance(reward, _FunctionReward)
+        function = isinstance(reward, FunctionReward)
         hint = (
             " (a function is asked about one prompt and one response, and returns one number)"
             if function
             else ""
         )
-        raise wrong(f"fails{_blame(e, _file(reward))}; mend it{hint}") from None
+        raise wrong(f"fails{describe_error(e, _file(reward))}; mend it{hint}") from None
     try:
         found = np.asarray(given.tolist() if isinstance(given, mx.array) else given)
         if found.dtype.kind not in "biuf" and any(isinstance(x, str | bytes) for x in found.flat):
@@ -123,7 +123,7 @@ def score(
         values = found.astype(np.float64)
     except Exception:                                                     # whatever somebody's object does when it is asked for numbers
         raise wrong(
-            f"returned {_kind(given)}, not numbers; return a list with one number for each response"
+            f"returned {kind_name(given)}, not numbers; return a list with one number for each response"
         ) from None
     if values.shape != (len(responses),):
         raise wrong(
@@ -146,7 +146,7 @@ def check_row(
         return reward.check_row(row, messages)
     given, missing = reward_columns(reward, {**row, "prompt_messages": messages})
     if not missing: return given
-    has = ", ".join(map(_quote, list(row)[:8])) or "no column at all"
+    has = ", ".join(map(quote, list(row)[:8])) or "no column at all"
     raise DataError(
         f'there is no column "{missing[0]}", which the reward {reward_name(reward)} needs, the row has {has}; '
         "add it, or give the parameter a default value"

@@ -55,8 +55,8 @@ def write_documents(path, documents):
     return path
 
 
-REMEDY = ("write", "save", "keep", "remove", "give", "check", "copy", "make", "mend", "set", "add", "unpack",
-          "let", "return", "name", "did you", "start", "delete", "a row is", "each line must",
+REMEDY = ("write", "save", "keep", "remove", "fix", "convert", "give", "check", "copy", "make", "mend", "set", "add",
+          "unpack", "let", "return", "name", "did you", "start", "delete", "a row is", "each line must",
           "each row needs", "change")
 
 

@@ -1,4 +1,4 @@
-"""The fast BLAS, seen from outside: every case in a process of its own, as import order is a property of a process."""
+"""The fast BLAS; every case runs in a new process, as import order is a property of a process."""
 import os
 import subprocess
 import sys
@@ -19,7 +19,8 @@ def loss(parameters, x, y):
 
 x = mx.random.normal((64, 96), key=mx.random.key(0))
 y = mx.random.randint(0, 200, (64,), key=mx.random.key(1))
-parameters = {"a": mx.random.normal((96, 128), key=mx.random.key(2)) * 0.1, "b": mx.random.normal((128, 200), key=mx.random.key(3)) * 0.1}
+parameters = {"a": mx.random.normal((96, 128), key=mx.random.key(2)) * 0.1,
+              "b": mx.random.normal((128, 200), key=mx.random.key(3)) * 0.1}
 value, gradients = mx.value_and_grad(loss)(parameters, x, y)
 np.savez(sys.argv[1], loss=value, **gradients)
 """
@@ -49,7 +50,7 @@ def silent(done):
     return done.stdout.strip()
 
 
-def test_import_brings_in_no_mlx_and_says_nothing():
+def test_import_is_silent_and_without_mlx():
     assert silent(fresh("import sys, mlx_pretrain; print('mlx.core' in sys.modules)")) == "False"
 
 
@@ -61,7 +62,7 @@ def test_silent_outside_linux():
 
 
 @pytest.mark.linux
-def test_fast_library_is_really_loaded():
+def test_fast_library_is_loaded():
     assert silent(fresh(LOADED)) == "True"
 
 
@@ -71,7 +72,7 @@ def test_opt_out():
 
 
 @pytest.mark.linux
-def test_opt_out_is_silent_even_when_late():
+def test_opt_out_is_silent_after_mlx():
     assert silent(fresh("import mlx.core, mlx_pretrain; print(mlx_pretrain.load_blas())",
                         blas="off")) == "None"
 
@@ -83,28 +84,29 @@ def test_named_library_is_used():
 
 
 @pytest.mark.linux
-def test_too_late():
+def test_mlx_imported_first_warns():
     message = one_warning(fresh("import mlx.core\nimport mlx_pretrain\nmlx_pretrain.load_blas()"))
     assert "import mlx_pretrain first" in message
     assert "<string>:2" in message  # the user's own line
 
 
 @pytest.mark.linux
-def test_again_after_mlx_is_no_longer_late():
+def test_second_call_after_mlx_is_silent():
     assert (
         silent(fresh("import mlx_pretrain, mlx.core; print(mlx_pretrain.load_blas() is not None)")) == "True"
     )
 
 
 @pytest.mark.linux
-def test_none_found():
-    code = "import ctypes\ndef refuse(*args, **kwargs): raise OSError('not here')\nctypes.CDLL = refuse\nimport mlx_pretrain, mlx.core"
+def test_no_library_found_warns():
+    code = ("import ctypes\ndef refuse(*args, **kwargs): raise OSError('not here')\n"
+            "ctypes.CDLL = refuse\nimport mlx_pretrain, mlx.core")
     assert "install" in one_warning(fresh(code + "\nmlx_pretrain.load_blas()"))
 
 
 @pytest.mark.linux
 @pytest.mark.parametrize("kind", ["missing", "text", "no BLAS"])
-def test_bad_path(kind, tmp_path):
+def test_bad_path_warns(kind, tmp_path):
     (tmp_path / "text").write_text("not a library")
     path = "libm.so.6" if kind == "no BLAS" else tmp_path / kind
     message = one_warning(fresh("import mlx_pretrain, mlx.core; mlx_pretrain.load_blas()", blas=path))

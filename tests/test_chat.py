@@ -11,7 +11,7 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 from mlx_pretrain import chat
 from mlx_pretrain.chat import read_messages, render, render_chat, row_pieces, template_pieces
 from mlx_pretrain.cli import main
-from mlx_pretrain.config import ConfigError, load_config
+from mlx_pretrain.config import ConfigError, DataError, load_config
 from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.ppo import PPOConfig, PPOTrainer
 from mlx_pretrain.pretrained import export, load
@@ -19,7 +19,7 @@ from mlx_pretrain.prompt import Piece, PromptFormat, encode_pieces
 from mlx_pretrain.reward import RewardConfig, RewardTrainer
 from mlx_pretrain.run import checkpoints, read_metadata
 from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
-from mlx_pretrain.tokenizer import ByteTokenizer, DataError, SpecialTokens, load_tokenizer
+from mlx_pretrain.tokenizer import ByteTokenizer, SpecialTokens, load_tokenizer
 
 CHATML = """{%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}

@@ -1,4 +1,4 @@
-"Terminals that cannot show a text, streams that cannot be written, and signals at any moment: exit codes and one line, never a traceback."
+"Encodings, unwritable streams, and signals at any moment: exit codes and one line, never a traceback."
 import io
 import json
 import os
@@ -23,7 +23,8 @@ model: {dimensions: {hidden_size: 16, num_layers: 1}}
 training: {hyperparameters: {batch_size: 4, iters: 3}}
 """
 TRAIN = ["train", "--config", "run.yaml"]
-AS_COMMAND = "import sys; from mlx_pretrain.__main__ import main; print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
+AS_COMMAND = ("import sys; from mlx_pretrain.__main__ import main; print('ready', flush=True); "
+              "sys.exit(main(sys.argv[1:]))")
 NOT_SAID = ("Traceback", "Logging error", "ignored")
 
 
@@ -37,8 +38,8 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_terminal_that_is_not_unicode(encoding, here, monkeypatch):
-    "What cannot be shown is replaced."
+def test_terminal_without_unicode(encoding, here, monkeypatch):
+    "Characters that cannot be encoded are replaced."
     said = {}
     for words in (
         ["--help"],
@@ -59,8 +60,8 @@ def test_a_terminal_that_is_not_unicode(encoding, here, monkeypatch):
 
 @pytest.mark.linux
 @pytest.mark.parametrize("shell", [">/dev/full", ">/dev/full 2>/dev/full", ">&- 2>&- <&-"])
-def test_streams_that_cannot_be_written(shell, here):
-    "A training finishes all the same, and its log says that somebody did not get everything."
+def test_unwritable_streams_do_not_stop_training(shell, here):
+    "Training finishes, and the log records that output was lost."
     env = {**os.environ, "PYTHONUNBUFFERED": "1" if "2>/dev" in shell else ""}
     done = subprocess.run(["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-m", "mlx_pretrain",
                            *TRAIN], capture_output=True, text=True, env=env)
@@ -72,21 +73,21 @@ def test_streams_that_cannot_be_written(shell, here):
 
 @pytest.mark.linux
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
-def test_what_a_command_is_for_must_be_written(words):
-    "One sentence where it cannot be."
+def test_unwritable_result_is_an_error(words):
+    "One line if it cannot be written."
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "mlx_pretrain", *words], stdout=full,
                               stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "could not be written" in done.stderr
 
 
-def test_whoever_reads_no_further_is_no_error(here):
+def test_closed_pipe_is_not_an_error(here):
     done = subprocess.run(f"{sys.executable} -m mlx_pretrain --help | true; echo ${{PIPESTATUS[0]}}",
                           shell=True, executable="/bin/bash", capture_output=True, text=True)
     assert done.stdout in ("141\n", "0\n") and done.stderr == ""
 
 
-def test_a_stream_keeps_its_first_error():
+def test_stream_stores_its_first_error():
     class Full(io.StringIO):
         def write(self, text): raise OSError(28, "full")
     stream = safe(Full())
@@ -99,8 +100,8 @@ SIGNALS = [["SIGINT"], ["SIGTERM"], ["SIGINT"] * 4, ["SIGTERM", "SIGTERM", "SIGT
 
 
 @pytest.mark.long
-def test_stopped_at_any_moment(here):
-    "While it imports, reads, tries steps, trains, or ends: the line, and the code that shells give to a signal."
+def test_interrupt_at_any_moment(here):
+    "During import, reading, timing steps, training or exit: one line, and the conventional exit code."
     for names in SIGNALS:
         children = []
         for n in range(3):
@@ -122,8 +123,8 @@ def test_stopped_at_any_moment(here):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_stopped_while_it_trains(name, here):
-    "It saves, and says how to go on; the exit code is that of the signal."
+def test_interrupt_while_training(name, here):
+    "It saves, and prints how to resume; the exit code is that of the signal."
     words = [*TRAIN, "--name", name, "--training.hyperparameters.iters", "100000"]
     child = subprocess.Popen([sys.executable, "-m", "mlx_pretrain", *words], stdout=subprocess.DEVNULL,
                              stderr=subprocess.PIPE, text=True)
@@ -136,12 +137,13 @@ def test_stopped_while_it_trains(name, here):
     )
 
 
-def test_an_import_that_hides_ctrl_c(tmp_path, monkeypatch):
-    "A module that does without another if importing that one fails, in whatever way."
+def test_import_that_suppresses_ctrl_c(tmp_path, monkeypatch):
+    "A module that ignores any failure of an optional import."
     (tmp_path / "stubborn.py").write_text("import time\nprint('here', flush=True)\ntry: time.sleep(30)\n"
                                           "except BaseException: pass\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    code = "from mlx_pretrain.console import run_process\ndef command():\n import stubborn\n print('lost')\nrun_process(command)"
+    code = ("from mlx_pretrain.console import run_process\n"
+            "def command():\n import stubborn\n print('lost')\nrun_process(command)")
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              text=True)
     assert child.stdout.readline() == "here\n"
@@ -149,8 +151,8 @@ def test_an_import_that_hides_ctrl_c(tmp_path, monkeypatch):
     assert child.communicate(timeout=30) == ("", "Stopped.\n") and child.returncode == 130
 
 
-def test_an_exception_made_of_ctrl_c():
-    "An extension module may turn it into another exception."
+def test_exception_raised_from_ctrl_c():
+    "An extension module may raise another exception from it."
     code = """
 import time
 from mlx_pretrain.console import run_process
@@ -167,7 +169,7 @@ run_process(command)
     assert child.communicate(timeout=30) == ("", "Stopped.\n") and child.returncode == 130
 
 
-def test_ctrl_c_in_a_destructor_is_not_lost():
+def test_ctrl_c_in_destructor_is_not_lost():
     code = """
 import time
 from mlx_pretrain.console import run_process
@@ -187,8 +189,8 @@ run_process(command)
     assert child.communicate(timeout=30) == ("", "Stopped.\n") and child.returncode == 130
 
 
-def test_an_error_is_no_signal():
-    "Red if whatever goes wrong would be called a stop."
+def test_error_without_signal_is_raised():
+    "Fails if any error is reported as a stop."
     code = "from mlx_pretrain.console import run_process\nrun_process(lambda: 1 / 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr

@@ -20,12 +20,14 @@ import pytest
 from common import KINDS, TEXT, check_sentence, forall, saved, tokenizer, write_documents
 from hypothesis import strategies as st
 
-from mlx_pretrain import data
-from mlx_pretrain.config import ConfigError, load_config
+from mlx_pretrain import data, jsonl, token_cache, tokenizer as tokenizers
+from mlx_pretrain.config import ConfigError, DataError, load_config
 from mlx_pretrain.data import (
-    DataConfig, Windows, batch_indices, cache_dir, cached_windows, load_object, make_tokenizer, pack,
-    read_jsonl, read_texts, num_steps)
-from mlx_pretrain.tokenizer import ByteTokenizer, DataError, SpecialTokens, load_tokenizer
+    DataConfig, Windows, batch_indices, cached_windows, make_tokenizer, num_steps, pack, read_texts)
+from mlx_pretrain.jsonl import read_jsonl
+from mlx_pretrain.token_cache import cache_dir
+from mlx_pretrain.tokenizer import ByteTokenizer, SpecialTokens, load_tokenizer
+from mlx_pretrain.user_code import load_object
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +36,10 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MLX_PRETRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-# Batches -----------------------------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
 
 def check_epochs(n, batch_size, epochs, seed, batches=batch_indices):
-    "Every window once an epoch, each epoch whole before the next begins, missing places only at the very end."
+    "Every window once per epoch, one epoch after the other, empty places only at the very end."
     steps = num_steps(n, batch_size, epochs)
     visited = np.concatenate([batches(n, batch_size, step, seed, epochs) for step in range(steps)])
     assert visited.shape == (steps * batch_size,)
@@ -51,12 +53,12 @@ COUNTS = dict(n=st.integers(1, 40), batch_size=st.integers(1, 50), epochs=st.int
 
 
 @forall(**COUNTS)
-def test_batches_lose_double_and_reorder_nothing(n, batch_size, epochs, seed):
+def test_each_epoch_visits_every_window_once(n, batch_size, epochs, seed):
     check_epochs(n, batch_size, epochs, seed)
 
 
 @forall(**COUNTS)
-def test_a_step_depends_on_nothing_but_seed_and_step(n, batch_size, epochs, seed):
+def test_batch_depends_only_on_seed_and_step(n, batch_size, epochs, seed):
     data._order.cache_clear()
     backwards = [batch_indices(n, batch_size, step, seed)
                  for step in reversed(range(num_steps(n, batch_size, epochs)))][::-1]
@@ -69,7 +71,7 @@ def test_a_step_depends_on_nothing_but_seed_and_step(n, batch_size, epochs, seed
         batch_indices(n, batch_size, len(backwards), seed, epochs)
 
 
-def test_epochs_and_seeds_have_their_own_order():
+def test_epochs_and_seeds_have_different_orders():
     orders = [tuple(batch_indices(30, 30, step, seed)) for step in range(4) for seed in range(4)]
     assert len(set(orders)) == 16
 
@@ -93,14 +95,14 @@ def reshuffle_each_step(n, batch_size, step, seed, epochs):
 
 
 @pytest.mark.parametrize("bug", [drop_last, sample_with_replacement, reshuffle_each_step])
-def test_planted_bugs_in_batches_are_caught(bug):
+def test_planted_batch_bugs_are_detected(bug):
     with pytest.raises(AssertionError): check_epochs(10, 4, 3, 0, bug)
 
 
-# Windows -----------------------------------------------------------------------------------------------------------------------------
+# Windows ------------------------------------------------------------------------------------------
 
 def check_windows(windows, documents, tok):
-    "Every token but the first is a target exactly once, in order, after the token that comes before it; bos and eos at borders only."
+    "Every token but the first is a target once, in order, with its predecessor as input."
     stream = [i for document in documents for i in [tok.bos_id, *tok.encode(document), tok.eos_id]]
     inputs, targets, mask = (np.array(a) for a in windows.batch(np.arange(len(windows))))
     assert inputs.shape == targets.shape == mask.shape == (len(windows), windows.context)
@@ -136,7 +138,7 @@ def test_every_token_is_a_target_exactly_once(kind, documents, shape):
 
 
 @forall(**PACKED)
-def test_overlap_is_context_from_the_window_before(documents, shape):
+def test_overlap_repeats_the_previous_window(documents, shape):
     context, overlap = shape
     windows = pack(documents, ByteTokenizer(), context, overlap)
     inputs, _, mask = (np.array(a) for a in windows.batch(range(len(windows))))
@@ -146,7 +148,7 @@ def test_overlap_is_context_from_the_window_before(documents, shape):
 
 
 @forall(**PACKED, order=st.randoms())
-def test_a_window_is_the_same_in_any_batch(documents, shape, order):
+def test_window_is_the_same_in_any_batch(documents, shape, order):
     windows = pack(documents, ByteTokenizer(), *shape)
     indices = [*range(len(windows)), -1]
     order.shuffle(indices)
@@ -170,7 +172,7 @@ class CountsOverlap(Windows):
 
 
 class SkipsAtCuts(Windows):
-    "Planted bug: the first target of each window is never predicted (inputs and targets cut from the same T tokens)."
+    "Planted bug: the first target of each window is lost (inputs and targets cut from the same T tokens)."
     def batch(self, indices):
         inputs, targets, mask = super().batch(indices)
         mask = np.array(mask)
@@ -179,7 +181,7 @@ class SkipsAtCuts(Windows):
 
 
 @pytest.mark.parametrize(("bug", "overlap"), [(DropsTail, 0), (CountsOverlap, 3), (SkipsAtCuts, 0)])
-def test_planted_bugs_in_windows_are_caught(bug, overlap):
+def test_planted_window_bugs_are_detected(bug, overlap):
     documents, tok = ["one two three", "four five"], ByteTokenizer()
     good = pack(documents, tok, 8, overlap)
     check_windows(good, documents, tok)
@@ -192,14 +194,14 @@ def test_planted_bugs_in_windows_are_caught(bug, overlap):
     lambda t, tok: np.delete(t, len(t) // 2),                              # a lost token
     lambda t, tok: t[::-1].copy(),                                         # another order
 ])
-def test_planted_bugs_in_the_stream_are_caught(change):
+def test_planted_stream_bugs_are_detected(change):
     documents, tok = ["one two three", "four five"], ByteTokenizer()
     good = pack(documents, tok, 8)
     with pytest.raises(AssertionError):
         check_windows(replace(good, tokens=change(good.tokens, tok)), documents, tok)
 
 
-def test_ids_are_checked_before_mlx_sees_them():
+def test_invalid_token_ids_raise():
     class Broken(ByteTokenizer):
         bad = 259
         def _encode_batch(self, texts): return [[self.bad] for _ in texts]
@@ -211,18 +213,19 @@ def test_ids_are_checked_before_mlx_sees_them():
         with pytest.raises(IndexError): windows.batch([index])
 
 
-def test_grouping_changes_nothing(monkeypatch):
+def test_tokens_do_not_depend_on_group_size(monkeypatch):
     documents = [f"document {i} " * (i % 4) for i in range(30)]
     whole = pack(documents, tokenizer("sentencepiece"), 16, 4)
-    groups = data._groups
-    monkeypatch.setattr(data, "_groups", lambda texts, **length: groups(texts, size=20, **length))
+    groups = token_cache._groups
+    monkeypatch.setattr(token_cache, "_groups", lambda texts, **length: groups(texts, size=20, **length))
     assert np.array_equal(pack(documents, tokenizer("sentencepiece"), 16, 4).tokens, whole.tokens)
 
 
-# JSON Lines --------------------------------------------------------------------------------------------------------------------------
+# JSON Lines ---------------------------------------------------------------------------------------
 
-@forall(texts=st.lists(TEXT, min_size=1, max_size=6), ascii=st.booleans(), end=st.sampled_from(["\n", "\r\n", "\n\n"]), last=st.booleans())
-def test_rows_come_back(texts, ascii, end, last):
+@forall(texts=st.lists(TEXT, min_size=1, max_size=6), ascii=st.booleans(),
+        end=st.sampled_from(["\n", "\r\n", "\n\n"]), last=st.booleans())
+def test_jsonl_roundtrip(texts, ascii, end, last):
     file = f"{mkdtemp()}/rows.jsonl"
     content = end.join(json.dumps({"text": t, "id": i}, ensure_ascii=ascii)
                        for i, t in enumerate(texts)) + (end if last else "")
@@ -234,17 +237,34 @@ def test_rows_come_back(texts, ascii, end, last):
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    (b'{"text": "a"', "not valid JSON"), (b"{text: 1}", "not valid JSON"), (b'{"text": "a"} {"text": "b"}', "not valid JSON"),
-    (b'{"text": "tab\there"}', "not valid JSON"), (b"{", "each line must hold one whole object"),
-    (b'{"text": "a", "x": NaN}', "NaN is not a number that JSON knows"), (b'{"x": -Infinity}', "-Infinity"), (b'{"x": 1e400}', "1e400"),
-    (b'{"text": "a", "text": "a"}', 'key "text" stands there twice'), (b'{"x": {"y": 1, "y": 2}}', 'key "y" stands there twice'),
-    (b'{"text": "\\ud83d"}', "lone surrogate"), (b'{"\\uDE00": 1}', "lone surrogate"), (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
-    (b'{"text": "caf\xe9"}', "byte 0xe9 is not UTF-8"), (b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "too deeply nested"),
+    (b'{"text": "a"', "not valid JSON"),
+    (b"{text: 1}", "not valid JSON"),
+    (b'{"text": "a"} {"text": "b"}', "not valid JSON"),
+    (b'{"text": "tab\there"}', "not valid JSON"),
+    (b"{", "each line must hold one complete object"),
+    (b'{"text": "a", "x": NaN}', "NaN is not a valid JSON number"),
+    (b'{"x": -Infinity}', "-Infinity"),
+    (b'{"x": 1e400}', "1e400"),
+    (b'{"text": "a", "text": "a"}', 'duplicate key "text"'),
+    (b'{"x": {"y": 1, "y": 2}}', 'duplicate key "y"'),
+    (b'{"text": "\\ud83d"}', "unpaired surrogate"),
+    (b'{"\\uDE00": 1}', "unpaired surrogate"),
+    (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
+    (b'{"text": "caf\xe9"}', "byte 0xe9 is not UTF-8"),
+    (b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "too deeply nested"),
     (b'{"x": 1' + b"0" * 6000 + b"}", "thousands of digits"),
-    (b"[1]", "found a list"), (b'"text"', "found a text"), (b"null", "found null"), (b"3", "found a number"), (b"true", "found true"),
-    (b'{"txt": "a"}', 'there is no field "text", the row has "txt"'), (b"{}", "no field at all"),
-    (b'{"text": null}', '"text" must be a text in quotes, found null'), (b'{"text": ["a"]}', "a list"), (b'{"text": 5}', "a number")])
-def test_a_bad_line_is_named(tmp_path, line, message):
+    (b"[1]", "found a list"),
+    (b'"text"', "found a string"),
+    (b"null", "found null"),
+    (b"3", "found a number"),
+    (b"true", "found true"),
+    (b'{"txt": "a"}', 'there is no field "text", the row has "txt"'),
+    (b"{}", "no field at all"),
+    (b'{"text": null}', '"text" must be a string, found null'),
+    (b'{"text": ["a"]}', "a list"),
+    (b'{"text": 5}', "a number"),
+])
+def test_bad_line_error_names_file_and_line(tmp_path, line, message):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
     texts = read_texts(file)
@@ -255,43 +275,43 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     assert len(sentence) < 300 + len(str(file))
 
 
-# Mistakes ----------------------------------------------------------------------------------------------------------------------------
+# Mistakes -----------------------------------------------------------------------------------------
 
-def test_the_check_of_sentences_can_fail():
+def test_check_sentence_can_fail():
     for bad in (
         "no remedy",
-        "two. Sentences; mend it",
-        "two\nlines; mend it",
+        "two. Sentences; fix it",
+        "two\nlines; fix it",
         "a remedy; perhaps",
-        "ends with a full stop; mend it.",
+        "ends with a full stop; fix it.",
     ):
         with pytest.raises(AssertionError): check_sentence(bad)
-    with pytest.raises(AssertionError): check_sentence("fine; mend it", "line 3")
+    with pytest.raises(AssertionError): check_sentence("fine; fix it", "line 3")
 
 
-ROWS = {  # what stands on line 3 → what is said
+ROWS = {  # line 3 → part of the message
     "not JSON": (b"text: a", "not valid JSON"),
-    "cut off": (b'{"text": "a', "each line must hold one whole object"),
+    "cut off": (b'{"text": "a', "each line must hold one complete object"),
     "two objects": (b'{"text": "a"}{"text": "b"}', "Extra data"),
     "trailing comma": (b'{"text": "a",}', "not valid JSON"),
-    "NaN": (b'{"text": "a", "x": NaN}', "NaN is not a number that JSON knows"),
-    "Infinity": (b'{"x": Infinity}', "Infinity is not a number"),
-    "too large": (b'{"x": 1e999}', "1e999 is not a number"),
+    "NaN": (b'{"text": "a", "x": NaN}', "NaN is not a valid JSON number"),
+    "Infinity": (b'{"x": Infinity}', "Infinity is not a valid"),
+    "too large": (b'{"x": 1e999}', "1e999 is not a valid"),
     "long number": (b'{"x": -1' + b"0" * 5000 + b"}", "thousands of digits"),
-    "long float": (b'{"x": 1' + b"0" * 5000 + b".5}", "is not a number that JSON knows"),
-    "key twice": (b'{"text": "a", "text": "b"}', 'the key "text" stands there twice'),
+    "long float": (b'{"x": 1' + b"0" * 5000 + b".5}", "is not a valid JSON number"),
+    "key twice": (b'{"text": "a", "text": "b"}', 'duplicate key "text"'),
     "deep": (b'{"x":' * 100_000, "too deeply nested"),
-    "half a pair": (b'{"text": "\\ud83d"}', "half a character"),
-    "half a pair in a key": (b'{"\\udc00": "a"}', "half a character"),
+    "unpaired surrogate": (b'{"text": "\\ud83d"}', "an unpaired surrogate"),
+    "unpaired surrogate in a key": (b'{"\\udc00": "a"}', "an unpaired surrogate"),
     "encoded half": (b'{"text": "\xed\xa0\xbd"}', "byte 0xed is not UTF-8"),
     "Latin-1": (b'{"text": "\xe9"}', "byte 0xe9 is not UTF-8"),
-    "zero bytes": (b"\0" * 40, "holds zero bytes"),
-    "a zero byte": (b'{"text": "a\0"}', "holds zero bytes"),
+    "zero bytes": (b"\0" * 40, "contains zero bytes"),
+    "a zero byte": (b'{"text": "a\0"}', "contains zero bytes"),
     "control character": (b'{"text": "a\x1b"}', "Invalid control character"),
     "lone CR": (b'{"text": "a\rb"}', "Invalid control character"),
     "list": (b'["a"]', "found a list"),
     "number": (b"7", "found a number"),
-    "text": (b'"a"', "found a text"),
+    "text": (b'"a"', "found a string"),
     "null": (b"null", "found null"),
     "boolean": (b"false", "found true or false"),
     "no field": (b'{"txt": "a"}', 'there is no field "text", the row has "txt"'),
@@ -301,7 +321,7 @@ ROWS = {  # what stands on line 3 → what is said
     "number as text": (b'{"text": 1.5}', "found a number"),
     "row too large": (b'{"text": "' + b"a" * 32_000_000 + b'"}', "longer than 32 MB"),
     "line break in a key": (b'{"a\\nb": 1}', 'the row has "a\\nb"'),
-    "key twice, with a line break": (b'{"\\n": 1, "\\n": 2}', 'key "\\n" stands'),
+    "key twice, with a line break": (b'{"\\n": 1, "\\n": 2}', 'duplicate key "\\n"'),
     "long key": (b'{"' + b"k" * 10_000 + b'": 1}', "there is no field"),
     "byte order mark inside": (b'\xef\xbb\xbf{"text": "a"}', "not valid JSON"),
 }
@@ -312,7 +332,7 @@ ROWS = {  # what stands on line 3 → what is said
     lambda file: cached_windows(file, tokenizer("sentencepiece"), 8, preprocess=lambda row: row)],
     ids=["read_texts", "cached", "preprocess"])
 @pytest.mark.parametrize(("line", "says"), ROWS.values(), ids=ROWS)
-def test_a_bad_row_is_one_sentence_with_file_and_line(tmp_path, line, says, reader):
+def test_bad_row_error_is_one_sentence(tmp_path, line, says, reader):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
     with pytest.raises(DataError) as error: reader(file)
@@ -345,7 +365,7 @@ def written(path, content):
     return path
 
 
-FILES = {  # makes the file → what is said
+FILES = {  # makes the file → part of the message
     "empty": (lambda f: written(f, b""), "holds no rows"),
     "blank lines": (lambda f: written(f, b"\n \r\n\t\n"), "holds no rows"),
     "byte order mark only": (lambda f: written(f, b"\xef\xbb\xbf\n"), "holds no rows"),
@@ -372,7 +392,7 @@ FILES = {  # makes the file → what is said
 
 
 @pytest.mark.parametrize(("make", "says"), FILES.values(), ids=FILES)
-def test_a_bad_file_is_one_sentence(tmp_path, make, says):
+def test_bad_file_error_is_one_sentence(tmp_path, make, says):
     file = make(tmp_path / "rows.jsonl")
     def read(): cached_windows(file, ByteTokenizer(), 8, cache=tmp_path / "cache")
     with pytest.raises(DataError) as error:
@@ -385,7 +405,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, make, says):
 
 
 @pytest.mark.linux
-def test_a_disk_that_gives_up_in_the_middle():
+def test_io_error_while_reading():
     with pytest.raises(DataError) as error:  # a regular file that answers with an I/O error
         list(read_jsonl("/proc/self/mem"))
     check_sentence(str(error.value), "/proc/self/mem, line 1: cannot be read (Input/output error)")
@@ -403,7 +423,7 @@ BYTES = st.lists(st.one_of(st.binary(max_size=6),
 
 
 @forall(400, content=BYTES)
-def test_any_bytes_are_rows_or_one_sentence(content):
+def test_random_bytes_give_rows_or_one_error(content):
     file = written(Path(mkdtemp()) / "any.jsonl", content)
     try: texts = list(read_texts(file))
     except DataError as e:
@@ -415,20 +435,20 @@ def test_any_bytes_are_rows_or_one_sentence(content):
         assert cached_windows(file, ByteTokenizer(), 8).n_bytes == sum(len(t.encode()) for t in texts)
 
 
-def test_line_separators_inside_a_string_are_text(tmp_path):
+def test_unicode_line_separators_do_not_split_rows(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('{"text": "a\u2028b\u2029c\x85d"}\n{"text": "e"}'.encode())
     assert list(read_texts(tmp_path / "a.jsonl")) == ["a\u2028b\u2029c\x85d", "e"]
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_byte_order_mark_is_removed(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}')
     assert list(read_texts(tmp_path / "a.jsonl")) == ["a"]
     (tmp_path / "b.jsonl").write_bytes('{"text": "a"}'.encode("utf-16"))
-    with pytest.raises(DataError, match="is a UTF-16 file; make UTF-8 of it with `iconv"):
+    with pytest.raises(DataError, match="is a UTF-16 file; convert it to UTF-8 with `iconv"):
         list(read_texts(tmp_path / "b.jsonl"))
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_files(tmp_path):
     with pytest.raises(DataError, match="No such file or directory.; check the path"):
         list(read_texts(tmp_path / "missing"))
     with pytest.raises(DataError, match="is a directory"): list(read_texts(tmp_path))
@@ -437,14 +457,14 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="holds no rows"): list(read_texts(tmp_path / "empty"))
 
 
-def test_no_text_to_pack():
+def test_pack_without_text_raises():
     for nothing in ([], [""], ["", ""]):
         with pytest.raises(DataError, match="no text"): pack(nothing, ByteTokenizer(), 8)
     for context, overlap in ((8, 8), (8, -1), (0, 0)):
         with pytest.raises(DataError, match="overlap must be"): pack(["a"], ByteTokenizer(), context, overlap)
 
 
-# Preprocessing -----------------------------------------------------------------------------------------------------------------------
+# Preprocessing ------------------------------------------------------------------------------------
 
 RULES = """
 import dataclasses
@@ -492,7 +512,7 @@ def both_ways(rules, spec, **more):
     return texts, windows.source["dropped"]
 
 
-def test_rows_are_changed_and_dropped(rules, monkeypatch):
+def test_preprocess_changes_and_drops_rows(rules, monkeypatch):
     odd = ["row 1", "row 3", "row 5"]
     assert both_ways(rules, f"{rules}/rules.py:odd") == (odd, 3)
     assert both_ways(rules, lambda row: {"text": row["text"][4:]}) == (list("012345"), 0)
@@ -506,13 +526,13 @@ def test_rows_are_changed_and_dropped(rules, monkeypatch):
         assert both_ways(rules, spec) == (odd, 3)
 
 
-FUNCTIONS = {  # what is named → what is said
-    "no colon": ("rules", "'rules' names no function"),
-    "no name": ("rules.py:", "names no function"),
-    "no module": (":odd", "names no function"),
-    "a path without .py": ("here/rules:odd", "names no function"),
-    "empty": ("", "names no function"),
-    "line break": ("a\nb:c", "names no function"),
+FUNCTIONS = {  # spec → part of the message
+    "no colon": ("rules", "'rules' does not name a function"),
+    "no name": ("rules.py:", "does not name a function"),
+    "no module": (":odd", "does not name a function"),
+    "a path without .py": ("here/rules:odd", "does not name a function"),
+    "empty": ("", "does not name a function"),
+    "line break": ("a\nb:c", "does not name a function"),
     "missing file": ("nowhere.py:odd", "nowhere.py cannot be read (No such file or directory)"),
     "a folder": ("folder.py:odd", "folder.py cannot be read (Is a directory)"),
     "zero byte": ("a\0.py:odd", "cannot be read"),
@@ -521,20 +541,20 @@ FUNCTIONS = {  # what is named → what is said
     "inside a module": ("rules.odd:x", "there is no module 'rules.odd'"),
     "misspelled": ("rules.py:oddd", "rules.py has no 'oddd'; did you mean 'odd'?"),
     "no such name": ("rules.py:zzzz", "has no 'zzzz'; check the name"),
-    "not callable": ("rules.py:CONSTANT", "is no function, but a number"),
+    "not callable": ("rules.py:CONSTANT", "is not a function, but a number"),
     "itself": ("__main__:x", "x"),
     "fails": (
         "bad.py:f",
-        "bad.py cannot be loaded, it fails in bad.py, line 2 (ZeroDivisionError: division by zero)",
+        "bad.py cannot be loaded, error in bad.py, line 2 (ZeroDivisionError: division by zero)",
     ),
     "fails as a module": ("bad:f", "/bad.py, line 2 (ZeroDivisionError: division by zero)"),
-    "fails deeper": ("deeper.py:f", "it fails in deeper.py, line 1 (ZeroDivisionError"),
+    "fails deeper": ("deeper.py:f", "error in deeper.py, line 1 (ZeroDivisionError"),
     "in its package": ("broken.sub:f", "__init__.py, line 1 (NameError"),
-    "not Python": ("syntax.py:f", "fails in syntax.py, line 1 (SyntaxError: "),
+    "not Python": ("syntax.py:f", "error in syntax.py, line 1 (SyntaxError: "),
     "imports what is missing": ("needs.py:f", "(ModuleNotFoundError: No module named 'not_there')"),
-    "leaves": ("leave.py:f", "it fails in leave.py, line 1 (SystemExit: 3)"),
-    "not text": ("binary.py:f", "it fails"),
-    "zero bytes": ("zero.py:f", "it fails"),
+    "leaves": ("leave.py:f", "error in leave.py, line 1 (SystemExit: 3)"),
+    "not text": ("binary.py:f", "error"),
+    "zero bytes": ("zero.py:f", "error"),
 }
 
 
@@ -542,8 +562,10 @@ FUNCTIONS = {  # what is named → what is said
 def bad_rules(rules, monkeypatch):
     monkeypatch.chdir(rules)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for name, content in {"bad": "x = 1\ny = x / 0", "deeper": "import bad", "syntax": "def f(:", "needs": "import not_there",
-                          "leave": "raise SystemExit(3)", "binary": "\udcff\udcfe", "zero": "x = 1\0"}.items():
+    modules = {"bad": "x = 1\ny = x / 0", "deeper": "import bad", "syntax": "def f(:",
+               "needs": "import not_there", "leave": "raise SystemExit(3)", "binary": "\udcff\udcfe",
+               "zero": "x = 1\0"}
+    for name, content in modules.items():
         (rules / f"{name}.py").write_bytes(content.encode(errors="surrogateescape"))
     (rules / "folder.py").mkdir()
     (rules / "broken").mkdir()
@@ -552,27 +574,30 @@ def bad_rules(rules, monkeypatch):
 
 
 @pytest.mark.parametrize(("spec", "says"), FUNCTIONS.values(), ids=FUNCTIONS)
-def test_a_function_that_is_not_there_is_one_sentence(bad_rules, spec, says):
-    for use in (lambda: load_object(spec, "data.preprocess"), lambda: cached_windows("rows.jsonl", ByteTokenizer(), 8, preprocess=spec),
+def test_missing_function_error_is_one_sentence(bad_rules, spec, says):
+    for use in (lambda: load_object(spec, "data.preprocess"),
+                lambda: cached_windows("rows.jsonl", ByteTokenizer(), 8, preprocess=spec),
                 lambda: list(read_texts("rows.jsonl", spec))):
         with pytest.raises(DataError) as error: use()
         check_sentence(str(error.value), '"data.preprocess": ', says)
     assert "bad" not in sys.modules and "broken" not in sys.modules
 
 
-FAILURES = { # function → what is said about line 1
-    "fails": "preprocess rules.py:fails fails in rules.py, line 23 (ZeroDivisionError: division by zero); mend the function or the row",
+FAILURES = { # function → part of the message about line 1
+    "fails": "preprocess rules.py:fails failed in rules.py, line 23 (ZeroDivisionError: division by zero); "
+             "fix the function or the row",
     "leaves": "(SystemExit: 3)", "loops": "(RecursionError: ", "talks": "(ValueError: two lines. And more",
     "a_text": "returned str, not a row",
-    "generator": "returned generator, not a row", "later": "returned coroutine, not a row", "CONSTANT": "is no function",
+    "generator": "returned generator, not a row", "later": "returned coroutine, not a row",
+    "CONSTANT": "is not a function",
     "renamed": 'after preprocess rules.py:renamed, there is no field "text", the row has "txt"',
-    "listed": '"text" must be a text in quotes, found a list',
+    "listed": '"text" must be a string, found a list',
     "tupled": "found a tuple", "half": "after preprocess rules.py:half, a text holds half a character"}
 
 
 @pytest.mark.filterwarnings("ignore:coroutine")
 @pytest.mark.parametrize(("name", "says"), FAILURES.items(), ids=FAILURES)
-def test_a_function_that_fails_is_one_sentence(rules, monkeypatch, name, says):
+def test_failing_function_error_is_one_sentence(rules, monkeypatch, name, says):
     monkeypatch.chdir(rules)
     for use in (
         lambda f: cached_windows("rows.jsonl", ByteTokenizer(), 8, preprocess=f),
@@ -585,18 +610,18 @@ def test_a_function_that_fails_is_one_sentence(rules, monkeypatch, name, says):
     assert list(cache_dir().iterdir()) == []
     with pytest.raises(DataError, match="rows.jsonl, line 1: preprocess len returned int"):
         list(read_texts("rows.jsonl", len))
-    with pytest.raises(DataError, match=r"preprocess ord fails \(TypeError"):
+    with pytest.raises(DataError, match=r"preprocess ord failed \(TypeError"):
         list(read_texts("rows.jsonl", ord))
 
 
-def test_a_function_that_drops_all(rules):
+def test_dropping_every_row_raises(rules):
     with pytest.raises(DataError) as error: both_ways(rules, f"{rules}/rules.py:drop")
     check_sentence(str(error.value),
                    f"{rules}/rows.jsonl: preprocess {rules}/rules.py:drop dropped every row")
 
 
-def test_an_edited_function_is_another_function(rules, monkeypatch):
-    "In the same process, in the same second, with the same size: what is in the file now is what runs, and the cache knows."
+def test_edited_function_is_reloaded(rules, monkeypatch):
+    "In the same process and second, with the same size: the current content runs, with its own cache key."
     monkeypatch.chdir(rules)
     for place in ("quick.py", "quick"):
         seen = []
@@ -608,7 +633,7 @@ def test_an_edited_function_is_another_function(rules, monkeypatch):
         assert len(set(seen)) == 3 and seen[0] == seen[3]
 
 
-def test_a_module_is_executed_once_for_each_content(tmp_path, monkeypatch):
+def test_module_is_executed_once_per_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "counting.py").write_text("open('log', 'a').write('x')\ndef f(row): return row")
     first, second = load_object("counting.py:f", "k"), load_object("counting.py:f", "k")
@@ -616,16 +641,17 @@ def test_a_module_is_executed_once_for_each_content(tmp_path, monkeypatch):
     assert load_object("json:loads", "k")("[1]") == [1] and load_object("math:sqrt", "k")(9) == 3
 
 
-# Cache -------------------------------------------------------------------------------------------------------------------------------
+# Cache --------------------------------------------------------------------------------------------
 
 def same_batches(one, two):
     pairs = [pair for i in range(-1, len(one)) for pair in zip(one.batch([i]), two.batch([i]))]
     return len(one) == len(two) and all(a.tolist() == b.tolist() for a, b in pairs)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface", pytest.param("wide", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface",
+                                  pytest.param("wide", marks=pytest.mark.long)])
 @forall(60, **PACKED)
-def test_the_cache_gives_the_same_batches_as_memory(kind, documents, shape):
+def test_cached_and_in_memory_batches_agree(kind, documents, shape):
     home, tok = Path(mkdtemp()), ByteTokenizer(65_536) if kind == "wide" else tokenizer(kind)
     file = write_documents(home / "rows.jsonl", documents)
     memory = pack(documents, tok, *shape)
@@ -641,7 +667,7 @@ def test_the_cache_gives_the_same_batches_as_memory(kind, documents, shape):
         check_windows(windows, documents, tok)
 
 
-def test_where_windows_come_from(tmp_path, monkeypatch):
+def test_windows_source_and_cache_metadata(tmp_path, monkeypatch):
     file = write_documents(tmp_path / "rows.jsonl", ["one", "two 🙂"])
     windows = cached_windows(str(file), ByteTokenizer(), 4)
     key = windows.source["key"]
@@ -669,11 +695,11 @@ def test_where_windows_come_from(tmp_path, monkeypatch):
     assert cache_dir(tmp_path) == tmp_path and cache_dir("~") == Path.home()
     monkeypatch.delenv("MLX_PRETRAIN_CACHE")
     assert cache_dir() == Path.home() / ".cache" / "mlx-pretrain"
-    with pytest.raises(DataError, match="has no place .*; set MLX_PRETRAIN_CACHE"):
+    with pytest.raises(DataError, match="cannot be located .*; set MLX_PRETRAIN_CACHE"):
         cache_dir("~no-such-user-here/x")
 
 
-def test_the_key_is_what_the_tokens_depend_on(tmp_path, rules):
+def test_cache_key_covers_everything_tokens_depend_on(tmp_path, rules):
     file, again = (write_documents(tmp_path / name, ["one", "two"]) for name in ("a.jsonl", "b.jsonl"))
     other = write_documents(tmp_path / "c.jsonl", ["one", "tow"])
     def key(file=file, tok=None, context=8, overlap=0, **more):
@@ -690,7 +716,7 @@ def test_the_key_is_what_the_tokens_depend_on(tmp_path, rules):
     assert sorted(p.name for p in cache_dir().iterdir()) == sorted(different)
 
 
-def test_a_function_object_is_used_and_not_kept(rules):
+def test_function_object_is_not_cached(rules):
     def windows(letter):
         return cached_windows(rules / "rows.jsonl", ByteTokenizer(), 8,
                               preprocess=lambda row: {"text": letter})
@@ -702,12 +728,12 @@ def test_a_function_object_is_used_and_not_kept(rules):
     assert a.batch([0]).inputs.tolist() == [[257, 97, 258, 257, 97, 258, 257, 97]]
 
 
-def test_tokens_are_made_once_and_the_file_is_hashed_once(tmp_path, monkeypatch):
+def test_file_is_tokenized_once(tmp_path, monkeypatch):
     file, opened, made = write_documents(tmp_path / "rows.jsonl", ["one"]), [], []
-    open_rows, write = data._open_rows, data._write_cache
-    monkeypatch.setattr(data, "_open_rows", lambda path: opened.extend([path] * (path == file))
-                        or open_rows(path))
-    monkeypatch.setattr(data, "_write_cache", lambda *a: made.append(a) or write(*a))
+    open_file, write = jsonl.open_data_file, token_cache._write_cache
+    monkeypatch.setattr(jsonl, "open_data_file", lambda path: opened.extend([path] * (path == file))
+                        or open_file(path))
+    monkeypatch.setattr(token_cache, "_write_cache", lambda *args: made.append(args) or write(*args))
     cached_windows(file, ByteTokenizer(), 8)
     assert len(opened) == 2 and len(made) == 1  # once to hash, once to read
     cached_windows(file, ByteTokenizer(), 8)
@@ -741,19 +767,19 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_cache_is_made_again(tmp_path, damage):
+def test_damaged_cache_is_rebuilt(tmp_path, damage):
     file = write_documents(tmp_path / "rows.jsonl", ["one", "two"])
     first = cached_windows(file, ByteTokenizer(), 8)
     folder, memory = Path(first.source["cache"]), pack(["one", "two"], ByteTokenizer(), 8)
     damage(folder)
-    assert data._open_cache(folder, 259) is None
+    assert token_cache._open_cache(folder, 259) is None
     assert same_batches(cached_windows(file, ByteTokenizer(), 8), memory)
-    assert data._open_cache(folder, 259) is not None and [p.name
-                                                          for p in cache_dir().iterdir()] == [folder.name]
+    assert token_cache._open_cache(folder, 259) is not None
+    assert [path.name for path in cache_dir().iterdir()] == [folder.name]
 
 
 @pytest.mark.parametrize("size", [0, 7, 30])
-def test_a_cache_that_is_cut_off_while_it_is_read(tmp_path, size):
+def test_cache_truncated_while_in_use_raises(tmp_path, size):
     "A mapped file would end the process with SIGBUS."
     file = write_documents(tmp_path / "rows.jsonl", ["one two three four"] * 2)
     windows = cached_windows(file, ByteTokenizer(), 4)
@@ -767,7 +793,7 @@ def test_a_cache_that_is_cut_off_while_it_is_read(tmp_path, size):
     assert cached_windows(file, ByteTokenizer(), 4).batch([0, 3]).inputs.tolist() == before
 
 
-def test_a_cache_that_is_deleted_or_made_again_while_it_is_read(tmp_path):
+def test_cache_deleted_or_rebuilt_while_in_use(tmp_path):
     file = write_documents(tmp_path / "rows.jsonl", ["one two three four"] * 2)
     windows = cached_windows(file, ByteTokenizer(), 4)
     shutil.rmtree(windows.source["cache"])
@@ -778,26 +804,26 @@ def test_a_cache_that_is_deleted_or_made_again_while_it_is_read(tmp_path):
     assert same_batches(windows, pack(["one two three four"] * 2, ByteTokenizer(), 4))
 
 
-def test_a_file_of_tokens_is_closed(tmp_path):
+def test_token_file_is_closed(tmp_path):
     file = write_documents(tmp_path / "rows.jsonl", ["one"])
     handle = cached_windows(file, ByteTokenizer(), 4).tokens._handle
     gc.collect()
     with pytest.raises(OSError, match="Bad file"): os.fstat(handle)
 
 
-def test_a_disk_that_reads_back_other_bytes(tmp_path, monkeypatch):
-    write = data._write_cache
+def test_corrupt_write_is_detected(tmp_path, monkeypatch):
+    write = token_cache._write_cache
     def rot(folder, *how):
         write(folder, *how)
         (folder / "tokens.bin").write_bytes(b"\0" * (folder / "tokens.bin").stat().st_size)
-    monkeypatch.setattr(data, "_write_cache", rot)
+    monkeypatch.setattr(token_cache, "_write_cache", rot)
     with pytest.raises(DataError) as error:
         cached_windows(write_documents(tmp_path / "rows.jsonl", ["one"]), ByteTokenizer(), 4)
-    check_sentence(str(error.value), "cannot be written (it does not read as it was written)",
+    check_sentence(str(error.value), "cannot be written (what was read back differs from what was written)",
                    "set MLX_PRETRAIN_CACHE")
 
 
-def test_rotten_tokens_never_reach_mlx(tmp_path, monkeypatch):
+def test_corrupt_token_ids_never_reach_mlx(tmp_path, monkeypatch):
     file = write_documents(tmp_path / "rows.jsonl", ["one two three"])
     windows = cached_windows(file, ByteTokenizer(), 4)
     folder = Path(windows.source["cache"])
@@ -820,7 +846,8 @@ import sys, time
 from mlx_pretrain.data import cached_windows
 from mlx_pretrain.tokenizer import ByteTokenizer
 print("ready", flush=True); sys.stdin.readline()
-windows = cached_windows(sys.argv[1], ByteTokenizer(), 8, preprocess=sys.argv[2] if len(sys.argv) > 2 else None)
+preprocess = sys.argv[2] if len(sys.argv) > 2 else None
+windows = cached_windows(sys.argv[1], ByteTokenizer(), 8, preprocess=preprocess)
 print(windows.batch(range(len(windows))).inputs.sum().item(), windows.source["key"])
 """
 
@@ -831,7 +858,7 @@ def builder(*args):
 
 
 @pytest.mark.long
-def test_writers_of_the_same_cache_do_not_disturb_each_other(tmp_path):
+def test_concurrent_writers_of_one_cache(tmp_path):
     file = write_documents(tmp_path / "rows.jsonl", [f"document {n} " * 50 for n in range(4000)])
     for damaged in (False, True):
         if damaged: os.truncate(next(cache_dir().glob("*/tokens.bin")), 100)
@@ -843,15 +870,15 @@ def test_writers_of_the_same_cache_do_not_disturb_each_other(tmp_path):
         assert [p.name for p in cache_dir().iterdir()] == [outputs.pop().split()[1]]
 
 
-def test_a_faster_writer_wins(tmp_path, monkeypatch):
+def test_faster_writer_wins(tmp_path, monkeypatch):
     "Between the last look and the rename another process commits: its folder stays, ours goes."
-    file, write = write_documents(tmp_path / "rows.jsonl", ["one", "two"]), data._write_cache
+    file, write = write_documents(tmp_path / "rows.jsonl", ["one", "two"]), token_cache._write_cache
     def beaten(*args):
         write(*args)
-        monkeypatch.setattr(data, "_write_cache", write)
+        monkeypatch.setattr(token_cache, "_write_cache", write)
         beaten.other = cached_windows(file, ByteTokenizer(), 8).source["cache"]
         beaten.made = Path(beaten.other).stat().st_ino
-    monkeypatch.setattr(data, "_write_cache", beaten)
+    monkeypatch.setattr(token_cache, "_write_cache", beaten)
     windows = cached_windows(file, ByteTokenizer(), 8)
     assert Path(windows.source["cache"]).stat().st_ino == beaten.made and same_batches(
         windows, pack(["one", "two"], ByteTokenizer(), 8)
@@ -865,7 +892,7 @@ def in_use(file):
         except OSError: return True
 
 
-def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
+def test_killed_writer_leftovers_are_removed(tmp_path):
     file = write_documents(tmp_path / "rows.jsonl", ["one", "two", "three"])
     (tmp_path / "slow.py").write_text(
         "import os, time\ndef f(row):\n    if os.environ.get('SLOW'): time.sleep(600)\n    return row"
@@ -887,21 +914,21 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
     assert key() == made and [p.name for p in cache_dir().iterdir()] == [made]
 
 
-def test_a_young_or_locked_folder_is_in_use(tmp_path):
+def test_recent_or_locked_folder_is_not_removed(tmp_path):
     (tmp_path / ".key-1-1").mkdir()
     file = written(tmp_path / ".key-1-1" / "tokens.bin", b"")
     for age, locked, stays in ((0, False, True), (100, True, True), (100, False, False)):
         os.utime(file, (time.time() - age,) * 2)
         with open(file) as f:
             if locked: fcntl.flock(f, fcntl.LOCK_EX)
-            data._sweep(tmp_path, "key")
+            token_cache._remove_leftovers(tmp_path, "key")
         assert file.exists() == stays
 
 
 @pytest.mark.parametrize("where", ["fsync", "_commit"])
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, where):
+def test_full_disk_error_leaves_no_files(tmp_path, monkeypatch, where):
     def full(*args): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(data, where, full)
+    monkeypatch.setattr(token_cache, where, full)
     with pytest.raises(DataError) as error:
         cached_windows(write_documents(tmp_path / "rows.jsonl", ["one"]), ByteTokenizer(), 8)
     check_sentence(str(error.value),
@@ -909,7 +936,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, w
     assert list(cache_dir().iterdir()) == []
 
 
-def test_a_place_where_nobody_can_write(tmp_path):
+def test_unwritable_cache_directory(tmp_path):
     file = write_documents(tmp_path / "rows.jsonl", ["one"])
     for place in (file, file / "below"):
         with pytest.raises(DataError) as error: cached_windows(file, ByteTokenizer(), 8, cache=place)
@@ -923,7 +950,7 @@ def test_a_place_where_nobody_can_write(tmp_path):
     assert os.listdir(tmp_path / "cache") == [key]
 
 
-def test_a_file_that_grows_while_it_is_read(tmp_path):
+def test_file_changed_while_reading_raises(tmp_path):
     file = write_documents(tmp_path / "rows.jsonl", ["one", "two"])
     def grow(row):
         if row["text"] == "one":
@@ -936,7 +963,7 @@ def test_a_file_that_grows_while_it_is_read(tmp_path):
     assert list(cache_dir().iterdir()) == []
 
 
-def test_progress_counts_the_bytes_of_the_file(tmp_path, monkeypatch, capfd):
+def test_progress_bar_counts_file_bytes(tmp_path, monkeypatch, capfd):
     import tqdm
     bars = []
     class Bar(tqdm.tqdm):
@@ -957,7 +984,7 @@ def test_progress_counts_the_bytes_of_the_file(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface"])
-def test_the_document_that_a_tokenizer_refuses_is_named(tmp_path, kind):
+def test_untokenizable_document_is_named(tmp_path, kind):
     tok = load_tokenizer(saved(tokenizer(kind)))
     encode = tok._encode_batch
     def broken(texts):
@@ -973,9 +1000,9 @@ def test_the_document_that_a_tokenizer_refuses_is_named(tmp_path, kind):
         pack(["one", "a\ud800"], tok, 8)
 
 
-# Settings ----------------------------------------------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------------------
 
-def test_settings(tmp_path):
+def test_data_config(tmp_path):
     def load(text):
         (tmp_path / "data.yaml").write_text(text)
         return load_config(DataConfig, tmp_path / "data.yaml")
@@ -983,7 +1010,8 @@ def test_settings(tmp_path):
                "tokenizer: {normal_vocab_size: 300, special_tokens: {eos: <end>}}\n")
     tok = make_tokenizer(cfg)
     assert (cfg.preprocessing.chunk_overlap, tok.vocab_size, tok.piece(tok.eos_id)) == (0, 303, "<end>")
-    for text, message in (("preprocessing: {max_context_size: 8, chunk_overlap: 8}", "must be less than max_context_size"),
+    for text, message in (("preprocessing: {max_context_size: 8, chunk_overlap: 8}",
+                           "must be less than max_context_size"),
                           ("preprocessing: {max_context_size: 1}", "greater than or equal to 2"),
                           ("tokenizer: {normal_vocab_size: 255}", "256"),
                           ("tokenizer_path: 3", "tokenizer_path"), ("inputfile: x", "input_file")):
@@ -992,8 +1020,8 @@ def test_settings(tmp_path):
         make_tokenizer(load("tokenizer_path: nowhere"))
 
 
-def test_steps_by_hand():
+def test_num_steps_by_hand():
     assert [num_steps(*a) for a in ((10, 4, 1), (10, 4, 2), (1, 8, 3), (8, 8, 1))] == [3, 5, 1, 1]
 
 
-def test_one_error_for_both(): assert data.DataError is DataError
+def test_data_error_is_defined_once(): assert data.DataError is tokenizers.DataError is DataError

@@ -1,6 +1,7 @@
-"""What a user gets wrong, from the keyboard to the exit code: 2, one sentence a mistake, and nothing on the disk has changed.
+"""User errors, from the command line to the exit code: 2, one line per mistake, and no file has changed.
 
-Each mistake stands once here, at the command that meets it. What can be wrong inside a file is in test_config.py and test_data.py.
+Each mistake appears once here, at the first command that detects it. Mistakes inside files are tested in
+test_config.py and test_data.py.
 """
 import json
 import os
@@ -27,7 +28,7 @@ TRAIN = ["train", "--config", "run.yaml"]
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    "A directory with a configuration, a text and the finished run that came of them."
+    "A directory with a configuration, a text and the finished run made from them."
     folder, before = tmp_path_factory.mktemp("finished"), Path.cwd()
     os.chdir(folder)
     try:
@@ -40,7 +41,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def here(tmp_path, finished, monkeypatch):
-    "A copy of it, to break."
+    "A copy of it, to be damaged."
     shutil.copytree(finished, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path
@@ -92,7 +93,7 @@ MISTAKES = {  # name: (what to break first, command, the pieces of each line)
     "not YAML": (
         broken("data:\n\tinput_file: a\n", "run.yaml"),
         TRAIN,
-        [("run.yaml, line 2", "a tab stands here; use spaces")],
+        [("run.yaml, line 2", "a tab is not allowed here; use spaces")],
     ),
     "section misspelt": (
         broken(YAML + "sistem: {seed: 1}\n", "run.yaml"),
@@ -109,7 +110,7 @@ MISTAKES = {  # name: (what to break first, command, the pieces of each line)
         [*TRAIN, "--training.epochs", "0"],
         [
             ("run.yaml, line 4", '"overwrite" should be true or false'),
-            ("run.yaml, line 5", "take the quotes away"),
+            ("run.yaml, line 5", "remove the quotes"),
             ("run.yaml, line 7", "keep one of them"),
             ("command line", '"training.epochs" should be greater than or equal to 1'),
         ],
@@ -304,7 +305,7 @@ MISTAKES = {  # name: (what to break first, command, the pieces of each line)
 
 
 def check(error, mistakes):
-    "On the error stream stands the program's name, and one line for each mistake."
+    "On the error stream: the program's name, and one line per mistake."
     assert error.startswith("mlx-pretrain: ") and error.endswith("\n") and "Traceback" not in error, error
     lines = error.removeprefix("mlx-pretrain: ").removesuffix("\n").split("\n")
     assert len(lines) == len(mistakes), error
@@ -314,7 +315,7 @@ def check(error, mistakes):
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_one_sentence_and_changes_nothing(here, capfd, case):
+def test_mistake_is_one_line_and_changes_no_file(here, capfd, case):
     prepare, args, mistakes = MISTAKES[case]
     if prepare: prepare()
     before = listing(here)
@@ -326,8 +327,9 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(here, capfd, case):
     assert listing(here) == before
 
 
-@pytest.mark.parametrize("case", ["four mistakes, three in the file", "no such validation file", "the run is there", "plot from nothing"])
-def test_a_real_process_says_the_same(here, case):
+@pytest.mark.parametrize("case", ["four mistakes, three in the file", "no such validation file",
+                                  "the run is there", "plot from nothing"])
+def test_real_process_prints_the_same(here, case):
     prepare, args, mistakes = MISTAKES[case]
     if prepare: prepare()
     before = listing(here)
@@ -339,8 +341,8 @@ def test_a_real_process_says_the_same(here, case):
     assert listing(here) == before
 
 
-def test_the_listing_sees_a_change(here):
-    "The proof above can fail: a file more, a byte other, a folder less."
+def test_file_listing_detects_changes(here):
+    "The check above can fail: an added file, a changed byte, a removed folder."
     before = listing(here)
     write("new", "")
     assert listing(here) != before
@@ -357,7 +359,7 @@ def test_no_gpu_is_a_warning(here, capfd, caplog, monkeypatch):
     assert is_run(Path("runs/new"))
 
 
-def test_one_document_shorter_than_the_context_is_enough(here, capfd):
+def test_one_document_shorter_than_the_context(here, capfd):
     write("text.jsonl", '{"text": "Short."}\n')
     assert main([*NEW, "--data.preprocessing.max_context_size", "64"]) == 0
     metrics = [json.loads(line) for line in Path("runs/new/metrics.jsonl").read_text().splitlines()]
@@ -365,8 +367,8 @@ def test_one_document_shorter_than_the_context_is_enough(here, capfd):
     assert losses and all(0 < loss < 7 for loss in losses)
 
 
-def test_all_mistakes_are_found_in_one_go(here, capfd):
-    "Mended line by line as it is told, a file is right after one round."
+def test_all_mistakes_are_reported_together(here, capfd):
+    "A file is valid after fixing every reported line once."
     write(
         "run.yaml",
         YAML + "nmae: new\nsystem: {seed: '1', device: tpu}\nlogging: {steps: {logging_interval: 0}}\n",

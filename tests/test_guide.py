@@ -95,7 +95,7 @@ training: {hyperparameters: {iters: 3, batch_size: 4}}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    "A directory after the guide's commands."
+    "A directory after the guide's commands were run."
     place = tmp_path_factory.mktemp("guide")
     for name in ("train.py", "sft.py", "rl.py"): shutil.copy(ROOT / name, place)
     texts = [json.dumps({"text": f"Silicon minds in constant flow, {i} times."}) + "\n" for i in range(50)]
@@ -113,7 +113,7 @@ def run(place, *words):
     return done.stdout + done.stderr
 
 
-def test_the_guide(place):
+def test_guide(place):
     run(place, "train.py", "--config", "model-config.yaml")
     said = run(place, "sft.py", "--config", "sft-config.yaml", "--pretrained_model", "runs/Llama (2M)")
     path = place / "runs" / "Llama-2M-SFT"
@@ -147,9 +147,9 @@ def test_the_guide(place):
 
 
 @pytest.mark.long
-def test_the_guide_goes_on_with_rewards(place):
+def test_guide_with_rewards(place):
     "The second half: rows with rewards, then a reward class, both after the first half's model."
-    if not (place / "runs" / "Llama-2M-SFT").exists(): test_the_guide(place)
+    if not (place / "runs" / "Llama-2M-SFT").exists(): test_guide(place)
     row = json.loads(RL_ROW)
     rows = [row, {**row, "instruction": "Sing", "reward": -1}, {**row, "response": "No.", "reward": 0}]
     (place / "rl_data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -8,11 +8,11 @@ import pytest
 HEAVY = {"matplotlib", "ipywidgets", "transformers", "torch", "pandas", "IPython", "sentencepiece", "tqdm",
          "tyro", "fastcore", "nbdev"}
 MODULES = ["model", "tokenizer", "data", "prompt", "stage", "pretrain", "sft", "generate", "pretrained",
-           "trainer", "optim", "run", "config", "core", "ops"]
+           "trainer", "optim", "run", "config", "core", "ops", "jsonl", "user_code", "token_cache"]
 
 
 def loaded_and_seconds(statement):
-    "Top-level modules in memory after a statement, and the processor seconds that the process took."
+    "Top-level modules loaded after a statement, and the CPU seconds of the process."
     report = "print(json.dumps([sorted({m.split('.')[0] for m in sys.modules}), time.process_time()]))"
     code = f"import json, sys, time\n{statement}\n{report}"
     return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
@@ -20,17 +20,17 @@ def loaded_and_seconds(statement):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_heavy_passengers(module):
+def test_import_is_light(module):
     assert not HEAVY & set(loaded_and_seconds(f"import mlx_pretrain.{module}")[0])
 
 
-def test_the_check_sees_a_heavy_passenger():
+def test_heavy_import_is_detected():
     assert HEAVY & set(loaded_and_seconds("import mlx_pretrain.plot, matplotlib")[0])
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])
-def test_first_questions_need_no_mlx(word):
-    "Answered from the standard library alone."
+def test_version_and_help_need_no_mlx(word):
+    "They use the standard library only."
     code = f"from mlx_pretrain.__main__ import main; assert main(['{word}']) == 0"
     report = "import sys; sys.stderr.write(' '.join(sorted({m.split('.')[0] for m in sys.modules})))"
     done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True,
@@ -39,8 +39,8 @@ def test_first_questions_need_no_mlx(word):
                                          "tokenizers"}) & set(done.stderr.split())
 
 
-def test_reward_model_is_found_where_people_look():
-    "In the package and in `reward`; the package alone does not import MLX for it."
+def test_reward_model_can_be_imported_from_package_and_reward():
+    "The package imports MLX only when `RewardModel` is used."
     assert "mlx" not in loaded_and_seconds("import mlx_pretrain")[0]
     assert "mlx" in loaded_and_seconds("from mlx_pretrain import RewardModel")[0]
     from mlx_pretrain import RewardModel, core, reward
@@ -48,8 +48,8 @@ def test_reward_model_is_found_where_people_look():
     with pytest.raises(ImportError): from mlx_pretrain import Rewardmodel  # noqa: F401
 
 
-def test_hardly_slower_than_mlx():
-    "Processor time, the best of three: other programs do not count."
+def test_import_time_is_close_to_mlx():
+    "CPU time, the best of three, so that other programs do not matter."
     ours = min(loaded_and_seconds("import mlx_pretrain.pretrain")[1] for _ in range(3))
     mlx = min(loaded_and_seconds("import mlx.core, mlx.nn, mlx.optimizers, numpy")[1] for _ in range(3))
     assert ours - mlx < 0.65  # about 0.47 on a slow machine, most of it pydantic

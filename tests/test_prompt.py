@@ -3,9 +3,8 @@ import pytest
 from common import check_sentence, forall
 from hypothesis import strategies as st
 
-from mlx_pretrain.config import ConfigError
+from mlx_pretrain.config import ConfigError, DataError
 from mlx_pretrain.prompt import fill_format, split_format
-from mlx_pretrain.tokenizer import DataError
 
 # Prompt formats ----------------------------------------------------------------------------------------------------------------------
 
@@ -51,7 +50,7 @@ def test_formats_by_hand():
     assert split_format("", "k") == [] and split_format("{{}}", "k") == [("{}", None)]
     for row, says in (
         ({}, 'there is no field "a", the row has no field'),
-        ({"a": 3}, '"a" must be a text in quotes, found a number'),
+        ({"a": 3}, '"a" must be a string, found a number'),
     ):
         with pytest.raises(DataError) as error: fill_format([("", "a")], row)
         check_sentence(str(error.value), says)

@@ -15,9 +15,9 @@ from common import equal, lines_of
 
 import mlx.core as mx
 
+from mlx_pretrain.config import DataError
 from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer, pretrain
 from mlx_pretrain.run import ResumeConfig, Checkpoint, checkpoints, load_checkpoint, read_metadata
-from mlx_pretrain.tokenizer import DataError
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
 CUTS = (7, 12, 23)  # inside the first epoch, at its end, inside the second

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_pretrain import reward, reward_model
 from mlx_pretrain.config import UserError
-from mlx_pretrain.data import Row
+from mlx_pretrain.jsonl import Row
 from mlx_pretrain.prompts import PromptDataset, read_prompts
 from mlx_pretrain.lora import LoRAConfig, apply_lora
 from mlx_pretrain.model import Linear, Llama, LlamaArgs, ScalarLlama

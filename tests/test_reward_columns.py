@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_pretrain import ppo
+from mlx_pretrain.config import DataError
 from mlx_pretrain.core import RewardModel, as_reward_model, reward_columns
 from mlx_pretrain.prompts import read_prompts
 from mlx_pretrain.model import ScalarLlama
@@ -14,7 +15,7 @@ from mlx_pretrain.prompt import PromptFormat
 from mlx_pretrain.reward_model import TrainedReward, load_reward
 from mlx_pretrain.rules import Length, WeightedSum
 from mlx_pretrain.score import RewardError, check_row, find_reward, reward_name, score
-from mlx_pretrain.tokenizer import ByteTokenizer, DataError, HFTokenizer
+from mlx_pretrain.tokenizer import ByteTokenizer, HFTokenizer
 from common import check_sentence
 from toys import task, tiny
 

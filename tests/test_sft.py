@@ -15,14 +15,14 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_pretrain import chat, model as model_module
 from mlx_pretrain import rows as row_files
 from mlx_pretrain.cli import main
-from mlx_pretrain.config import ConfigError
+from mlx_pretrain.config import ConfigError, DataError
 from mlx_pretrain.prompt import Example, Piece, PromptFormat
 from mlx_pretrain.rows import SFTDataset
 from mlx_pretrain.pretrain import PretrainConfig, pretrain
 from mlx_pretrain.pretrained import PretrainedError, export, load
 from mlx_pretrain.run import RunError, checkpoints, read_metadata, read_metrics
 from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
-from mlx_pretrain.tokenizer import ByteTokenizer, DataError
+from mlx_pretrain.tokenizer import ByteTokenizer
 from mlx_pretrain.trainer import Update
 
 ROWS = [{"instruction": f"Count {i}", "response": "one " * i + "</s><eos>"} for i in range(1, 11)]
@@ -506,8 +506,8 @@ def test_a_preprocess_function_makes_rows(config):
 
 BAD = [
     ({"instruction": "?"}, 'there is no field "response"'),
-    ({"instruction": 7, "response": "x"}, '"instruction" must be a text in quotes, found a number'),
-    ({"instruction": "?", "response": None}, '"response" must be a text in quotes, found null'),
+    ({"instruction": 7, "response": "x"}, '"instruction" must be a string, found a number'),
+    ({"instruction": "?", "response": None}, '"response" must be a string, found null'),
     ({"instruction": "?", "response": "\n"}, '"response" is empty'),
     ({"instruction": "long " * 40, "response": "x"}, "the prompt has 233 tokens, and"),
     ("{", "not valid JSON"),

@@ -9,10 +9,10 @@ from common import ENGLISH, KINDS, TEXT, check_sentence, forall, saved, tokenize
 from hypothesis import strategies as st
 
 from mlx_pretrain import tokenizer as module
-from mlx_pretrain.config import ConfigError, load_config
+from mlx_pretrain.config import ConfigError, DataError, load_config
 from mlx_pretrain.data import cached_windows, pack, read_texts
 from mlx_pretrain.tokenizer import (
-    ByteTokenizer, DataError, HFTokenizer, SentencePieceTokenizer, SpecialTokens, TokenizerConfig,
+    ByteTokenizer, HFTokenizer, SentencePieceTokenizer, SpecialTokens, TokenizerConfig,
     load_tokenizer, train_sentencepiece)
 
 
@@ -112,7 +112,7 @@ def test_training_says_what_to_change(tmp_path):
 
 def test_a_mistake_in_a_row_passes_through_training(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"text": 7}\n')
-    with pytest.raises(DataError, match='rows.jsonl, line 2: "text" must be a text'):
+    with pytest.raises(DataError, match='rows.jsonl, line 2: "text" must be a string'):
         train_sentencepiece(read_texts(tmp_path / "rows.jsonl"), 300, tmp_path)
     def stopped():
         yield "fine"

@@ -11,8 +11,9 @@ from common import check_sentence
 
 import mlx_pretrain  # noqa: F401 (before MLX)
 from mlx_pretrain.chat import ask_pieces, read_messages, row_pieces, template_keys, unread_keys
-from mlx_pretrain.config import ConfigError, UserError, load_config, where_from
-from mlx_pretrain.data import DataConfig, cached_windows, load_object, make_tokenizer, pack, read_jsonl
+from mlx_pretrain.config import ConfigError, DataError, UserError, load_config, where_from
+from mlx_pretrain.data import DataConfig, cached_windows, make_tokenizer, pack
+from mlx_pretrain.jsonl import read_jsonl
 from mlx_pretrain.prompts import read_prompts
 from mlx_pretrain.preferences import read_preferences, split_conversations
 from mlx_pretrain.pretrained import PretrainedError, load
@@ -20,7 +21,8 @@ from mlx_pretrain.prompt import PromptFormat
 from mlx_pretrain.rows import PromptConfig, read_examples, read_first_row, resolve_format
 from mlx_pretrain.sft import SFTConfig
 from mlx_pretrain.stage import data_file
-from mlx_pretrain.tokenizer import ByteTokenizer, DataError
+from mlx_pretrain.tokenizer import ByteTokenizer
+from mlx_pretrain.user_code import load_object
 
 CHATML = ("{% for m in messages %}{{ '<bos>' + m['role'] + ':' + m.content + '<eos>' }}{% endfor %}"
           "{% if add_generation_prompt %}<bos>assistant:{% endif %}")
@@ -196,7 +198,7 @@ def test_a_row_has_its_own_system_prompt(row, tok, fmt):
             assert pieces(own, tok, {**row, "system": none}) == pieces(
                 fmt.model_copy(update={"system_prompt": "For all."}), tok, row
             )
-        with pytest.raises(DataError, match='"system" must be a text'): pieces(own, tok, {**row, "system": 5})
+        with pytest.raises(DataError, match='"system" must be a string'): pieces(own, tok, {**row, "system": 5})
     if "messages" in row:
         with pytest.raises(DataError, match="keep one of them"):
             row_pieces(own, tok, {**row, "messages": [message("system", "x"), *TALK]})
@@ -252,7 +254,7 @@ def test_conversations_as_others_write_them():
     ([{"from": "bing", "value": "x"}, *TALK], "has the role 'bing'; it must be system, user or assistant, or human or gpt"),
     ([message("user", [{"type": "image"}, {"type": "text", "text": "?"}]), ANSWER], "has a part of the type 'image'"),
     ([ASK, message("assistant", None)], "message 2 has no text as its content, but null"),
-    (json.dumps(TALK), "found a text; give each a role and a content, which `json.loads`"),
+    (json.dumps(TALK), "found a string; give each a role and a content, which `json.loads`"),
     ({"role": "user"}, "found an object"),
 ])
 def test_what_is_wrong_with_messages_is_named(messages, part):

@@ -15,10 +15,11 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from mlx_pretrain import chat  # noqa: E402
 from mlx_pretrain.chat import read_messages, render_chat, template_pieces  # noqa: E402
+from mlx_pretrain.config import DataError  # noqa: E402
 from mlx_pretrain.data import pack  # noqa: E402
 from mlx_pretrain.hf_tokenizer import RECIPES, Recipe  # noqa: E402
 from mlx_pretrain.prompt import Piece, PromptFormat, encode_pieces, prompt_ids  # noqa: E402
-from mlx_pretrain.tokenizer import DataError, HFTokenizer, load_tokenizer  # noqa: E402
+from mlx_pretrain.tokenizer import HFTokenizer, load_tokenizer  # noqa: E402
 
 TEMPLATES = {
     "ChatML": CHATML,

@@ -11,7 +11,8 @@ GIGABYTE = 1_000_000_000
 SYLLABLES = [a + b for a in ("b", "c", "f", "g", "gr", "l", "m", "n", "r", "st", "t", "é", "ł")
              for b in "aeiou"] + ["ing", "ed", "ion"]
 
-# What runs in a process of its own. VmHWM is the peak of this program; ru_maxrss would begin with the size of the process that started it.
+# Runs in a new process. VmHWM is the peak memory of this program; ru_maxrss would include the size of the
+# process that started it.
 WORKER = """
 import json, resource, sys, time
 from dataclasses import replace
@@ -30,12 +31,13 @@ def draw(windows, steps=2000):
 
 started = time.perf_counter()
 {work}
-print(json.dumps({{"peak": peak(), "seconds": time.perf_counter() - started, "tokens": len(windows.tokens), **windows.source}}))
+print(json.dumps({{"peak": peak(), "seconds": time.perf_counter() - started, "tokens": len(windows.tokens),
+                  **windows.source}}))
 """
 
 
 def measure(work, *args):
-    "Run some lines in a new process; what it used and made."
+    "Run code in a new process; its memory use and output."
     done = subprocess.run([sys.executable, "-c", WORKER.format(work=work), *map(str, args)],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -43,7 +45,7 @@ def measure(work, *args):
 
 
 def write_rows(path, size):
-    "A JSON Lines file of `size` bytes: ten times the same short and long rows of made-up words, among them two of 6 and 10 MB."
+    "A JSON Lines file of `size` bytes: ten times the same rows of random words, up to 6 and 10 MB long."
     rng, rows, n_bytes, written = random.Random(0), [], 0, 0
     words = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(20_000)]
     text = "".join(rng.choice(words) + rng.choices([" ", ", ", ".\n", ' "', " 🙂 "], [80, 8, 8, 3, 1])[0]
@@ -68,7 +70,7 @@ def gigabyte(tmp_path_factory):
     for path in sorted(home.rglob("*"), reverse=True): path.rmdir() if path.is_dir() else path.unlink()
 
 
-def test_bytes_of_a_gigabyte(gigabyte):
+def test_byte_tokens_of_a_gigabyte(gigabyte):
     path, documents, n_bytes, cache = gigabyte
     used = measure(
         "windows = cached_windows(sys.argv[1], ByteTokenizer(), 1024, 64, cache=sys.argv[2]); draw(windows)",
@@ -80,8 +82,8 @@ def test_bytes_of_a_gigabyte(gigabyte):
     assert path.stat().st_size >= GIGABYTE and used["peak"] < BUDGET
 
 
-def test_batches_do_not_fill_the_memory(gigabyte):
-    "Drawing 2,000 batches from the finished cache; and what happens to a reader who keeps every page that it touched."
+def test_batches_use_constant_memory(gigabyte):
+    "2,000 batches from a finished cache; a memory-mapped reader, as a control, exceeds the budget."
     path, *_, cache = gigabyte
     draw = (
         "windows = cached_windows(sys.argv[1], ByteTokenizer(), 1024, 64, cache=sys.argv[2]); draw(windows)"
@@ -93,7 +95,7 @@ def test_batches_do_not_fill_the_memory(gigabyte):
     assert measure(draw.replace("; draw", f"; {mapped}; draw"), path, cache)["peak"] > BUDGET
 
 
-def test_a_quarter_in_memory_is_already_too_much(gigabyte):
+def test_pack_of_a_quarter_exceeds_the_budget(gigabyte):
     "Negative control: the measure sees what `pack` needs."
     path, documents, *_ = gigabyte
     used = measure("windows = pack(islice(read_texts(sys.argv[1]), int(sys.argv[2])), ByteTokenizer(), 1024)",
@@ -101,7 +103,7 @@ def test_a_quarter_in_memory_is_already_too_much(gigabyte):
     assert used["peak"] > BUDGET
 
 
-def test_a_vocabulary_and_its_tokens_of_a_twentieth(tmp_path):
+def test_sentencepiece_on_a_twentieth(tmp_path):
     "SentencePiece takes ten times as long as bytes, so a twentieth of the text must do."
     path, spm, cache = tmp_path / "part.jsonl", tmp_path / "spm", tmp_path / "cache"
     documents, _ = write_rows(path, GIGABYTE // 20)
@@ -111,7 +113,8 @@ def test_a_vocabulary_and_its_tokens_of_a_twentieth(tmp_path):
     used = measure(train, path, spm)
     assert used["peak"] < BUDGET
     used = measure(
-        "windows = cached_windows(sys.argv[1], load_tokenizer(sys.argv[2]), 1024, 64, cache=sys.argv[3]); draw(windows)",
+        "windows = cached_windows(sys.argv[1], load_tokenizer(sys.argv[2]), 1024, 64, cache=sys.argv[3]); "
+        "draw(windows)",
         path,
         spm,
         cache,
