@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_pretrain import (
     lora as lora_module, model as model_module, ops, stage as stage_module, trainer as trainer_module)
+from mlx_pretrain.checkpoint import load_checkpoint
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import UserError
 from mlx_pretrain.core import key_for
@@ -24,7 +25,7 @@ from mlx_pretrain.lora import (
 from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.pretrain import PretrainConfig, pretrain
 from mlx_pretrain.pretrained import Pretrained, PretrainedError, load
-from mlx_pretrain.run import RunError, checkpoints, load_checkpoint, read_metrics
+from mlx_pretrain.run import RunError, checkpoints, read_metrics
 from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
 from mlx_pretrain.tokenizer import ByteTokenizer
 

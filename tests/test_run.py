@@ -26,27 +26,11 @@ from hypothesis import strategies as st
 
 from mlx_pretrain import core
 from mlx_pretrain import run as R
+from mlx_pretrain.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from mlx_pretrain.config import ConfigError, load_config
 from mlx_pretrain.run import (
-    LoggingConfig,
-    MetricsConfig,
-    ResumeConfig,
-    Run,
-    RunError,
-    Checkpoint,
-    changed_keys,
-    check_name,
-    check_place,
-    checkpoints,
-    find_checkpoint,
-    is_run,
-    latest_checkpoint,
-    list_runs,
-    load_checkpoint,
-    read_metrics,
-    runs_table,
-    write_checkpoint,
-)
+    LoggingConfig, MetricsConfig, ResumeConfig, Run, RunError, changed_keys, check_name, check_place,
+    checkpoints, find_checkpoint, is_run, latest_checkpoint, list_runs, read_metrics, runs_table)
 
 ARRAYS = {
     "model": {"w": mx.arange(64.0), "b": mx.ones((3, 4)).astype(mx.bfloat16)},

@@ -18,6 +18,7 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_pretrain.checkpoint import load_checkpoint
 from mlx_pretrain.config import ConfigError, UserError, load_config, to_yaml
 from mlx_pretrain.data import cached_windows, read_texts
 from mlx_pretrain.lora import load_adapters
@@ -28,7 +29,7 @@ from mlx_pretrain.pretrained import load
 from mlx_pretrain.prompt import PromptFormat
 from mlx_pretrain.reward import RewardConfig
 from mlx_pretrain.rows import read_examples
-from mlx_pretrain.run import checkpoints, latest_checkpoint, load_checkpoint, read_metrics
+from mlx_pretrain.run import checkpoints, latest_checkpoint, read_metrics
 from mlx_pretrain.sft import SFTConfig
 from mlx_pretrain.tokenizer import ByteTokenizer
 
