@@ -30,7 +30,10 @@ def _filter_logits(
     top_k: int, # number of tokens to keep, 0: all
     top_p: float, # probability to keep, (0, 1]
 ) -> mx.array: # (B, V): unchanged, or −inf where a token is removed
-    "Top-k and top-p. Source: Fan et al. 2018, Hierarchical Neural Story Generation (top-k); Holtzman et al. 2020 (top-p)."
+    """Top-k and top-p.
+
+    Source: Fan et al. 2018, Hierarchical Neural Story Generation (top-k); Holtzman et al. 2020 (top-p).
+    """
     order = mx.argsort(-logits, axis=-1)                                  # (B, V), most probable first
     ranked = mx.take_along_axis(logits, order, axis=-1)                   # (B, V)
     if top_k: ranked = mx.where(mx.arange(logits.shape[-1]) < top_k, ranked, -math.inf)
@@ -59,7 +62,7 @@ def sample(
     key: mx.array, # a random key, (2,) uint32, or one per row, (B, 2)
     temperature: float = 1.0, # divides the logits; 0 takes the most probable token
     top_k: int = 0, # sample from the k most probable tokens; 0: from all
-    top_p: float = 1.0, # sample from the smallest set of most probable tokens with this probability, (0, 1]; 1: from all
+    top_p: float = 1.0, # sample from the fewest tokens with this total probability, (0, 1]; 1: from all
 ) -> mx.array: # (B,) int32, a token per row
     """Sample the next tokens; temperature first, then `top_k`, then `top_p`.
 
@@ -119,14 +122,16 @@ def _check_prompts(
     longest, context = max(row.size for row in rows), model.args.max_position_embeddings
     if longest + max_new_tokens > context:
         raise GenerateError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into this model's context of {context}; "
-            "shorten the prompt or lower max_new_tokens"
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones "
+            f"do not fit into this model's context of {context}; shorten the prompt or lower max_new_tokens"
         )
     return [row.tolist() for row in rows]
 
 # %% ../nbs/33_generate.ipynb #1d59fb2f
-def _left_pad(prompts: list[list[int]], pad_id: int) -> tuple[mx.array, mx.array | None]: # (B, P); (B,) or None
-    "Left-padded prompts, and the number of padding tokens per row; None if there are none."
+def _left_pad(
+    prompts: list[list[int]], pad_id: int,
+) -> tuple[mx.array, mx.array | None]: # (B, P); (B,) or None if there is no padding
+    "Left-padded prompts, and the number of padding tokens per row."
     longest = max(map(len, prompts))
     n_pad = [longest - len(prompt) for prompt in prompts]
     ids = mx.array([[pad_id] * n + prompt for n, prompt in zip(n_pad, prompts)])      # (B, P)
@@ -149,7 +154,7 @@ def _decode_steps(
     for _ in range(max_new_tokens):
         hidden = model.hidden(ids, cache, pad)[:, -1]                     # (B, D)
         [logits] = linears(hidden, model.head_weight)                     # (B, V)
-        pairs = mx.vmap(mx.random.split)(keys)                            # (B, 2, 2): the next key, and one to use
+        pairs = mx.vmap(mx.random.split)(keys)                            # (B, 2, 2): next key, and this one
         keys, step_keys = pairs[:, 0], pairs[:, 1]                        # (B, 2) each
         tokens = mx.where(mx.array(stopped), pad_id, sample(logits, step_keys, **sampling))      # (B,)
         mx.eval(tokens, keys)
@@ -190,7 +195,8 @@ def generate(
 ) -> Generation: # the responses, without the prompts
     """Generate a response to each prompt. A row's tokens do not depend on the other rows.
 
-    Raises `GenerateError` if a prompt is empty, has unknown tokens or is too long, or a setting is out of range.
+    Raises `GenerateError` if a prompt is empty, has unknown tokens or is too long, or a setting is out of
+    range.
     """
     eos_ids = list(eos_ids)
     prompts = _check_prompts(model, prompts, max_new_tokens, [pad_id, *eos_ids])
@@ -321,4 +327,4 @@ class GenerateConfig(SamplingConfig):
 class ChatConfig(SamplingConfig):
     "Chat with a fine-tuned model."
     turns: Annotated[int, Field(ge=0)] | None = None
-    "Number of earlier exchanges in the context; 0: each question is independent. Default: 0 with a prompt format, 8 with a chat template."
+    "Number of earlier exchanges in the context. Default: 0 with a prompt format, 8 with a chat template."

@@ -60,7 +60,8 @@ def _control_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
 
 
 def _one_label(tokenizer: Tokenizer) -> dict[str, Any]:
-    "The config of a classifier with one label. transformers reads it at the last token that is not padding, so padding must not be EOS."
+    "The config of a classifier with one label."
+    # transformers reads the score at the last token that is not padding, so padding must not be EOS
     no_padding = {"pad_token_id": None} if tokenizer.pad_id in tokenizer.eos_ids else {}
     return {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, **no_padding}
 
@@ -127,7 +128,8 @@ def _same_value(*values):
     given = [value for value in values if value is not None]
     if any(value != given[0] for value in given):
         raise PretrainedError(
-            "rope_scaling with rope_theta and rope_parameters contradict each other; correct or delete one of them"
+            "rope_scaling with rope_theta and rope_parameters contradict each other; "
+            "correct or delete one of them"
         )
     return given[0] if given else None
 
@@ -157,7 +159,8 @@ def args_from_hf(
 ) -> LlamaArgs:
     """Model arguments from Hugging Face's `config.json`; what is omitted has transformers' default.
 
-    Raises `PretrainedError` if it is not a Llama, or a Llama with something that this library does not support.
+    Raises `PretrainedError` if it is not a Llama, or a Llama with something that this library does not
+    support.
     """
     for key, supported, default in (("model_type", "llama", None), ("hidden_act", "silu", "silu")):
         value = config.get(key, default)
@@ -198,8 +201,8 @@ def _check_target(directory: Path):
     others = sorted({path.name for path in directory.iterdir()} - _MODEL_FILES)
     if others:
         raise PretrainedError(
-            f"{directory} holds {others[0]}, which is not a part of a model, and the directory would be replaced; "
-            "choose another one"
+            f"{directory} holds {others[0]}, which is not a part of a model, "
+            "and the directory would be replaced; choose another one"
         )
 
 # %% ../nbs/32_pretrained.ipynb #3ffebb21
@@ -247,7 +250,8 @@ def export(
 ) -> None:
     """Write a model in Hugging Face's layout, for transformers and mlx-lm; weights in float32.
 
-    Raises `PretrainedError` if something else is there or the tokenizer has more tokens than the model, `RunError` if the disk refuses.
+    Raises `PretrainedError` if something else is there or the tokenizer has more tokens than the model,
+    `RunError` if the disk refuses.
     """
     directory = Path(directory).resolve()
     _check_target(directory)
@@ -312,7 +316,7 @@ def _wrapper_prefix(names: Iterable[str]) -> str | None:
 
 
 def _hf_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    "Weights by Hugging Face's names: without prefixes of wrappers, with the one that a bare `LlamaModel` lacks."
+    "Weights by Hugging Face's names: without wrappers' prefixes, with that which a bare `LlamaModel` lacks."
     while prefix := _wrapper_prefix(weights):
         weights = {name.removeprefix(prefix): w for name, w in weights.items()}
     if "embed_tokens.weight" not in weights: return weights
@@ -352,7 +356,9 @@ def load_weights(
     _check_names(own.keys(), weights.keys(), source)
     for name, w in weights.items():
         if w.shape != own[name].shape:
-            raise PretrainedError(f"{source}: {name} is {w.shape}, but config.json requires {own[name].shape}")
+            raise PretrainedError(
+                f"{source}: {name} is {w.shape}, but config.json requires {own[name].shape}"
+            )
         if not mx.issubdtype(w.dtype, mx.floating):
             raise PretrainedError(f"{source}: {name} holds {w.dtype}, not floating-point numbers")
         if not mx.isfinite(w).all():
@@ -380,8 +386,9 @@ def _check_not_quantized(directory: Path, config: dict[str, Any], names: list[st
 class Pretrained(NamedTuple):
     """A loaded model.
 
-    `model`: a `Llama` (or `ScalarLlama`), with float32 weights; `tokenizer`: its tokenizer; `path`: the directory it was read from;
-    `format`: its prompt format, if it was fine-tuned here or has a chat template.
+    `model`: a `Llama` (or `ScalarLlama`), with float32 weights; `tokenizer`: its tokenizer;
+    `path`: the directory it was read from; `format`: its prompt format, if it was fine-tuned here or has a
+    chat template.
     """
     model: Llama
     tokenizer: Tokenizer
@@ -407,8 +414,8 @@ def _check_kind(architecture: str | None, kind: type, path: Path):
             f'{path} is a reward model, which cannot generate text; use it as "reward_model"'
         )
     raise PretrainedError(
-        f"{path} is a language model, not a reward model; train one with `mlx-pretrain reward`, or name a function "
-        "in a file: file.py:Name"
+        f"{path} is a language model, not a reward model; train one with `mlx-pretrain reward`, "
+        "or name a function in a file: file.py:Name"
     )
 
 # %% ../nbs/32_pretrained.ipynb #f240d798
@@ -451,7 +458,8 @@ def _checkpoint_tokenizer(saved: Checkpoint) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
     if saved.state.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise PretrainedError(
-            f"{folder} is damaged or replaced: {saved.path} was trained with another tokenizer; copy the whole run again"
+            f"{folder} is damaged or replaced: {saved.path} was trained with another tokenizer; "
+            "copy the whole run again"
         )
     return tokenizer
 
@@ -469,7 +477,9 @@ def _merge_adapters(saved: Checkpoint, weights: dict[str, mx.array], file: Path)
     base = saved.state["base"]
     path = _find_base(base.get("path", ""), saved.path)
     if not Path(path).is_dir():
-        raise PretrainedError(f"{file} holds adapters to the model in {path}, which does not exist; restore it")
+        raise PretrainedError(
+            f"{file} holds adapters to the model in {path}, which does not exist; restore it"
+        )
     model = load(path).model
     if base_identity(model) != base.get("identity", ""):
         raise PretrainedError(f"{file} holds adapters to another model than that in {path} now")
@@ -481,7 +491,10 @@ def _merge_adapters(saved: Checkpoint, weights: dict[str, mx.array], file: Path)
 def open_checkpoint(
     saved: Checkpoint, # a checkpoint in memory
 ) -> Pretrained: # its model, the tokenizer of its run, and its prompt format
-    "The model of a checkpoint. Raises `PretrainedError` or `DataError` if it is incomplete, or not inside its run directory."
+    """The model of a checkpoint.
+
+    Raises `PretrainedError` or `DataError` if it is incomplete, or not inside its run directory.
+    """
     directory, arrays, state = saved
     _check_kind(_ARCHITECTURES[ScalarLlama] if state.get("stage") == "reward" else None, Llama, directory)
     args = _checkpoint_args(saved)
@@ -513,8 +526,8 @@ def _not_a_directory(path: Path) -> PretrainedError:
         return PretrainedError(f"{path} is a file; give the directory that holds the model")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
         return PretrainedError(
-            f"{path} is not a directory here; if it is the name of a model on Hugging Face, download it first with "
-            f"`hf download {path} --local-dir {path.name}` and give {path.name}"
+            f"{path} is not a directory here; if it is the name of a model on Hugging Face, "
+            f"download it first with `hf download {path} --local-dir {path.name}` and give {path.name}"
         )
     return PretrainedError(
         f"{path} does not exist; give a run directory such as runs/NAME, one of its checkpoints, "
@@ -523,13 +536,14 @@ def _not_a_directory(path: Path) -> PretrainedError:
 
 # %% ../nbs/32_pretrained.ipynb #e045b242
 _MERGE_PEFT = (
-    "import sys,peft,transformers as t;a,b,o=sys.argv[1:];peft.PeftModel.from_pretrained(t.AutoModelForCausalLM.from_pretrained(b),"
-    "a).merge_and_unload().save_pretrained(o);t.AutoTokenizer.from_pretrained(b).save_pretrained(o)"
+    "import sys,peft,transformers as t;a,b,o=sys.argv[1:];"
+    "peft.PeftModel.from_pretrained(t.AutoModelForCausalLM.from_pretrained(b),a)"
+    ".merge_and_unload().save_pretrained(o);t.AutoTokenizer.from_pretrained(b).save_pretrained(o)"
 )
 
 
 def _only_adapters(path: Path) -> PretrainedError:
-    "The error for a directory of adapters: the run to open instead, or the command to merge them into their model."
+    "The error for a directory of adapters: the run to load instead, or the command to merge them."
     if is_run(path.parent):
         return PretrainedError(
             f"{path} holds only adapters; give the run that they belong to, {path.parent}"
@@ -562,12 +576,13 @@ def _load_run(path: Path, kind: type) -> Pretrained:
 
 # %% ../nbs/32_pretrained.ipynb #62d32704
 def load(
-    path: str | Path, # a run (its directory, or its name in runs/), one of its checkpoints, or a directory in Hugging Face's layout
+    path: str | Path, # a run (directory, or name in runs/), a checkpoint, or a Hugging Face directory
     kind: type = Llama, # or `ScalarLlama`: a reward model, of which checkpoints are not opened
 ) -> Pretrained: # model, tokenizer and prompt format
     """Load a model.
 
-    Raises `PretrainedError`, `RunError` or `DataError`, naming the file, if there is none, or it cannot be used as it is.
+    Raises `PretrainedError`, `RunError` or `DataError`, naming the file, if there is none, or it cannot be
+    used as it is.
     """
     path = find_model(path)
     if not path.is_dir(): raise _not_a_directory(path)

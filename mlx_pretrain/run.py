@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -121,7 +120,7 @@ class LoggingConfig(ConfigSection):
     checkpoint_dir: str = "checkpoints"
     "Folder of the checkpoints, a plain name inside the run directory."
     keep_last: int = Field(default=3, ge=1)
-    "Number of newest checkpoints to keep, in addition to the one with the best validation loss (save_total_limit in Hugging Face)."
+    "Number of newest checkpoints to keep, besides the best one (`save_total_limit` in Hugging Face)."
     steps: StepsConfig = StepsConfig()
     "How often to log, validate and save."
     metrics: MetricsConfig = MetricsConfig()
@@ -198,7 +197,7 @@ class RunLog:
     def log(self,
         metrics: dict, # metric name → number or 0-d array, including `step`
     ):
-        "Append a line to `metrics.jsonl`, without the metrics that are switched off; NaN and infinity become null."
+        "Append a line to `metrics.jsonl`, without metrics that are switched off; NaN becomes null."
         hidden = _switched_off(self.logging.metrics)
         _append(self.path / "metrics.jsonl", _to_json({k: v for k, v in metrics.items() if k not in hidden}))
 
@@ -368,7 +367,8 @@ class _Lock:
         "Release the lock, unless a newer one of this process has taken it over."
         if _HELD.get(self.file) is not self: return
         del _HELD[self.file]
-        try:                                                              # first the name, then the lock: no other process can hold it now
+        # first delete the file, then release the lock: in between, no other process can hold it
+        try:
             with suppress(OSError):
                 if _is_same_file(self.handle, self.file):
                     self.file.unlink()
@@ -376,7 +376,7 @@ class _Lock:
 
 # %% ../nbs/19_run.ipynb #cc94dfd1
 def _forget_locks():
-    "Close the copies of our handles in a forked child, which would keep the locks after our process has ended."
+    "Close the handles that a forked child inherits, which would keep the locks after our process ends."
     for lock in _HELD.values():
         os.close(lock.handle)
     _HELD.clear()
@@ -422,7 +422,7 @@ def check_place(
     final: Path, # directory of a new run
     overwrite: bool, # may a run there be replaced?
 ):
-    """Check that a new run can be created at `final`: a free path, or a run that may be replaced or has saved nothing.
+    """Check that a new run can be created: the path is free, or its run may be replaced or saved nothing.
 
     Raises `RunError` if something else is there, or another process is writing it.
     """
@@ -431,12 +431,13 @@ def check_place(
     if not os.path.lexists(final): return
     if final.is_symlink() or not is_run(final):
         raise RunError(
-            f"{final} exists already and is not a run directory, so it is not replaced: choose another `name`, or move it away."
+            f"{final} exists already and is not a run directory, so it is not replaced: "
+            "choose another `name`, or move it away."
         )
     if _has_artifacts(final) and not overwrite:
         raise RunError(
-            f"{final} exists already: choose another `name`, set `resume.checkpoint: latest` to resume the run there, "
-            "or `overwrite: true` to replace it."
+            f"{final} exists already: choose another `name`, "
+            "set `resume.checkpoint: latest` to resume the run there, or `overwrite: true` to replace it."
         )
 
 # %% ../nbs/19_run.ipynb #c22c3959
@@ -476,7 +477,7 @@ def is_before(
 
 
 def _truncate_metrics(file: Path, step: int, unfinished: bool = False):
-    "Remove from a metrics file what came after the checkpoint of `step`; if that step is unfinished, also its own line."
+    "Remove from a metrics file what came after the checkpoint of `step`; its own line if it is unfinished."
     if not file.exists(): return
     rows, bad = _parse_lines(file)
     if bad: logger.warning(f"{file}: skipped {len(bad)} damaged lines, the first is line {bad[0]}")
@@ -493,8 +494,8 @@ def _damaged_later(run_dir: Path, saved: Checkpoint) -> list[Path]:
     valid = [path for path in later if not checkpoint_problem(path)]
     if valid:
         raise RunError(
-            f"{run_dir} has later checkpoints than step {step}, up to {valid[-1].name}; resume from `latest`, "
-            "or give another `name` to branch off."
+            f"{run_dir} has later checkpoints than step {step}, up to {valid[-1].name}; "
+            "resume from `latest`, or give another `name` to branch off."
         )
     return later
 
@@ -512,7 +513,8 @@ def _check_rewind(run_dir: Path, saved: Checkpoint, logging: LoggingConfig):
     folder = _checkpoint_folder(run_dir).name
     if folder != logging.checkpoint_dir:
         raise RunError(
-            f"{run_dir} keeps its checkpoints in {folder!r}: set `logging.checkpoint_dir` to that, or choose another `name`."
+            f"{run_dir} keeps its checkpoints in {folder!r}: "
+            "set `logging.checkpoint_dir` to that, or choose another `name`."
         )
     _damaged_later(run_dir, saved)
 
@@ -599,7 +601,7 @@ class _RunDirectory(RunLog):
         self.path = self.final
 
     def use_free_name(self) -> Path: # where the run is now
-        "Rename a run that is still in its staging directory to `name-2`, or the next that is free, so that both are kept."
+        "Rename a staged run to `name-2`, or the next name that is free, so that both runs are kept."
         if self.path == self.final: return self.final
         final = _free_name(self.final)
         lock = _Lock(final)
@@ -633,16 +635,16 @@ def _log_resume(run: RunLog, saved: Checkpoint, old_config: dict):
 
 # %% ../nbs/19_run.ipynb #7f29f578
 class Run(_RunDirectory):
-    """A run directory, from its first line to its outcome. Until `finish` or `close`, no other process can write to it.
+    """A run directory, from its first line to its outcome. Until `finish` or `close`, it is locked.
 
-    Raises `RunError` if the name cannot be used, the path is taken, another process is writing there, or the disk refuses.
+    Raises `RunError` if the name or path cannot be used, another process writes there, or the disk refuses.
     """
     def __init__(self,
         name: str, # the run's name, see `check_name`
         config: str, # the resolved config as YAML text
         root: str | Path = "runs", # the directory of all runs
         overwrite: bool = False, # may a run of the same name be replaced?
-        logging: LoggingConfig = LoggingConfig(), # folder names, which metrics and how many checkpoints to keep
+        logging: LoggingConfig = LoggingConfig(), # folder names, metrics, checkpoints to keep
     ):
         final = Path(root) / check_name(name)
         check_place(final, overwrite)  # before an older run of this process loses the lock
@@ -654,11 +656,14 @@ class Run(_RunDirectory):
     @classmethod
     def resume(cls,
         saved: Checkpoint, # the checkpoint to resume from
-        name: str, # the run's name: its own resumes in place, another one starts a new run from the checkpoint
+        name: str, # the name of its run, to resume in place; another name starts a new run
         config: str, root: str | Path = "runs", overwrite: bool = False,
         logging: LoggingConfig = LoggingConfig(),
     ) -> "Run": # in its state at the checkpoint
-        "Resume from a checkpoint; changes in the configuration are a warning. Raises `RunError` also if the run has later checkpoints."
+        """Resume from a checkpoint; changes in the configuration are a warning.
+
+        Raises `RunError` also if the run has later checkpoints.
+        """
         final, source = Path(root) / check_name(name), saved.path.parent.parent
         old_config = _read_config(source) if is_run(source) else {}
         if final.resolve() not in saved.path.resolve().parents:
@@ -675,7 +680,7 @@ class Run(_RunDirectory):
         step: int, arrays: dict[str, dict[str, mx.array]], state: dict, # see `write_checkpoint`
         best: int | None = None, # step of the best checkpoint, which is never deleted
     ) -> Path: # the checkpoint's folder
-        "Save a checkpoint, then delete those no longer kept. The first one moves a staged run to its final path."
+        "Save a checkpoint, and delete those no longer kept. The first moves a staged run to its final path."
         with writing(self.path), suppress(FileNotFoundError): fsync(self.path / "metrics.jsonl")
         saved = write_checkpoint(self.path / self.logging.checkpoint_dir, step, arrays, state)
         self._move_into_place()
@@ -687,7 +692,8 @@ class Run(_RunDirectory):
 
         A finished run is moved to its final path; any other without a checkpoint leaves the old run there.
         """
-        if outcome not in ("finished", "interrupted", "failed"): raise ValueError(f"unknown outcome {outcome!r}")
+        if outcome not in ("finished", "interrupted", "failed"):
+            raise ValueError(f"unknown outcome {outcome!r}")
         try:
             self.update_metadata(outcome=outcome, ended=_now())
             self.log_text(f"ended: {outcome}")
@@ -712,7 +718,8 @@ def _cannot_resume(path: Path) -> RunError:
     elif any(path.glob("step_*")): problem = "is a folder of checkpoints; choose one of them"
     else: problem = "is neither a checkpoint nor a run"
     return RunError(
-        f"{path} {problem}: give a folder like runs/NAME/checkpoints/step_000500, a run directory, or `latest`."
+        f"{path} {problem}: give a folder like runs/NAME/checkpoints/step_000500, "
+        "a run directory, or `latest`."
     )
 
 # %% ../nbs/19_run.ipynb #33193d67
@@ -789,8 +796,8 @@ def list_runs(
 ) -> list[dict]: # one per run, oldest first
     """What is known about each run; None for what is not known. A "running" run without a writer is "killed".
 
-    The keys: `name, path, outcome, step, total_steps, loss, val_loss, best_val_loss, val_bits_per_byte, reward, parameters, created, size`
-    (bytes). The reward is that of the last validation, if there was one.
+    The keys: `name, path, outcome, step, total_steps, loss, val_loss, best_val_loss, val_bits_per_byte,
+    reward, parameters, created, size` (bytes). The reward is that of the last validation, if there was one.
     """
     root = Path(root)
     paths = root.iterdir() if root.is_dir() else []

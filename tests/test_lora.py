@@ -238,8 +238,8 @@ def own_numbers(monkeypatch):
 
     def draw(self, x):
         if self.key is None: return x
-        return mx.where(mx.random.bernoulli(1 - self.share, x.shape, key=mx.random.key(next(numbers))),
-                        x / (1 - self.share), 0)
+        return mx.where(mx.random.bernoulli(1 - self.rate, x.shape, key=mx.random.key(next(numbers))),
+                        x / (1 - self.rate), 0)
     monkeypatch.setattr(Dropout, "__call__", draw)
 
 
@@ -268,7 +268,7 @@ def test_nothing_is_dropped_in_validation_and_in_answers(place, monkeypatch, pla
         monkeypatch.setattr(
             Dropout,
             "__call__",
-            lambda self, x: x * mx.random.bernoulli(1 - self.share, x.shape, mx.random.key(0)),
+            lambda self, x: x * mx.random.bernoulli(1 - self.rate, x.shape, mx.random.key(0)),
         )
     assert (wet.evaluate() == dry.evaluate()) != planted and (wet.answers() == dry.answers()) != planted
 
@@ -363,7 +363,7 @@ def base_changed(): shutil.rmtree("runs/base/model"); shutil.copytree("runs/turn
 
 
 @pytest.mark.parametrize("spoil, opened, resumed", [
-    (base_gone, "base/model, which is not there; bring it back", "base does not exist"),
+    (base_gone, "base/model, which does not exist; restore it", "base does not exist"),
     (base_emptied, "base/model holds no model", "base holds no model"),
     (base_changed, "holds adapters to another model than that in", 'holds adapters to another model than "pretrained_model" is now'),
 ])

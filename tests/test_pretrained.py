@@ -224,7 +224,7 @@ NORM = "model.norm.weight"
     (lambda w: w.update({NORM: mx.full(32, float("inf")).astype(mx.float16)}), ["model.norm.weight holds NaN or infinity"]),
     (lambda w: w.update({NORM: mx.ones(32, dtype=mx.int32)}), ["model.norm.weight holds", "int32"]),
     (lambda w: w.clear() or w.update({"x": mx.zeros(1)}), ["lacks", "and 17 more"]),
-    (lambda w: w.update({"model.layers.0.mlp.up_proj.scales": mx.zeros(1)}), ["is quantised", "up_proj.scales", "--dequantize"]),
+    (lambda w: w.update({"model.layers.0.mlp.up_proj.scales": mx.zeros(1)}), ["is quantized", "up_proj.scales", "--dequantize"]),
 ])
 def test_wrong_weights_are_named(saved, change, words):
     reweigh(saved, change)
@@ -353,8 +353,8 @@ def test_the_remedies_work(saved, model, caplog):
     ({"model_type": "mistral"}, ["model_type is 'mistral'"]),
     ({"model_type": ...}, ["model_type is None"]),
     ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'"]),
-    ({"quantization": {"group_size": 64, "bits": 4}}, ["quantised", "config.json", "mlx_lm.convert --hf-path", "--dequantize"]),
-    ({"quantization_config": {"quant_method": "gptq"}}, ["quantised", "--dequantize", "original"]),
+    ({"quantization": {"group_size": 64, "bits": 4}}, ["quantized", "config.json", "mlx_lm.convert --hf-path", "--dequantize"]),
+    ({"quantization_config": {"quant_method": "gptq"}}, ["quantized", "--dequantize", "original"]),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": ...}, ["'yarn'"]),
     ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_parameters": ...}, ["'dynamic'"]),
     ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, ["'longrope'"]),
@@ -401,7 +401,7 @@ def test_paths_that_lead_nowhere(tmp_path, monkeypatch, saved):
     refused(saved / "model.safetensors", "is a file")
     refused(tmp_path / "runs", "holds no model")
     os.remove(saved / "model.safetensors")
-    refused(saved, "model.safetensors is missing, but mlx_pretrain.sha256.json names it; copy it again")
+    refused(saved, "model.safetensors is missing, but mlx_pretrain.sha256.json lists it; copy it again")
     os.remove(saved / HASHES)
     refused(saved, "no *.safetensors")
     (saved / "pytorch_model.bin").write_bytes(b"x")
