@@ -59,7 +59,9 @@ def test_bad_name_is_an_error_and_creates_nothing(name, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ["Llama (2M)", "Llama-2M-SFT", "a", "x" * 200, "模型", "[a] *?", "a..b", "-x", "a.new-12"])
+@pytest.mark.parametrize("name",
+                         ["Llama (2M)", "Llama-2M-SFT", "a", "x" * 200, "模型", "[a] *?", "a..b", "-x",
+                          "a.new-12"])
 def test_valid_name_creates_a_run(name, tmp_path):
     run = Run(name, "name: x\n", root=tmp_path)
     run.close()
@@ -79,9 +81,12 @@ def test_valid_name_is_a_direct_child_of_its_root(name):
 
 
 @pytest.mark.parametrize("folder, problem", [
-    ("../x", "contains a slash"), ("/tmp", "contains a slash"), ("a/b", "contains a slash"), ("a\\b", "contains a slash"), ("", "is empty"),
-    (".", "begins with a dot"), (".step", "begins with a dot"), (" a", "white space"), ("a\n", "white space"), ("x" * 300, "300 bytes"),
-    *((name, "another part of the run") for name in ("model", "Model", "adapters", "tokenizer", "metrics.jsonl", "config.yaml",
+    ("../x", "contains a slash"), ("/tmp", "contains a slash"), ("a/b", "contains a slash"),
+    ("a\\b", "contains a slash"), ("", "is empty"),
+    (".", "begins with a dot"), (".step", "begins with a dot"), (" a", "white space"), ("a\n", "white space"),
+    ("x" * 300, "300 bytes"),
+    *((name, "another part of the run") for name in ("model", "Model", "adapters", "tokenizer",
+                                                     "metrics.jsonl", "config.yaml",
                                                      "Config.YAML", "metadata.json", "curve.png")),
 ])
 def test_configured_folders_must_be_plain_and_not_reserved(folder, problem, tmp_path):
@@ -307,7 +312,8 @@ def test_any_flipped_bit_is_detected(tmp_path):
     assert tried == sum(file.stat().st_size for file in saved.iterdir()) > 400
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name",
+                         ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_truncated_or_missing_file_is_reported(name, tmp_path):
     saved = write_checkpoint(tmp_path, 1, ARRAYS, {})
     file = saved / name
@@ -485,7 +491,8 @@ def test_second_process_cannot_write_and_lock_ends_with_its_holder(tmp_path):
     for what in (
         lambda: Run("x", "me", root=tmp_path), lambda: Run("x", "me", root=tmp_path, overwrite=True),
         lambda: Run.resume(saved, "x", "me", root=tmp_path), lambda: check_place(tmp_path / "x", True),
-        lambda: check_place(tmp_path / "x", False), lambda: find_checkpoint(ResumeConfig(checkpoint="latest"), tmp_path / "x"),
+        lambda: check_place(tmp_path / "x", False),
+        lambda: find_checkpoint(ResumeConfig(checkpoint="latest"), tmp_path / "x"),
         lambda: find_checkpoint(ResumeConfig(checkpoint=str(saved.path)), tmp_path / "x"),
     ):
         with pytest.raises(
@@ -594,7 +601,8 @@ def test_newer_run_in_one_process_takes_over_the_lock(tmp_path):
     older = Run("x", "older", root=tmp_path)
     older.log({"step": 1})
     newer = Run("x", "newer", root=tmp_path)
-    for write in (lambda: older.log({"step": 2}), lambda: older.log_event("knob", 2), lambda: older.log_text("x"), lambda: older.update_metadata(a=1),
+    for write in (lambda: older.log({"step": 2}), lambda: older.log_event("knob", 2),
+                  lambda: older.log_text("x"), lambda: older.update_metadata(a=1),
                   lambda: older.save_checkpoint(2, ARRAYS, {}), lambda: older.finish("failed")):
         with pytest.raises(RunError, match="A newer run has taken"): write()
     older.close()
@@ -676,7 +684,9 @@ def test_run_without_artifacts_does_not_block_its_name(outcome, tmp_path):
     assert (tmp_path / "x" / "config.yaml").read_text() == "new" and os.listdir(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("worth", ["checkpoints/step_000001", "checkpoints/.step_000001.old-7", "checkpoints/step_000001.damaged", "model",
+@pytest.mark.parametrize("worth",
+                         ["checkpoints/step_000001", "checkpoints/.step_000001.old-7",
+                          "checkpoints/step_000001.damaged", "model",
                                    "adapters", ".model.old-7"])
 def test_run_with_artifacts_blocks_its_name(worth, tmp_path):
     Run("x", "old", root=tmp_path).finish("failed")
@@ -768,7 +778,8 @@ def hugging_face(path):
 
 
 @pytest.mark.parametrize("text, make, problem", [
-    ("nowhere", None, "nowhere does not exist"), ("runs/nowhere", None, "does not exist"), ("Latest", None, "Latest does not exist"),
+    ("nowhere", None, "nowhere does not exist"), ("runs/nowhere", None, "does not exist"),
+    ("Latest", None, "Latest does not exist"),
     ("hub/model", None, "does not exist"), ("notes.txt", lambda p: p.touch(), "is a file"),
     ("hf", hugging_face, "holds a model, but no training state"),
     ("empty", lambda p: p.mkdir(), "neither a checkpoint nor a run"),
@@ -991,10 +1002,14 @@ def test_resumed_run_needs_a_valid_name(name, tmp_path):
     ({"a": [0.9, 0.95]}, {"a": [0.9, 0.99]}, ["a: [0.9, 0.95] → [0.9, 0.99]"]),
     ({"a": None}, {"a": "é"}, ['a: null → "é"']),
     ({"a": {"b": 1}}, {"a": {"c": 1}}, ["a.b: 1 → not there", "a.c: not there → 1"]),
-    ({"system": {"seed": 1, "device": "cpu"}}, {"system": {"seed": 2, "device": "gpu"}}, ["system.seed: 1 → 2"]),
-    ({"name": "a", "overwrite": True, "resume": {"checkpoint": None}, "logging": {"steps": {"logging_interval": 1}}},
-     {"name": "b", "overwrite": False, "resume": {"checkpoint": "latest"}, "logging": {"steps": {"logging_interval": 2}}}, []),
-    ({"names": 1, "model": {"name": 1}}, {"names": 2, "model": {"name": 2}}, ["names: 1 → 2", "model.name: 1 → 2"]),
+    ({"system": {"seed": 1, "device": "cpu"}}, {"system": {"seed": 2, "device": "gpu"}},
+     ["system.seed: 1 → 2"]),
+    ({"name": "a", "overwrite": True, "resume": {"checkpoint": None},
+      "logging": {"steps": {"logging_interval": 1}}},
+     {"name": "b", "overwrite": False, "resume": {"checkpoint": "latest"},
+      "logging": {"steps": {"logging_interval": 2}}}, []),
+    ({"names": 1, "model": {"name": 1}}, {"names": 2, "model": {"name": 2}},
+     ["names: 1 → 2", "model.name: 1 → 2"]),
 ])
 def test_changed_keys(old, new, expected): assert changed_keys(old, new) == expected
 
