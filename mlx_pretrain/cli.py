@@ -189,7 +189,7 @@ def rl(
     )
 
 # %% ../nbs/70_cli.ipynb #228aceee
-def _open(cfg) -> tuple[Any, Callable[..., Iterator[str]]]: # a `WritingConfig` → a `Pretrained`, and a function
+def _open(cfg) -> tuple[Any, Callable[..., Iterator[str]]]: # a `SamplingConfig` → a `Pretrained`, and a function
     "The model, and how it writes: from a text or from tokens, with a seed."
     from mlx_pretrain.generate import stream_text
     from mlx_pretrain.pretrained import load

@@ -28,7 +28,7 @@ from .core import RewardModel, logger, rng_for
 from .prompts import PromptDataset, pad_prompt_response, no_reward, read_prompts, bucket_size
 from .generate import generate, text_after
 from .guards import Guards
-from .lora import _around, add_adapters, merge
+from .lora import add_adapters, llama_from_weights, merge
 from .model import Llama, ScalarLlama
 from .optim import Optimization
 from .pretrained import Pretrained, open_checkpoint
@@ -526,7 +526,7 @@ class PPOTrainer(StageTrainer):
         self.sampled = None
         if answered:  # a log-ratio is what it is
             self.ppo = self.ppo.model_copy(update={"kl_estimator": "k1"})
-        self.reference = _around(policy.args, dict(tree_flatten(policy.parameters())))
+        self.reference = llama_from_weights(policy.args, dict(tree_flatten(policy.parameters())))
         self.reference.freeze()
         critic = ScalarLlama.from_llama(policy)
         critic.model.checkpointing = cfg.system.gradient_checkpointing

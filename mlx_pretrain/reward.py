@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from pydantic import Field
 
 from .chat import dated
+from .checkpoint import load_checkpoint, writing
 from .config import ConfigError
 from .console import say
 from .core import RewardModel, atomic_write, logger
@@ -28,11 +29,11 @@ from .lora import base_identity, merge
 from .model import ScalarLlama
 from .preferences import (
     ColumnNames, PreferenceBatch, PreferenceDataset, has_pairs, read_preferences, split_conversations)
-from .pretrained import Pretrained, _fill
+from .pretrained import Pretrained, load_weights
 from .prompt import PromptFormat, split_format
 from .reward_model import TrainedReward, last_score, make_scorer
 from .rows import LengthGroupedSampler, PromptConfig, read_first_row, resolve_format
-from .run import Run, _writing, checkpoints, load_checkpoint
+from .run import Run, checkpoints
 from .stage import (
     StageTrainer, FinetuneConfig, open_base_model, check_not_overwriting_base, resolve_config, data_file,
     keep_date, run_stage)
@@ -202,7 +203,7 @@ class RewardEvaluation(NamedTuple):
             key: value.tolist() if isinstance(value, np.ndarray) else value
             for key, value in self._asdict().items()
         }
-        with _writing(path):
+        with writing(path):
             atomic_write(path, json.dumps(told).encode())
 
 # %% ../nbs/05_reward.ipynb #2fe35f62
@@ -392,7 +393,7 @@ class RewardTrainer(StageTrainer):
         best = self.best and next(
             (path for path in checkpoints(run.path) if path.name == f"step_{self.best[0]:06d}"), None
         )
-        if best: _fill(self.model, load_checkpoint(best)[0]["model"], best)
+        if best: load_weights(self.model, load_checkpoint(best)[0]["model"], best)
         reward = self.normalised()
         about = f"The weights are those of step {self.best[0] if best else self.steps_done}"
         about += ", where the held-out loss was lowest. " if best else ". "

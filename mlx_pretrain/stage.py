@@ -18,6 +18,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 from pydantic import field_validator, model_validator
 
+from .checkpoint import Checkpoint
 from .config import ConfigError, ConfigSection, read_yaml, to_yaml, where_from
 from .console import say
 from .core import logger
@@ -27,8 +28,8 @@ from .model import Llama, ModelConfig, ScalarLlama
 from .pretrained import Pretrained, export, find_model, load
 from .prompt import PromptFormat
 from .run import (
-    LoggingConfig, ResumeConfig, Run, RunError, Checkpoint, changed_keys, check_name, check_place,
-    find_checkpoint, latest_checkpoint, read_metadata, short)
+    LoggingConfig, ResumeConfig, Run, RunError, changed_keys, check_name, check_place, find_checkpoint,
+    latest_checkpoint, read_metadata, short)
 from .rows import Sampler, Segment, ShuffledSampler, resume_sampler
 from .tokenizer import Tokenizer
 from .trainer import (

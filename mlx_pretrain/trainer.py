@@ -33,13 +33,13 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 from pydantic import Field, field_validator, model_validator
 
+from .checkpoint import Checkpoint
 from .config import ConfigError, ConfigSection, UserError
 from .console import caught, output_problem, safe, say
 from .core import key_for, logger
 from .lora import adapters, dropping, lora_layers
 from .optim import Optimization, SchedulerConfig, check_optimizer, make_optimizer, make_schedule
-from .run import (
-    RunLog, Run, RunError, Checkpoint, checkpoints, read_metadata, read_metrics, short)
+from .run import RunLog, Run, RunError, checkpoints, read_metadata, read_metrics, short
 
 # %% ../nbs/42_trainer.ipynb #6b7c3e3c
 class Hyperparameters(ConfigSection):

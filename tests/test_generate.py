@@ -1,4 +1,4 @@
-"""Sampling: the filters' definitions, one row against many, where a text ends, and text that grows."""
+"""Generation: top-k and top-p, batch invariance, EOS, and streaming."""
 import mlx_pretrain  # noqa: F401, I001 - before MLX, as everywhere
 
 import mlx.core as mx
@@ -66,7 +66,7 @@ def by_definition(logits, temperature, top_k, top_p):
 
 
 def support(logits, n=4000, **how):
-    "Which tokens are ever drawn, and how often."
+    "The frequency of each sampled token."
     drawn = np.array(sample(mx.broadcast_to(mx.array(logits, mx.float32), (n, len(logits))),
                             key_for(0, 0, "test"), **how))
     return np.bincount(drawn, minlength=len(logits)) / n
@@ -76,7 +76,7 @@ def support(logits, n=4000, **how):
 @given(seed=st.integers(0, 10_000), size=st.integers(1, 12), k=st.integers(0, 14),
        p=st.sampled_from([0.05, 0.3, 0.5, 0.77, 0.9, 0.999, 1.0]),
        temperature=st.sampled_from([0.5, 1.0, 2.5]))
-def test_filters_are_those_of_the_definition(seed, size, k, p, temperature):
+def test_filters_match_their_definition(seed, size, k, p, temperature):
     logits = np.random.default_rng(seed).normal(size=size) * 2
     want = by_definition(logits, temperature, k, p)
     seen = support(logits, temperature=temperature, top_k=k, top_p=p)
@@ -94,7 +94,7 @@ def test_filters_by_hand(how, kept):
     assert np.flatnonzero(seen).tolist() == kept
 
 
-def test_top_k_keeps_k_of_equals():
+def test_top_k_keeps_k_of_equal_tokens():
     assert (support(np.zeros(10), top_k=4) > 0).sum() == 4
     assert (support(np.zeros(10), top_p=0.5) > 0).sum() in (5, 6)         # ten times 0.1 is not exact
 
@@ -104,7 +104,7 @@ def test_frequencies_match_softmax():
     for temperature in (0.7, 1.0, 3.0):
         p, n = softmax(logits / temperature), 50_000
         chi2 = (n * (support(logits, n, temperature=temperature) - p) ** 2 / p).sum()
-        assert chi2 < 24.3  # 999 of 1,000 honest samples, 7 degrees of freedom
+        assert chi2 < 24.3  # 999 of 1,000 correct samples, 7 degrees of freedom
 
 
 def test_temperature_to_zero_is_greedy():
@@ -117,7 +117,7 @@ def test_temperature_to_zero_is_greedy():
     assert agree == sorted(agree) and agree[0] < 0.5 and agree[-1] == 1
 
 
-def test_sample_reads_its_keys_only():
+def test_sample_depends_only_on_its_keys():
     logits = mx.random.normal((6, 50), key=mx.random.key(0))
     keys = mx.random.split(mx.random.key(5), 6)
     together = sample(logits, keys)
@@ -130,7 +130,7 @@ def test_sample_reads_its_keys_only():
 
 # ---- generate
 
-def test_greedy_is_uncached_argmax():
+def test_greedy_equals_uncached_argmax():
     out = generate(MODEL, PROMPTS, 12, temperature=0, **HOW)
     assert isinstance(out, Generation)
     assert rows(out) == [uncached(MODEL, p, 12) for p in PROMPTS]
@@ -139,15 +139,16 @@ def test_greedy_is_uncached_argmax():
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=9), min_size=1, max_size=5), st.sampled_from([0.0, 0.8, 1.5]))
-def test_row_alone_is_row_in_batch(prompts, temperature):
+@given(st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=9), min_size=1, max_size=5),
+       st.sampled_from([0.0, 0.8, 1.5]))
+def test_batch_invariance(prompts, temperature):
     how = {"temperature": temperature, "top_k": 20, "top_p": 0.95, **HOW}
     together = rows(generate(MODEL, prompts, 8, **how))
     for n, prompt in enumerate(prompts):
         if prompt not in prompts[:n]: assert rows(generate(MODEL, [prompt], 8, **how))[0] == together[n]
 
 
-def test_copies_differ_and_repeat():
+def test_copies_differ_and_are_reproducible():
     out = rows(generate(MODEL, [[5]] * 6, 12, **HOW))
     assert len(set(map(tuple, out))) > 3
     assert rows(generate(MODEL, [[6], *[[5]] * 6], 12, **HOW))[1:] == out
@@ -157,7 +158,7 @@ def test_copies_differ_and_repeat():
     assert rows(generate(MODEL, [[5]] * 6, 12, **HOW)) == out
 
 
-def test_drawn_tokens_have_the_models_odds():
+def test_sampled_tokens_follow_the_models_probabilities():
     "The second token given the first, over copies of one prompt: a key used twice would show here."
     out = np.array(generate(MODEL, [[5]] * 6000, 2, temperature=3.0, eos_ids=[], pad_id=PAD).tokens)
     first = softmax(np.array(MODEL(mx.array([[5]]))[0, -1]) / 3)
@@ -168,8 +169,8 @@ def test_drawn_tokens_have_the_models_odds():
     assert want.min() > 1 and chi2 < 73
 
 
-class Blind(Llama):
-    "Planted bug: padding is looked at."
+class Unmasked(Llama):
+    "Planted bug: padding is attended to."
     def hidden(self, ids, cache=None, pad=None): return super().hidden(ids, cache, None)
 
 
@@ -180,14 +181,14 @@ class Shifted(Llama):
         return super().hidden(ids, cache, pad)
 
 
-def test_planted_padding_bug_is_seen():
-    blind = opinionated(Blind)
-    together = rows(generate(blind, PROMPTS, 12, temperature=0, **HOW))
-    alone = [rows(generate(blind, [p], 12, temperature=0, **HOW))[0] for p in PROMPTS]
+def test_planted_padding_bug_is_detected():
+    unmasked = opinionated(Unmasked)
+    together = rows(generate(unmasked, PROMPTS, 12, temperature=0, **HOW))
+    alone = [rows(generate(unmasked, [p], 12, temperature=0, **HOW))[0] for p in PROMPTS]
     assert together[1] == alone[1] and together[0] != alone[0] and together[2] != alone[2]
 
 
-def test_planted_cache_bug_is_seen():
+def test_planted_cache_bug_is_detected():
     shifted = opinionated(Shifted, ARGS.model_copy(update={"max_position_embeddings": 64}))
     shifted.make_cache = lambda batch, capacity: Llama.make_cache(shifted, batch, 2 * capacity)
     assert rows(generate(shifted, [[20, 21, 22]], 12, temperature=0,
@@ -216,8 +217,8 @@ def test_eos_stops_and_counts():
     assert tokens.shape == mask.shape == (4, 4000) and (tokens[~mask] == PAD).all()
 
 
-def test_mask_without_eos_is_seen():
-    "The check that PPO relies on, and that it catches the tempting `tokens != eos`."
+def test_planted_mask_without_eos_is_detected():
+    "The check that PPO relies on detects the tempting `tokens != eos`."
     out = generate(Counting(), [[8], [5, 6]], 20, eos_ids=[12], pad_id=PAD)
     tokens, mask = np.array(out.tokens), np.array(out.response_mask)
 
@@ -228,7 +229,8 @@ def test_mask_without_eos_is_seen():
 
 
 @settings(max_examples=200)
-@given(st.lists(st.lists(st.integers(0, 5), min_size=6, max_size=6), min_size=1, max_size=4), st.sets(st.integers(0, 5), max_size=3))
+@given(st.lists(st.lists(st.integers(0, 5), min_size=6, max_size=6), min_size=1, max_size=4),
+       st.sets(st.integers(0, 5), max_size=3))
 def test_mask_by_hand(tokens, eos):
     mask = response_mask(np.array(tokens), eos)
     for row, got in zip(tokens, mask.tolist(), strict=True):
@@ -241,7 +243,7 @@ def test_pad_may_be_eos():
     assert rows(out) == [[9, 10, 11, 12], [7, 8, 9, 10, 11, 12]]
 
 
-def test_no_eos_fills_all():
+def test_without_eos_all_columns_are_filled():
     out = generate(Counting(), [[8]], 60, eos_ids=[], pad_id=PAD)
     assert rows(out) == [[(9 + i) % V for i in range(60)]]
 
@@ -257,16 +259,16 @@ def test_bfloat16_model():
     ([[5], []], 4, [EOS], PAD, "prompt 2 is empty"),
     ([[5], [V]], 4, [EOS], PAD, "prompt 2 holds the token 40"),
     ([[-1]], 4, [EOS], PAD, "the token -1"),
-    ([[2**70]], 4, [EOS], PAD, "whole numbers"),
-    ([[1.0]], 4, [EOS], PAD, "whole numbers"),
-    ([["a"]], 4, [EOS], PAD, "whole numbers"),
+    ([[2**70]], 4, [EOS], PAD, "integers"),
+    ([[1.0]], 4, [EOS], PAD, "integers"),
+    ([["a"]], 4, [EOS], PAD, "integers"),
     ([[[1]]], 4, [EOS], PAD, "list of token ids"),
     ([[5]], 4, [V], PAD, "control tokens holds the token 40"),
     ([[5]], 4, [EOS], V, "control tokens holds the token 40"),
     ([[5]], 0, [EOS], PAD, "at least 1"),
     ([[5] * 10], 55, [EOS], PAD, "do not fit into this model's context of 64"),
 ])
-def test_mistakes_are_one_sentence(prompts, new, eos, pad, words):
+def test_prompt_errors(prompts, new, eos, pad, words):
     with pytest.raises(GenerateError) as caught: generate(MODEL, prompts, new, eos_ids=eos, pad_id=pad)
     assert (
         words in str(caught.value) and "\n" not in str(caught.value) and isinstance(caught.value, UserError)
@@ -277,7 +279,9 @@ def test_the_whole_context_can_be_used():
     assert generate(MODEL, [[5] * 10], 54, eos_ids=[], pad_id=PAD).tokens.shape == (1, 54)
 
 
-@pytest.mark.parametrize("how", [{"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1},
+@pytest.mark.parametrize("how",
+                         [{"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")},
+                          {"top_k": -1},
                                  {"top_p": 0.0}, {"top_p": 1.01}, {"top_p": float("nan")}])
 def test_settings_out_of_range(how):
     name = next(iter(how))
@@ -308,8 +312,8 @@ def test_pieces_join_to_the_text_for_any_bytes(tokens, prompt):
 
 @settings(deadline=None, max_examples=200)
 @given(st.text(max_size=30))
-def test_no_half_character_and_no_delay(text):
-    "Every character is a piece of its own, shown with its last byte."
+def test_characters_are_complete_and_not_delayed(text):
+    "Every character is a piece of its own, emitted with its last byte."
     tokens, shown = iter(text.encode()), []
     taken = 0
 
@@ -339,19 +343,20 @@ def test_pieces_of_sentencepiece(sentencepiece, data):
 
 
 @pytest.mark.parametrize("broken", range(14))
-def test_a_character_after_broken_bytes_is_whole(broken):
-    "Wherever the held tokens are cut, it is not inside a character that may yet become whole."
+def test_character_after_invalid_bytes_is_complete(broken):
+    "Buffered tokens are never cut inside a character that may still become complete."
     for character in ("é", "€", "🦙"):
         data = b"\xff" * broken + character.encode()
         pieces = list(text_pieces(BYTE, [], data))
         assert "".join(pieces) == BYTE.decode(data) and pieces[-1].endswith(character)
 
 
-def test_a_replacement_sign_of_its_own_is_text():
+def test_literal_replacement_character_is_text():
     assert "".join(text_pieces(BYTE, [], "a\ufffdb\ufffd".encode())) == "a\ufffdb\ufffd"
 
 
-@pytest.mark.parametrize("endless", [b"a", b"\xff", b"\x80", b"\xf0\x9f\xa6\x99", b"\xe2\x82", [256], [257, 65]])
+@pytest.mark.parametrize("endless",
+                         [b"a", b"\xff", b"\x80", b"\xf0\x9f\xa6\x99", b"\xe2\x82", [256], [257, 65]])
 def test_work_is_linear(endless):
     class Slow(ByteTokenizer):
         decoded = 0
@@ -365,7 +370,7 @@ def test_work_is_linear(endless):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
-def test_stream_is_batch(temperature):
+def test_stream_equals_batch(temperature):
     prompts = ["", "One", "Two 🦙", "a longer prompt, so that there is padding"]
     batch = generate_text(BYTE_MODEL, BYTE, prompts, 60, temperature, seed=2)
     assert ["".join(stream_text(BYTE_MODEL, BYTE, p, 60, temperature, seed=2)) for p in prompts] == batch
@@ -377,7 +382,7 @@ def test_stream_is_batch(temperature):
 
 
 class Reciter:
-    "Writes given tokens, whatever is asked."
+    "Generates given tokens, for any prompt."
     args = ARGS.model_copy(update={"vocab_size": BYTE.vocab_size, "max_position_embeddings": 300})
     head_weight = mx.eye(BYTE.vocab_size)
 
@@ -417,7 +422,7 @@ class NoBos(ByteTokenizer):
         self.bos_id = None
 
 
-def test_text_mistakes():
+def test_text_errors():
     with pytest.raises(GenerateError, match="prompt 1 is empty"): stream_text(BYTE_MODEL, NoBos(), "")
     with pytest.raises(GenerateError, match="do not fit"): stream_text(BYTE_MODEL, BYTE, "x" * 100)
     with pytest.raises(GenerateError, match="no prompt"): generate_text(BYTE_MODEL, BYTE, [])
@@ -426,14 +431,14 @@ def test_text_mistakes():
     assert len(generate_text(BYTE_MODEL, NoBos(), ["a"], 4)) == 1
 
 
-def test_one_eval_a_token(monkeypatch):
+def test_one_eval_per_token(monkeypatch):
     calls, real = [], mx.eval
     monkeypatch.setattr(mx, "eval", lambda *a: (calls.append(1), real(*a)))
     generate(MODEL, PROMPTS, 7, eos_ids=[], pad_id=PAD)
     assert len(calls) == 7
 
 
-def test_model_is_left_as_it_was():
+def test_model_is_not_changed():
     before = {k: v + 0 for k, v in tree_flatten(MODEL.parameters())}
     generate(MODEL, PROMPTS, 4, **HOW)
     assert all(mx.array_equal(v, before[k]) for k, v in tree_flatten(MODEL.parameters()))

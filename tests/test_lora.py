@@ -1,4 +1,4 @@
-"Adapters: what is trained beside a model, and nothing else; with the known bugs planted, each of which must be seen."
+"LoRA: only adapters are trained; planted bugs must be detected."
 import itertools
 import json
 import shutil
@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_pretrain import (
     lora as lora_module, model as model_module, ops, stage as stage_module, trainer as trainer_module)
+from mlx_pretrain.checkpoint import load_checkpoint
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import UserError
 from mlx_pretrain.core import key_for
@@ -24,7 +25,7 @@ from mlx_pretrain.lora import (
 from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.pretrain import PretrainConfig, pretrain
 from mlx_pretrain.pretrained import Pretrained, PretrainedError, load
-from mlx_pretrain.run import RunError, checkpoints, load_checkpoint, read_metrics
+from mlx_pretrain.run import RunError, checkpoints, read_metrics
 from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
 from mlx_pretrain.tokenizer import ByteTokenizer
 
@@ -33,7 +34,7 @@ PLANTED = pytest.mark.parametrize("planted", [False, True])
 ARGS = LlamaArgs(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
                  num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 KINDS = {"plain": {}, "biases": {"attention_bias": True, "mlp_bias": True},
-         "neighbours": {"rope_traditional": True}, "untied": {"tie_word_embeddings": False}}
+         "interleaved": {"rope_traditional": True}, "untied": {"tie_word_embeddings": False}}
 KIND = pytest.mark.parametrize("kind", KINDS)
 IDS = mx.random.randint(0, 64, (2, 12), key=mx.random.key(1))
 
@@ -48,13 +49,13 @@ def flat(tree): return mx.concatenate([w.reshape(-1) for _, w in sorted(tree_fla
 
 
 def lively(kind="plain", **sizes):
-    "A model whose weights, gains and biases all say something."
+    "A model in which all weights, gains and biases have an effect."
     model = Llama(LlamaArgs(**{**ARGS.model_dump(), **KINDS[kind], **sizes}), seed=1)
     return model.update(tree_map(lambda w: 4 * w if w.ndim > 1 else w + 0.1, model.parameters()))
 
 
-def speaking(model, **cfg):
-    "A model whose adapters have learned something."
+def with_random_adapters(model, **cfg):
+    "A model with adapters that are not zero."
     model = apply_lora(model, LoRAConfig(**{"rank": 4, **cfg}))
     return model.update(tree_unflatten([(name, w + 0.05 * mx.random.normal(w.shape, key=key_for(0, 0, name)))
                                         for name, w in adapters(model).items()]))
@@ -75,7 +76,7 @@ def config(**sections): return SFTConfig.model_validate_json(json.dumps(line(**s
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    "Two pretrained runs of one step; the second rotates neighbours."
+    "Two pretrained runs of one step; the second has interleaved RoPE."
     home = tmp_path_factory.mktemp("base")
     (home / "text.jsonl").write_text(json.dumps({"text": "bottles of beer on the wall " * 20}) + "\n")
     for name in ("base", "turned"):
@@ -120,7 +121,7 @@ def trainer(**sections): return SFTTrainer(config(**{"pretrained_model": "base",
 
 @KIND
 @PLANTED
-def test_step_zero_is_the_base(kind, planted):
+def test_step_zero_equals_the_base_model(kind, planted):
     base = lively(kind)
     model = apply_lora(base, LoRAConfig(rank=4, dropout=0.5))
     if planted: model.model.layers[0].mlp.up_proj.lora_b += 1e-5          # not zero
@@ -131,8 +132,8 @@ def test_step_zero_is_the_base(kind, planted):
 
 @KIND
 @PLANTED
-def test_merged_is_unmerged(kind, planted, monkeypatch):
-    model = speaking(lively(kind), alpha=12)
+def test_merged_model_equals_adapters(kind, planted, monkeypatch):
+    model = with_random_adapters(lively(kind), alpha=12)
     if planted:  # no scale
         monkeypatch.setattr(LoRALinear, "merged",
                             property(lambda self: self.weight + (self.lora_a @ self.lora_b).T))
@@ -140,9 +141,10 @@ def test_merged_is_unmerged(kind, planted, monkeypatch):
     assert not lora_layers(merge(model)) and not near(model(IDS), lively(kind)(IDS))
 
 
-@pytest.mark.parametrize("cfg, scale", [({"rank": 3}, 2), ({"rank": 3, "alpha": 3}, 1), ({"rank": 6, "alpha": 3}, 0.5)])
+@pytest.mark.parametrize("cfg, scale",
+                         [({"rank": 3}, 2), ({"rank": 3, "alpha": 3}, 1), ({"rank": 6, "alpha": 3}, 0.5)])
 def test_rank_and_alpha_by_hand(cfg, scale):
-    model = speaking(lively("biases"), **cfg)
+    model = with_random_adapters(lively("biases"), **cfg)
     layer, x = model.model.layers[1].self_attn.k_proj, np.linspace(-1, 1, 32, dtype=np.float32)[None]
     w, b, la, lb = (np.array(layer[name]) for name in ("weight", "bias", "lora_a", "lora_b"))
     assert la.shape == (32, cfg["rank"]) and lb.shape == (cfg["rank"], 16)
@@ -170,7 +172,7 @@ def test_targets_and_num_layers(cfg, blocks, names):
 # What is trained
 
 
-def gain_left_free(monkeypatch):
+def norm_left_trainable(monkeypatch):
     def apply(*args):
         model = apply_lora(*args)
         model.model.norm.unfreeze()
@@ -184,7 +186,7 @@ def only_attention(monkeypatch):
                         lambda model, cfg, seed: apply_lora(model, cfg.model_copy(update=few), seed))
 
 
-def trains_the_adapters_alone(**sections):
+def trains_only_the_adapters(**sections):
     t = trainer(**sections)
     names = {f"model.layers.{i}.{name}.lora_{x}" for i in range(2) for name in SEVEN for x in "ab"}
     before, base = weights(t.model), weights(load("base").model)
@@ -202,17 +204,18 @@ def trains_the_adapters_alone(**sections):
 
 
 @pytest.mark.parametrize("sections", [
-    {}, {"training": {"optimization": {"optimizer": "muon"}}}, {"training": {"optimization": {"optimizer": "sgd"}}},
+    {}, {"training": {"optimization": {"optimizer": "muon"}}},
+    {"training": {"optimization": {"optimizer": "sgd"}}},
     {"system": {"gradient_checkpointing": True}}, {"system": {"precision": "bfloat16"}},
     {"training": {"hyperparameters": {"gradient_accumulation_steps": 2}, "epochs": 3}}], ids=str)
-def test_adapters_alone_are_trained(place, sections):
-    assert trains_the_adapters_alone(**sections)
+def test_only_adapters_are_trained(place, sections):
+    assert trains_only_the_adapters(**sections)
 
 
-@pytest.mark.parametrize("bug", [gain_left_free, only_attention])
-def test_a_planted_bug_is_seen(place, monkeypatch, bug):
+@pytest.mark.parametrize("bug", [norm_left_trainable, only_attention])
+def test_planted_freezing_bugs_are_detected(place, monkeypatch, bug):
     bug(monkeypatch)
-    assert not trains_the_adapters_alone()
+    assert not trains_only_the_adapters()
 
 
 # Dropout
@@ -222,7 +225,7 @@ def with_dropout(**sections):
     return trainer(**merged({"training": {"lora": {"dropout": 0.5}, "epochs": 2}}, sections))
 
 
-def start(): return adapters(speaking(load("base").model, rank=2))
+def start(): return adapters(with_random_adapters(load("base").model, rank=2))
 
 
 def gradient(t, *keys):
@@ -231,18 +234,18 @@ def gradient(t, *keys):
     return flat(tree_map(lambda *g: sum(g), *[t.update.gradient(t.draw(0)[0], key)[1] for key in keys]))
 
 
-def own_numbers(monkeypatch):
-    "A dropout that draws whenever it is called, as with global random numbers."
+def stateful_dropout(monkeypatch):
+    "Planted bug: dropout draws new numbers at each call, as with a global random state."
     numbers = itertools.count()
 
     def draw(self, x):
         if self.key is None: return x
-        return mx.where(mx.random.bernoulli(1 - self.share, x.shape, key=mx.random.key(next(numbers))),
-                        x / (1 - self.share), 0)
+        return mx.where(mx.random.bernoulli(1 - self.rate, x.shape, key=mx.random.key(next(numbers))),
+                        x / (1 - self.rate), 0)
     monkeypatch.setattr(Dropout, "__call__", draw)
 
 
-def test_dropout_follows_from_seed_and_step(place):
+def test_dropout_depends_only_on_seed_and_step(place):
     t, key = with_dropout(), [key_for(42, step, "dropout") for step in (0, 1)]
     one, again, later = gradient(t, key[0]), gradient(t, key[0]), gradient(t, key[1])
     assert mx.array_equal(one,
@@ -252,14 +255,14 @@ def test_dropout_follows_from_seed_and_step(place):
     for n, run in enumerate(runs):
         for _ in range(3):
             run.step()
-            mx.random.seed(n)  # somebody else's random numbers are none of ours
+            mx.random.seed(n)  # the global random state has no effect
     assert equal(runs[0].arrays()["model"],
                  runs[1].arrays()["model"]) and not equal(runs[0].arrays()["model"],
                                                           runs[2].arrays()["model"])
 
 
 @PLANTED
-def test_nothing_is_dropped_in_validation_and_in_answers(place, monkeypatch, planted):
+def test_no_dropout_in_validation_and_generation(place, monkeypatch, planted):
     dry, wet = (with_dropout(training={"lora": {"dropout": share}}) for share in (0.0, 0.9))
     wet.step()  # a step drops, and leaves no key behind
     for t in (dry, wet): trainer_module._put(t.model, start())
@@ -267,14 +270,14 @@ def test_nothing_is_dropped_in_validation_and_in_answers(place, monkeypatch, pla
         monkeypatch.setattr(
             Dropout,
             "__call__",
-            lambda self, x: x * mx.random.bernoulli(1 - self.share, x.shape, mx.random.key(0)),
+            lambda self, x: x * mx.random.bernoulli(1 - self.rate, x.shape, mx.random.key(0)),
         )
     assert (wet.evaluate() == dry.evaluate()) != planted and (wet.answers() == dry.answers()) != planted
 
 
 @PLANTED
-def test_checkpointing_drops_the_same(place, monkeypatch, planted):
-    if planted: own_numbers(monkeypatch)
+def test_gradient_checkpointing_uses_the_same_dropout(place, monkeypatch, planted):
+    if planted: stateful_dropout(monkeypatch)
     key = mx.random.key(3)
     models = [with_dropout(system={"gradient_checkpointing": on}) for on in (False, True)]
     grads = []
@@ -288,7 +291,7 @@ def test_checkpointing_drops_the_same(place, monkeypatch, planted):
 
 
 @PLANTED
-def test_accumulated_batches_drop_differently(place, monkeypatch, planted):
+def test_accumulated_batches_use_different_dropout(place, monkeypatch, planted):
     t = with_dropout(training={"hyperparameters": {"gradient_accumulation_steps": 3, "batch_size": 3}})
     seen = []
     original = t.update.gradient
@@ -298,7 +301,7 @@ def test_accumulated_batches_drop_differently(place, monkeypatch, planted):
     assert (len({*map(tuple, seen)}) == len(seen)) != planted and len(seen) == 4
 
 
-# Going on
+# Resume
 
 
 LONG = {"epochs": 4, "lora": {"rank": 2, "dropout": 0.4},
@@ -312,13 +315,13 @@ def stop_at(step):
 
 
 def counted_keys(monkeypatch):
-    "Dropout by how often it was asked for in this process, instead of by the step."
+    "Planted bug: dropout keys count calls in this process, instead of steps."
     numbers = itertools.count()
     monkeypatch.setattr(trainer_module, "key_for", lambda *_: mx.random.key(next(numbers)))
 
 
 @PLANTED
-def test_a_cut_run_is_the_whole_run(place, monkeypatch, planted):
+def test_interrupted_run_equals_uninterrupted_run(place, monkeypatch, planted):
     if planted: counted_keys(monkeypatch)
     whole = sft(config(name="whole", pretrained_model="base", training=LONG))
     how, latest = {"name": "cut", "pretrained_model": "base", "training": LONG}, {"checkpoint": "latest"}
@@ -340,7 +343,7 @@ def test_a_cut_run_is_the_whole_run(place, monkeypatch, planted):
 def tuned(place): return sft(config(name="tuned", pretrained_model="base", training={"epochs": 2}))
 
 
-def test_a_checkpoint_holds_adapters_and_opens_as_a_whole_model(tuned):
+def test_checkpoint_stores_adapters_and_loads_as_merged_model(tuned):
     saved = checkpoints(tuned)[-1]
     assert (
         load_checkpoint(saved)[0]["model"].keys()
@@ -351,42 +354,44 @@ def test_a_checkpoint_holds_adapters_and_opens_as_a_whole_model(tuned):
                                 weights(result.model)) and opened.format == result.format
     assert not equal(weights(opened.model), weights(load("base").model))
     next_one = trainer(name="next", pretrained_model=str(saved))
-    assert mx.array_equal(next_one.model(IDS), result.model(IDS))          # and new adapters beside it
+    assert mx.array_equal(next_one.model(IDS), result.model(IDS))          # and new adapters
     full = SFTTrainer(config(name="full", pretrained_model=str(saved), training={"lora": {"rank": 0}}))
     assert full.base is None and equal(weights(full.model), weights(result.model))
 
 
-def base_gone(): shutil.rmtree("runs/base")
+def base_deleted(): shutil.rmtree("runs/base")
 def base_emptied(): shutil.rmtree("runs/base"); Path("runs/base/model").mkdir(parents=True)
 def base_changed(): shutil.rmtree("runs/base/model"); shutil.copytree("runs/turned/model", "runs/base/model")
 
 
 @pytest.mark.parametrize("spoil, opened, resumed", [
-    (base_gone, "base/model, which is not there; bring it back", "base does not exist"),
+    (base_deleted, "base/model, which does not exist; restore it", "base does not exist"),
     (base_emptied, "base/model holds no model", "base holds no model"),
-    (base_changed, "holds adapters to another model than that in", 'holds adapters to another model than "pretrained_model" is now'),
+    (base_changed, "holds adapters to another model than that in",
+     'holds adapters to another model than "pretrained_model" is now'),
 ])
-def test_no_checkpoint_without_its_base(tuned, spoil, opened, resumed):
+def test_checkpoint_needs_its_base_model(tuned, spoil, opened, resumed):
     saved = checkpoints(tuned)[-2]
     spoil()
     with pytest.raises(PretrainedError) as one: load(saved)
     on = config(name="tuned", pretrained_model="base", training={"epochs": 3},
                 resume={"checkpoint": "latest"})
     with pytest.raises(UserError) as other: sft(on)
-    for error, said in ((one, opened), (other, resumed)):
-        assert said in str(error.value) and "\n" not in str(error.value)
-    assert load(tuned).format                                             # the merged model needs nobody
+    for error, message in ((one, opened), (other, resumed)):
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert load(tuned).format                                             # the merged model does not need it
 
 
 def test_run_and_base_may_move_together(tuned):
-    said = load(tuned).model(IDS)
+    logits = load(tuned).model(IDS)
     Path("runs").rename("moved")
-    assert np.allclose(load(checkpoints(Path("moved") / "tuned")[-1]).model(IDS), said, atol=1e-5)
+    assert np.allclose(load(checkpoints(Path("moved") / "tuned")[-1]).model(IDS), logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("lora", [
-    {"rank": 0}, {"rank": 4}, {"alpha": 1}, {"dropout": 0.1}, {"targets": ["q_proj"]}, {"num_layers": 1}], ids=str)
-def test_no_going_on_with_other_adapters(tuned, lora):
+    {"rank": 0}, {"rank": 4}, {"alpha": 1}, {"dropout": 0.1}, {"targets": ["q_proj"]}, {"num_layers": 1}],
+    ids=str)
+def test_resume_with_another_lora_config_is_refused(tuned, lora):
     with pytest.raises(
         RunError, match='"training.lora" was rank 2, and is .*; make it what it was, or start a new run'
     ):
@@ -394,39 +399,39 @@ def test_no_going_on_with_other_adapters(tuned, lora):
                    resume={"checkpoint": "latest"}))
 
 
-def test_no_adapters_in_the_middle_of_a_whole_training(place):
+def test_resume_cannot_add_adapters(place):
     sft(config(name="full", pretrained_model="base", training={"lora": {"rank": 0}}))
     with pytest.raises(RunError, match='"training.lora" was left out, and is rank 2; make it what it was'):
         sft(config(name="full", pretrained_model="base", training={"epochs": 2},
                    resume={"checkpoint": "latest"}))
 
 
-# What is written
+# Export
 
 
 @pytest.mark.parametrize("source", ["base", "turned", "turned/checkpoints/step_000001", "turned/model"])
 @PLANTED
-def test_model_and_adapters_say_the_same(place, monkeypatch, source, planted):
-    if planted and "checkpoints" not in source: return                    # elsewhere nothing is turned
+def test_exported_model_equals_exported_adapters(place, monkeypatch, source, planted):
+    if planted and "checkpoints" not in source: return                    # only checkpoints keep interleaved RoPE
     if planted: monkeypatch.setattr(lora_module, "half_split", lambda rows, head_dim: rows)
-    some = {"targets": ["q_proj", "k_proj", "up_proj"], "num_layers": 1}
-    path = sft(config(pretrained_model=f"runs/{source}", training={"epochs": 3, "lora": some}))
-    result, beside = load(path).model, load_adapters(load(source.partition("/")[0]).model, path / "adapters")
-    assert near(beside(IDS), result(IDS)) != planted and not near(beside(IDS), load("base").model(IDS))
+    lora = {"targets": ["q_proj", "k_proj", "up_proj"], "num_layers": 1}
+    path = sft(config(pretrained_model=f"runs/{source}", training={"epochs": 3, "lora": lora}))
+    result, adapted = load(path).model, load_adapters(load(source.partition("/")[0]).model, path / "adapters")
+    assert near(adapted(IDS), result(IDS)) != planted and not near(adapted(IDS), load("base").model(IDS))
     assert near(load(checkpoints(path)[-1]).model(IDS), result(IDS))
 
 
-def test_whoever_rotates_neighbours_takes_no_file(place):
-    save_adapters(speaking(lively()), "ad")
+def test_adapters_are_refused_for_interleaved_rope(place):
+    save_adapters(with_random_adapters(lively()), "ad")
     with pytest.raises(AdapterError, match="open this model from its exported directory"):
-        load_adapters(lively("neighbours"), "ad")
+        load_adapters(lively("interleaved"), "ad")
 
 
-# Settings
+# Configuration
 
 
 @pytest.mark.parametrize("way", ["yaml", "command line"])
-def test_settings_arrive(place, capsys, way):
+def test_config_reaches_the_adapters(place, capsys, way):
     lora = {"rank": 3, "alpha": 1.5, "dropout": 0.25, "targets": ["q_proj", "v_proj"], "num_layers": 1}
     cfg, flags = line(pretrained_model="base"), []
     if way == "yaml": cfg["training"]["lora"] = lora
@@ -446,8 +451,10 @@ def test_settings_arrive(place, capsys, way):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["rank", "-1"], "training.lora.rank"), (["rank", "1.5"], "training.lora.rank"), (["rank", "9999"], "training.lora.rank"),
-    (["alpha", "0"], "training.lora.alpha"), (["alpha", ".inf"], "training.lora.alpha"), (["dropout", "1"], "training.lora.dropout"),
+    (["rank", "-1"], "training.lora.rank"), (["rank", "1.5"], "training.lora.rank"),
+    (["rank", "9999"], "training.lora.rank"),
+    (["alpha", "0"], "training.lora.alpha"), (["alpha", ".inf"], "training.lora.alpha"),
+    (["dropout", "1"], "training.lora.dropout"),
     (["dropout", "-0.1"], "training.lora.dropout"), (["num_layers", "0"], "training.lora.num_layers"),
     (["targets", "1"], "training.lora.targets"), (["rnk", "4"], 'did you mean "training.lora.rank"?'),
     (["targets", "w_pack"], "\"training.lora.targets\": a block has no projection 'w_pack'; it has q_proj, k_proj"),
@@ -456,21 +463,22 @@ def test_settings_arrive(place, capsys, way):
     (["rank", "0", "--training.lora.alpha", "16"], "rank is 0, so there are no adapters"),
     (["rank", "2", "--training.freeze", "0"], "take freeze and train_only out"),
     (["rank", "2", "--training.train_only", "1"], "take freeze and train_only out"),
-    (["rank", "2", "--pretrained_model", "null"], '"training.lora": adapters need a model that knows something'),
+    (["rank", "2", "--pretrained_model", "null"],
+     '"training.lora": adapters need a model that knows something'),
 ])
-def test_a_mistake_is_one_sentence(place, capsys, flags, sentence):
+def test_config_errors(place, capsys, flags, sentence):
     Path("run.yaml").write_text(json.dumps(line(pretrained_model="base")))
     assert main(["sft", "--config", "run.yaml", f"--training.lora.{flags[0]}", *flags[1:]]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and not Path("runs/run").exists()
 
 
-# Files that are broken
+# Broken files
 
 
 def about(**changes): return lambda cfg, arrays: cfg["lora_parameters"].update(changes)
 def weight(change): return lambda cfg, arrays: arrays.update(change(arrays))
-def text(said): return lambda cfg, arrays: (cfg.clear(), cfg.update(text=said))
+def text(content): return lambda cfg, arrays: (cfg.clear(), cfg.update(text=content))
 
 
 NAME = "model.layers.2.mlp.up_proj.lora_a"
@@ -493,9 +501,9 @@ BROKEN = {"no JSON": text("{"), "a list": text("[1]"), "nested": text("[" * 100_
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_adapters_are_one_sentence(tmp_path, name):
+def test_broken_adapters_are_an_error(tmp_path, name):
     model, folder = lively(), tmp_path / "ad"
-    save_adapters(speaking(model), folder)
+    save_adapters(with_random_adapters(model), folder)
     (folder / "mlx_pretrain.sha256.json").unlink()
     cfg = json.loads((folder / "adapter_config.json").read_text())
     arrays = dict(mx.load(str(folder / "adapters.safetensors")))
@@ -512,10 +520,10 @@ def test_broken_adapters_are_one_sentence(tmp_path, name):
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapters.safetensors"])
-def test_bytes_gone_wrong(tmp_path, file, caplog):
-    "Cut or flipped at random: one sentence, or a warning that a text was changed; never anything else."
+def test_corrupted_files_are_detected(tmp_path, file, caplog):
+    "Truncated or with flipped bits: an error, or a warning that a text file was changed."
     model, rng = lively(), np.random.default_rng(0)
-    save_adapters(speaking(model), tmp_path)
+    save_adapters(with_random_adapters(model), tmp_path)
     whole, refused = (tmp_path / file).read_bytes(), 0
     for n in range(60):
         broken = bytearray(whole[:rng.integers(len(whole))] if n % 2 else whole)
@@ -540,7 +548,7 @@ def test_bytes_gone_wrong(tmp_path, file, caplog):
 
 
 @pytest.mark.parametrize("rows", [1, 64, 150])
-def test_a_frozen_head_has_the_same_gradient_for_what_is_below(rows, monkeypatch):
+def test_frozen_head_gives_the_same_gradient_to_hidden_states(rows, monkeypatch):
     monkeypatch.setattr(ops, "LOGITS", 64 * 50)                           # chunks of 64 rows
     h, w = mx.random.normal((rows, 8), key=mx.random.key(0)), mx.random.normal((50, 8), key=mx.random.key(1))
     targets, mask = mx.random.randint(0, 50, (rows,), key=mx.random.key(2)), mx.arange(rows) % 3 != 1

@@ -34,7 +34,7 @@ def trainer_on_padded_prompts(**more):
 
 def drawn_again(trainer, knobs):
     "Each token of the last samples, drawn once more with the same keys, from one pass over prompt and response of its row alone."
-    keys = sampling._row_keys(trainer.sampled.prompts, trainer.seed, trainer.steps_done - 1)
+    keys = sampling.row_keys(trainer.sampled.prompts, trainer.seed, trainer.steps_done - 1)
     same = True
     for prompt, response, key in zip(trainer.sampled.prompts, trainer.sampled.responses, keys):
         logits = trainer.before(mx.array([prompt + response]))[0, len(prompt) - 1:]
@@ -60,7 +60,7 @@ def sound(trainer, steps=2):
     "Are samples, scores and the first update of each step of one mind?"
     fine = True
     for step in range(steps):
-        trainer.before = ppo._around(trainer.model.args, dict(tree_flatten(trainer.model.parameters())))
+        trainer.before = ppo.llama_from_weights(trainer.model.args, dict(tree_flatten(trainer.model.parameters())))
         phases = trainer.phases()
         while next(phases) != "update": pass
         first, knobs = trainer.now.updates[0], trainer.now.knobs

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_pretrain import ppo as module
 from mlx_pretrain.chat import ask_pieces
+from mlx_pretrain.checkpoint import load_checkpoint
 from mlx_pretrain.config import UserError
 from mlx_pretrain.core import RewardModel
 from mlx_pretrain.guards import Guards
@@ -16,7 +17,7 @@ from mlx_pretrain.ops import head_logprobs
 from mlx_pretrain.ppo import PPOConfig, PPOTrainer, policy_loss, ppo
 from mlx_pretrain.pretrained import Pretrained, export
 from mlx_pretrain.prompt import PromptFormat, encode_pieces
-from mlx_pretrain.run import checkpoints, load_checkpoint, read_metadata, read_metrics
+from mlx_pretrain.run import checkpoints, read_metadata, read_metrics
 from mlx_pretrain.score import RewardError, score
 from mlx_pretrain.tokenizer import ByteTokenizer, HFTokenizer
 from mlx_pretrain.trainer import _put, forecast

@@ -11,7 +11,8 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_pretrain.run import checkpoints, load_checkpoint, read_metrics
+from mlx_pretrain.checkpoint import load_checkpoint
+from mlx_pretrain.run import checkpoints, read_metrics
 
 WORKER = Path(__file__).parent / "workers" / "ppo.py"
 

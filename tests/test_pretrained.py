@@ -1,4 +1,4 @@
-"""Opening and writing models: both layouts, every way a directory can be wrong, and what is left when the disk refuses."""
+"""Loading and exporting models: both layouts, invalid directories, and failed writes."""
 import json
 import os
 import random
@@ -68,11 +68,13 @@ def refused(path, *words, error=PretrainedError):
     for word in words: assert word in text, text
 
 
-# ---- there and back
+# ---- round trip
 
 @pytest.mark.parametrize("sizes", [
-    {}, {"tie_word_embeddings": False}, {"rope_scaling": LLAMA3}, {"rope_scaling": RopeScaling(type="linear", factor=2.5)},
-    {"attention_bias": True, "mlp_bias": True}, {"head_dim": 16, "rope_theta": 5e5, "rms_norm_eps": 1e-6}, {"num_key_value_heads": 4},
+    {}, {"tie_word_embeddings": False}, {"rope_scaling": LLAMA3},
+    {"rope_scaling": RopeScaling(type="linear", factor=2.5)},
+    {"attention_bias": True, "mlp_bias": True}, {"head_dim": 16, "rope_theta": 5e5, "rms_norm_eps": 1e-6},
+    {"num_key_value_heads": 4},
     {"vocab_size": 300},
 ])
 def test_export_and_load_give_the_same_bits(sizes, tmp_path):
@@ -95,11 +97,11 @@ def test_sentencepiece_model(tmp_path):
     ) == tokenizer.encode("the llama\n")
     config, generation = (json.loads((tmp_path / "m" / name).read_text())
                           for name in ("config.json", "generation_config.json"))
-    for where in (config, generation):
-        assert [where[f"{n}_token_id"] for n in ("pad", "bos", "eos")] == [0, 2, 3]
+    for content in (config, generation):
+        assert [content[f"{n}_token_id"] for n in ("pad", "bos", "eos")] == [0, 2, 3]
 
 
-def test_what_is_written(saved):
+def test_exported_files(saved):
     config = json.loads((saved / "config.json").read_text())
     wanted = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
               "rope_theta": 1e4, "rope_scaling": None,
@@ -114,9 +116,11 @@ def test_what_is_written(saved):
 
 
 @settings(deadline=None, max_examples=60)
-@given(theta=st.floats(1, 1e7), factor=st.floats(1, 64), kind=st.sampled_from(["none", "linear", "llama3"]), tied=st.booleans(),
-       heads=st.sampled_from([(4, 1), (4, 2), (4, 4), (6, 3)]), half=st.integers(1, 40), eps=st.floats(1e-9, 1e-2))
-def test_sizes_survive_the_way_through_json(theta, factor, kind, tied, heads, half, eps):
+@given(theta=st.floats(1, 1e7), factor=st.floats(1, 64), kind=st.sampled_from(["none", "linear", "llama3"]),
+       tied=st.booleans(),
+       heads=st.sampled_from([(4, 1), (4, 2), (4, 4), (6, 3)]), half=st.integers(1, 40),
+       eps=st.floats(1e-9, 1e-2))
+def test_args_round_trip_through_config_json(theta, factor, kind, tied, heads, half, eps):
     scaling = RopeScaling() if kind == "none" else RopeScaling(type=kind, factor=factor)
     args = LlamaArgs(**{**SIZES, "rope_theta": theta, "rope_scaling": scaling, "tie_word_embeddings": tied,
                         "head_dim": 2 * half, "num_attention_heads": heads[0],
@@ -127,7 +131,7 @@ def test_sizes_survive_the_way_through_json(theta, factor, kind, tied, heads, ha
     assert args_from_hf({k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling")}) == args
 
 
-def test_traditional_rope_is_sorted_into_the_usual_layout(tmp_path):
+def test_interleaved_rope_is_exported_half_split(tmp_path):
     model = lively(rope_traditional=True, attention_bias=True)
     export(model, BYTE, tmp_path / "m")
     back = load(tmp_path / "m").model
@@ -194,7 +198,9 @@ def test_missing_shard(saved):
     refused(saved, "model-00002-of-00003.safetensors is missing", "download it again")
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": {"a": "../m/model.safetensors"}}', '{"weight_map": {"a": "/etc/passwd"}}',
+@pytest.mark.parametrize("content",
+                         ["{}", '{"weight_map": {"a": "../m/model.safetensors"}}',
+                          '{"weight_map": {"a": "/etc/passwd"}}',
                                      '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "model.bin"}}'])
 def test_bad_index(saved, content):
     (saved / "model.safetensors.index.json").write_text(content)
@@ -206,7 +212,7 @@ def test_index_that_is_not_json(saved):
     refused(saved, "index.json is not valid JSON", error=UserError)
 
 
-def test_twice_the_same_weight(saved):
+def test_duplicate_weight(saved):
     shutil.copy(saved / "model.safetensors", saved / "model2.safetensors")
     refused(saved, "model2.safetensors holds", "another file holds too")
 
@@ -221,12 +227,14 @@ NORM = "model.norm.weight"
     (lambda w: w.update({"model.norm.bias": mx.zeros(32)}), ["holds the unknown model.norm.bias"]),
     (lambda w: w.update({NORM: mx.ones((32, 1))}), ["model.norm.weight is (32, 1)", "(32,)"]),
     (lambda w: w.update({NORM: mx.full(32, float("nan"))}), ["model.norm.weight holds NaN"]),
-    (lambda w: w.update({NORM: mx.full(32, float("inf")).astype(mx.float16)}), ["model.norm.weight holds NaN or infinity"]),
+    (lambda w: w.update({NORM: mx.full(32, float("inf")).astype(mx.float16)}),
+     ["model.norm.weight holds NaN or infinity"]),
     (lambda w: w.update({NORM: mx.ones(32, dtype=mx.int32)}), ["model.norm.weight holds", "int32"]),
     (lambda w: w.clear() or w.update({"x": mx.zeros(1)}), ["lacks", "and 17 more"]),
-    (lambda w: w.update({"model.layers.0.mlp.up_proj.scales": mx.zeros(1)}), ["is quantised", "up_proj.scales", "--dequantize"]),
+    (lambda w: w.update({"model.layers.0.mlp.up_proj.scales": mx.zeros(1)}),
+     ["is quantized", "up_proj.scales", "--dequantize"]),
 ])
-def test_wrong_weights_are_named(saved, change, words):
+def test_wrong_weights_are_reported(saved, change, words):
     reweigh(saved, change)
     refused(saved, *words)
 
@@ -249,25 +257,27 @@ def test_untied_without_output_matrix(saved):
     refused(saved, "lacks lm_head.weight", "tie_word_embeddings")
 
 
-def test_old_rotary_tables_are_left_out(saved, model):
+def test_old_rotary_tables_are_ignored(saved, model):
     reweigh(saved, lambda w: w.update({"model.layers.1.self_attn.rotary_emb.inv_freq": mx.ones(4)}))
     assert mx.array_equal(load(saved).model(IDS), model(IDS))
 
 
-def test_more_layers_than_the_config_says(saved):
+def test_more_layers_than_in_the_config(saved):
     edit(saved, num_hidden_layers=1)
     refused(saved, "holds the unknown model.layers.1.", "config.json")
 
 
-@pytest.mark.parametrize("cut", [lambda b: b[:-1], lambda b: b[:100], lambda b: b"", lambda b: b"version https://git-lfs.github.com/spec/v1\n",
+@pytest.mark.parametrize("cut",
+                         [lambda b: b[:-1], lambda b: b[:100], lambda b: b"",
+                          lambda b: b"version https://git-lfs.github.com/spec/v1\n",
                                  lambda b: b"\xff" * 8 + b[8:]])
-def test_torn_weights(saved, cut):
+def test_truncated_weights(saved, cut):
     file = saved / "model.safetensors"
     file.write_bytes(cut(file.read_bytes()))
     refused(saved, "model.safetensors is damaged or incomplete")
 
 
-# ---- what the manifest tells
+# ---- manifest
 
 def flip(file, bit):
     content = bytearray(file.read_bytes())
@@ -275,8 +285,8 @@ def flip(file, bit):
     file.write_bytes(content)
 
 
-def opens_with_a_warning(path, caplog):
-    "None if it is refused; else what it warns of."
+def load_warnings(path, caplog):
+    "The warnings of `load`; None if it is refused."
     caplog.clear()
     try: load(path)
     except UserError as e: return check_sentence(str(e).replace("; does its", "; check that its"))
@@ -285,7 +295,7 @@ def opens_with_a_warning(path, caplog):
 
 @pytest.fixture(scope="module")
 def with_vocabulary(tmp_path_factory):
-    "An export with a file that is neither text nor weights, and one that is no JSON."
+    "An export with a binary file that is not weights, and a text file that is not JSON."
     home = tmp_path_factory.mktemp("vocabulary")
     tok = train_sentencepiece(["a few words for a small vocabulary"] * 3, 290, home / "tok")
     export(lively(vocab_size=tok.vocab_size), tok, home / "m",
@@ -293,36 +303,37 @@ def with_vocabulary(tmp_path_factory):
     return home / "m"
 
 
-def test_no_flipped_bit_goes_unseen(with_vocabulary, tmp_path, caplog):
+def test_every_flipped_bit_is_reported(with_vocabulary, tmp_path, caplog):
     rng, kept = random.Random(0), shutil.copytree(with_vocabulary, tmp_path / "m")
     names = sorted(path.name for path in kept.iterdir())
     header = 64 + 8 * int.from_bytes((kept / "model.safetensors").read_bytes()[:8], "little")  # its bits
     assert {"tokenizer.model", "chat_template.jinja", "model.safetensors", HASHES} < {*names}
-    assert opens_with_a_warning(kept, caplog) == ""
+    assert load_warnings(kept, caplog) == ""
     for name in names:
         for _ in range(12):
             bit = rng.randrange(8 * (kept / name).stat().st_size)
             flip(kept / name, bit)
-            said = opens_with_a_warning(kept, caplog)
+            warnings = load_warnings(kept, caplog)
             named = "" if name == HASHES else name  # a hash that differs looks like a file that does
             # there, as if saved anew
             text = name.endswith((".json", ".jinja")) or name == "model.safetensors" and bit < header
-            assert said is None or text and f"{named} changed since the export" in said, (name, said)
+            assert warnings is None or text and f"{named} changed since the export" in warnings, (name,
+            warnings)
             shutil.copy(with_vocabulary / name, kept / name)
-    assert opens_with_a_warning(kept, caplog) == ""
+    assert load_warnings(kept, caplog) == ""
 
 
-def test_what_is_missing_or_torn_is_named(with_vocabulary, tmp_path, caplog):
+def test_missing_or_truncated_file_is_reported(with_vocabulary, tmp_path, caplog):
     for path in with_vocabulary.iterdir():
         for cut in (0, 1, path.stat().st_size // 2, path.stat().st_size - 1, None):
             kept = shutil.copytree(with_vocabulary, tmp_path / "m")
             if cut is None: (kept / path.name).unlink()
             else: os.truncate(kept / path.name, cut)
-            if cut is None and path.name == HASHES: assert opens_with_a_warning(kept, caplog) == ""
-            elif path.suffix == ".jinja" and cut: assert path.name in opens_with_a_warning(kept, caplog)
+            if cut is None and path.name == HASHES: assert load_warnings(kept, caplog) == ""
+            elif path.suffix == ".jinja" and cut: assert path.name in load_warnings(kept, caplog)
             elif path.suffix == ".json" and cut == path.stat().st_size - 1 and path.name != HASHES:
                 # its last line break, perhaps
-                assert path.name in (opens_with_a_warning(kept, caplog) or path.name)
+                assert path.name in (load_warnings(kept, caplog) or path.name)
             else: refused(kept, path.name, error=UserError)
             shutil.rmtree(kept)
 
@@ -353,8 +364,9 @@ def test_the_remedies_work(saved, model, caplog):
     ({"model_type": "mistral"}, ["model_type is 'mistral'"]),
     ({"model_type": ...}, ["model_type is None"]),
     ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'"]),
-    ({"quantization": {"group_size": 64, "bits": 4}}, ["quantised", "config.json", "mlx_lm.convert --hf-path", "--dequantize"]),
-    ({"quantization_config": {"quant_method": "gptq"}}, ["quantised", "--dequantize", "original"]),
+    ({"quantization": {"group_size": 64, "bits": 4}},
+     ["quantized", "config.json", "mlx_lm.convert --hf-path", "--dequantize"]),
+    ({"quantization_config": {"quant_method": "gptq"}}, ["quantized", "--dequantize", "original"]),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": ...}, ["'yarn'"]),
     ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_parameters": ...}, ["'dynamic'"]),
     ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, ["'longrope'"]),
@@ -375,7 +387,7 @@ def test_configs_that_cannot_be_used(saved, changes, words):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
-def test_config_that_is_no_object(saved, text):
+def test_config_that_is_not_an_object(saved, text):
     (saved / "config.json").write_text(text)
     refused(saved, "config.json", error=UserError)
 
@@ -392,7 +404,7 @@ def test_defaults_are_those_of_transformers():
 
 # ---- paths
 
-def test_paths_that_lead_nowhere(tmp_path, monkeypatch, saved):
+def test_paths_without_a_model(tmp_path, monkeypatch, saved):
     monkeypatch.chdir(tmp_path)
     refused("HuggingFaceTB/SmolLM2-135M", "`hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M`")
     (tmp_path / "runs").mkdir()
@@ -401,7 +413,7 @@ def test_paths_that_lead_nowhere(tmp_path, monkeypatch, saved):
     refused(saved / "model.safetensors", "is a file")
     refused(tmp_path / "runs", "holds no model")
     os.remove(saved / "model.safetensors")
-    refused(saved, "model.safetensors is missing, but mlx_pretrain.sha256.json names it; copy it again")
+    refused(saved, "model.safetensors is missing, but mlx_pretrain.sha256.json lists it; copy it again")
     os.remove(saved / HASHES)
     refused(saved, "no *.safetensors")
     (saved / "pytorch_model.bin").write_bytes(b"x")
@@ -440,7 +452,7 @@ def test_run_and_checkpoint(tmp_path, model, monkeypatch):
     monkeypatch.chdir(checkpoint)
     assert load(".").tokenizer.eos_id == BYTE.eos_id
     export(lively(num_hidden_layers=1), BYTE, run.path / "model")
-    # a run that is gone on with: its model is of an earlier end
+    # a resumed run: its model is that of an earlier end
     refused(run.path, "no finished model yet", str(checkpoint))
     run.finish("finished")
     assert load(run.path).model.args.num_hidden_layers == 1 and load(run.path).path == run.path / "model"
@@ -462,7 +474,7 @@ def test_damaged_checkpoint(tmp_path, model):
     refused(checkpoint, "manifest.json is missing", error=RunError)
 
 
-def test_another_tokenizer_beside_a_checkpoint(tmp_path, model):
+def test_replaced_tokenizer_of_a_checkpoint(tmp_path, model):
     run, _ = start(tmp_path, model)
     state = {"args": model.args.model_dump(), "tokenizer": BYTE.fingerprint}
     checkpoint = run.save_checkpoint(501, {"model": dict(tree_flatten(model.parameters()))}, state)
@@ -472,7 +484,7 @@ def test_another_tokenizer_beside_a_checkpoint(tmp_path, model):
             error=UserError)
 
 
-def test_checkpoint_without_sizes(tmp_path, model):
+def test_checkpoint_without_args(tmp_path, model):
     run, _ = start(tmp_path, model)
     for state in ({}, {"args": None}, {"args": {"vocab_size": 3}}):
         refused(run.save_checkpoint(501, {"model": {}}, state), "state.json does not hold the model's sizes")
@@ -497,7 +509,7 @@ def test_replaces_exports_only(saved, model, tmp_path):
     assert load(saved).model.args.num_hidden_layers == 1 and not (tmp_path / "x").exists()
 
 
-def test_a_failed_export_leaves_the_old_one(saved, model, tmp_path, monkeypatch):
+def test_failed_export_keeps_the_old_one(saved, model, tmp_path, monkeypatch):
     def full(*args, **more): raise OSError(28, "No space left on device")
     monkeypatch.setattr(BYTE, "save", full)
     with pytest.raises(RunError, match="No space left on device"):
@@ -507,7 +519,7 @@ def test_a_failed_export_leaves_the_old_one(saved, model, tmp_path, monkeypatch)
                           model(IDS)) and [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-def test_unwritable_place(model, tmp_path):
+def test_unwritable_path(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as caught: export(model, BYTE, tmp_path / "file" / "m")
     assert "\n" not in str(caught.value)
@@ -528,7 +540,7 @@ def test_loaded_weights_are_in_memory(saved, model):
 
 
 @pytest.mark.linux
-def test_a_path_that_is_not_utf8_is_refused_at_once(saved, model, tmp_path, monkeypatch):
+def test_path_that_is_not_utf8_is_refused_immediately(saved, model, tmp_path, monkeypatch):
     "MLX opens no such file: a run would fail after its last step, at the export."
     odd = tmp_path / os.fsdecode(b"b\xff")
     shutil.copytree(saved, odd)

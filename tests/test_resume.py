@@ -15,9 +15,10 @@ from common import equal, lines_of
 
 import mlx.core as mx
 
+from mlx_pretrain.checkpoint import Checkpoint, load_checkpoint
 from mlx_pretrain.config import DataError
 from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer, pretrain
-from mlx_pretrain.run import ResumeConfig, Checkpoint, checkpoints, load_checkpoint, read_metadata
+from mlx_pretrain.run import ResumeConfig, checkpoints, read_metadata
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
 CUTS = (7, 12, 23)  # inside the first epoch, at its end, inside the second

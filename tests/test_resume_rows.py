@@ -14,6 +14,7 @@ from common import check_sentence, forall
 from hypothesis import strategies as st
 from toys import tiny
 
+from mlx_pretrain.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from mlx_pretrain.config import load_config
 from mlx_pretrain.data import Windows
 from mlx_pretrain.lab import Live
@@ -22,8 +23,7 @@ from mlx_pretrain.preferences import PreferenceDataset
 from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer
 from mlx_pretrain.reward import RewardConfig, RewardTrainer
 from mlx_pretrain.rows import SFTDataset, LengthGroupedSampler, Segment, ShuffledSampler, resume_sampler
-from mlx_pretrain.run import (
-    RunError, Checkpoint, load_checkpoint, read_metadata, read_metrics, write_checkpoint)
+from mlx_pretrain.run import RunError, read_metadata, read_metrics
 from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
 
 KINDS = pytest.mark.parametrize("kind", [ShuffledSampler, LengthGroupedSampler])

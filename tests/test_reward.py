@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_pretrain import reward, reward_model
+from mlx_pretrain.checkpoint import load_checkpoint
 from mlx_pretrain.config import UserError
 from mlx_pretrain.jsonl import Row
 from mlx_pretrain.prompts import PromptDataset, read_prompts
@@ -22,7 +23,7 @@ from mlx_pretrain.reward import (
     squared_error, train_reward)
 from mlx_pretrain.reward_model import TrainedReward, last_score, load_reward, make_scorer
 from mlx_pretrain.rules import Contains, Length, Matches, Sentiment, WeightedSum
-from mlx_pretrain.run import checkpoints, load_checkpoint, read_metadata
+from mlx_pretrain.run import checkpoints, read_metadata
 from mlx_pretrain.score import RewardError, reward_name, score
 from mlx_pretrain.tokenizer import ByteTokenizer, HFTokenizer
 from mlx_pretrain.trainer import forecast

@@ -316,10 +316,10 @@ def test_what_is_no_reward_model(learned):
     refused("cfg.yaml", "cfg.yaml:Name")
     refused("nowhere.py:Name", "nowhere.py")
     refused(checkpoints("runs/rm")[-1], "is a checkpoint", "give the run")
-    refused("base", "is a model that writes")
+    refused("base", "is a language model")
     assert learned.call("sft", learned.sft("taught"))[0] == 0
-    refused("runs/taught", "runs/taught", "is a model that writes", "mlx-pretrain reward")
-    refused("taught", "is a model that writes")
+    refused("runs/taught", "runs/taught", "is a language model", "mlx-pretrain reward")
+    refused("taught", "is a language model")
     Path("empty").mkdir()
     refused("empty", "empty", "holds no model")
 

@@ -1,4 +1,4 @@
-"""Run directories: names, overwriting, locks, damage, going on, and being killed."""
+"""Run directories: names, overwriting, locks, damage, resuming, and being killed."""
 import errno
 import fcntl
 import inspect
@@ -24,29 +24,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_pretrain import core
-from mlx_pretrain import run as R
+from mlx_pretrain import checkpoint as C, core, run as R
+from mlx_pretrain.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from mlx_pretrain.config import ConfigError, load_config
 from mlx_pretrain.run import (
-    LoggingConfig,
-    MetricsConfig,
-    ResumeConfig,
-    Run,
-    RunError,
-    Checkpoint,
-    changed_keys,
-    check_name,
-    check_place,
-    checkpoints,
-    find_checkpoint,
-    is_run,
-    latest_checkpoint,
-    list_runs,
-    load_checkpoint,
-    read_metrics,
-    runs_table,
-    write_checkpoint,
-)
+    LoggingConfig, MetricsConfig, ResumeConfig, Run, RunError, changed_keys, check_name, check_place,
+    checkpoints, find_checkpoint, is_run, latest_checkpoint, list_runs, read_metrics, runs_table)
 
 ARRAYS = {
     "model": {"w": mx.arange(64.0), "b": mx.ones((3, 4)).astype(mx.bfloat16)},
@@ -69,15 +52,17 @@ def same(a, b):
     "", ".", "..", ".hidden", "../x", "a/b", "a/../../b", "/etc", "a\\b", "a\nb", "a\0b", "a\tb", " a", "a ",
     "x" * 201, "é" * 101, "\ud800",
 ])
-def test_bad_name_is_one_sentence_and_makes_nothing(name, tmp_path):
+def test_bad_name_is_an_error_and_creates_nothing(name, tmp_path):
     with pytest.raises(RunError) as caught: Run(name, "", root=tmp_path / "runs")
     assert "choose another `name`" in str(caught.value) and "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ["Llama (2M)", "Llama-2M-SFT", "a", "x" * 200, "模型", "[a] *?", "a..b", "-x", "a.new-12"])
-def test_good_name_makes_a_run(name, tmp_path):
+@pytest.mark.parametrize("name",
+                         ["Llama (2M)", "Llama-2M-SFT", "a", "x" * 200, "模型", "[a] *?", "a..b", "-x",
+                          "a.new-12"])
+def test_valid_name_creates_a_run(name, tmp_path):
     run = Run(name, "name: x\n", root=tmp_path)
     run.close()
     assert run.path == tmp_path / name and is_run(run.path)
@@ -87,7 +72,7 @@ def test_good_name_makes_a_run(name, tmp_path):
 
 @given(st.text(max_size=220))
 @settings(deadline=None, max_examples=300)
-def test_a_name_that_passes_stays_directly_inside_its_root(name):
+def test_valid_name_is_a_direct_child_of_its_root(name):
     try: check_name(name)
     except RunError: return
     root = Path("/somewhere/runs")
@@ -96,12 +81,15 @@ def test_a_name_that_passes_stays_directly_inside_its_root(name):
 
 
 @pytest.mark.parametrize("folder, problem", [
-    ("../x", "contains a slash"), ("/tmp", "contains a slash"), ("a/b", "contains a slash"), ("a\\b", "contains a slash"), ("", "is empty"),
-    (".", "begins with a dot"), (".step", "begins with a dot"), (" a", "white space"), ("a\n", "white space"), ("x" * 300, "300 bytes"),
-    *((name, "another part of the run") for name in ("model", "Model", "adapters", "tokenizer", "metrics.jsonl", "config.yaml",
+    ("../x", "contains a slash"), ("/tmp", "contains a slash"), ("a/b", "contains a slash"),
+    ("a\\b", "contains a slash"), ("", "is empty"),
+    (".", "begins with a dot"), (".step", "begins with a dot"), (" a", "white space"), ("a\n", "white space"),
+    ("x" * 300, "300 bytes"),
+    *((name, "another part of the run") for name in ("model", "Model", "adapters", "tokenizer",
+                                                     "metrics.jsonl", "config.yaml",
                                                      "Config.YAML", "metadata.json", "curve.png")),
 ])
-def test_folders_of_the_config_are_plain_names_of_their_own(folder, problem, tmp_path):
+def test_configured_folders_must_be_plain_and_not_reserved(folder, problem, tmp_path):
     for key in ("log_dir", "checkpoint_dir"):
         (tmp_path / "c.yaml").write_text(json.dumps({key: folder}))
         with pytest.raises(ConfigError, match=problem) as caught:
@@ -113,7 +101,7 @@ def test_folders_of_the_config_are_plain_names_of_their_own(folder, problem, tmp
     ({"keep_last": 0}, "keep_last"), ({"keep_last": -1}, "keep_last"), ({"keep_last": 2.5}, "keep_last"),
     ({"log_dir": "a", "checkpoint_dir": "a"}, "both 'a'"), ({"log_dir": "Checkpoints"}, "both 'Checkpoints'"),
 ])
-def test_mistakes_in_the_logging_section_are_one_sentence(values, problem, tmp_path):
+def test_logging_config_errors(values, problem, tmp_path):
     (tmp_path / "c.yaml").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=problem) as caught: load_config(LoggingConfig, tmp_path / "c.yaml")
     assert str(caught.value).count("\n") == 0
@@ -129,7 +117,7 @@ def old_run(root, name="x"):
     return run.path
 
 
-def test_without_overwrite_nothing_is_touched(tmp_path):
+def test_without_overwrite_nothing_changes(tmp_path):
     path = old_run(tmp_path)
     with pytest.raises(RunError, match="exists already"): Run("x", "new", root=tmp_path)
     assert (path / "config.yaml").read_text() == "old" and os.listdir(tmp_path) == ["x"]
@@ -157,7 +145,7 @@ def test_overwrite_refuses_what_is_not_a_run(make, tmp_path):
     assert contents() == before
 
 
-def test_old_run_stays_until_the_first_checkpoint_of_the_new_one(tmp_path):
+def test_old_run_is_kept_until_first_checkpoint_of_new_run(tmp_path):
     path = old_run(tmp_path)
     new = Run("x", "new", root=tmp_path, overwrite=True)
     new.log({"step": 1, "loss": 2.0})
@@ -185,7 +173,7 @@ def test_finish_without_a_checkpoint(outcome, who, tmp_path):
     assert (path / "config.yaml").read_text() == "newest" and os.listdir(tmp_path) == ["x"]
 
 
-def test_a_place_that_is_taken_meanwhile_is_respected(tmp_path):
+def test_directory_created_meanwhile_is_not_replaced(tmp_path):
     path = old_run(tmp_path)
     new = Run("x", "new", root=tmp_path, overwrite=True)
     path.rename(tmp_path / "y")
@@ -196,7 +184,7 @@ def test_a_place_that_is_taken_meanwhile_is_respected(tmp_path):
     same(load_checkpoint(checkpoints(new.path)[-1])[0], ARRAYS)
 
 
-def test_a_place_that_is_taken_at_the_last_moment_is_respected_too(tmp_path, monkeypatch):
+def test_directory_created_during_replacement_is_not_replaced(tmp_path, monkeypatch):
     check = R.check_place
     old = old_run(tmp_path, "y")
     waiting = Run("y", "new", root=tmp_path, overwrite=True)
@@ -210,7 +198,7 @@ def test_a_place_that_is_taken_at_the_last_moment_is_respected_too(tmp_path, mon
     assert os.listdir(old) == ["photo.jpg"]
 
 
-def test_a_swap_that_was_cut_in_two_is_undone(tmp_path):
+def test_interrupted_replacement_is_undone(tmp_path):
     path = old_run(tmp_path)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -252,7 +240,7 @@ def test_metrics_are_strict_json_and_nan_is_null(tmp_path):
     assert read_metrics(run.path) == read_metrics(run.path / "metrics.jsonl") == lines
 
 
-def test_each_switch_drops_its_metrics_and_no_other(tmp_path):
+def test_each_switch_removes_only_its_metrics(tmp_path):
     everything = {"step": 1, "loss": 1.0, "perplexity": 2.0, "bits_per_byte": 3.0, "val_loss": 1.0,
                   "val_perplexity": 1.0, "learning_rate": 1.0, "tokens": 1, "tokens_per_second": 1.0,
                   "reward": 1.0, "kl": 1.0, "grad_norm": 1.0, "val_reward": 1.0, "val_kl": 1.0}
@@ -268,7 +256,7 @@ def test_each_switch_drops_its_metrics_and_no_other(tmp_path):
         "log_kl_divergence": {"kl", "val_kl"}}
 
 
-def test_a_torn_last_line_is_left_out_wherever_it_was_cut(tmp_path):
+def test_incomplete_last_line_is_skipped_wherever_it_was_cut(tmp_path):
     rows = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "text": "zwölf\u2028"}]
     data = b"".join((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
     first = data.index(b"\n") + 1
@@ -281,7 +269,7 @@ def test_a_torn_last_line_is_left_out_wherever_it_was_cut(tmp_path):
         assert read_metrics(tmp_path) == []
 
 
-def test_a_bad_line_in_the_middle_is_named(tmp_path):
+def test_bad_line_in_the_middle_is_reported(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
     with pytest.raises(RunError, match="line 2"): read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[2]\n')
@@ -291,7 +279,7 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path):
 
 # ---- damage
 
-def test_checkpoint_comes_back_as_it_went(tmp_path):
+def test_checkpoint_round_trip(tmp_path):
     saved = write_checkpoint(tmp_path, 12, ARRAYS, {"cursor": [1, 2.5, None, "x"]})
     arrays, state = load_checkpoint(saved)
     same(arrays, ARRAYS)
@@ -301,14 +289,14 @@ def test_checkpoint_comes_back_as_it_went(tmp_path):
     assert os.listdir(tmp_path) == ["step_000012"]
 
 
-def test_loaded_arrays_outlive_their_file(tmp_path):
+def test_loaded_arrays_do_not_depend_on_their_file(tmp_path):
     saved = write_checkpoint(tmp_path, 1, ARRAYS, {})
     arrays, _ = load_checkpoint(saved)
     for file in saved.iterdir(): file.write_bytes(b"")
     same(arrays, ARRAYS)
 
 
-def test_one_flipped_bit_anywhere_is_found(tmp_path):
+def test_any_flipped_bit_is_detected(tmp_path):
     saved = write_checkpoint(tmp_path, 1, {"a": {"w": mx.arange(4.0)}, "c": {"w": mx.ones(4)}}, {"seed": 0})
     tried = 0
     for file in sorted(saved.iterdir()):
@@ -324,8 +312,9 @@ def test_one_flipped_bit_anywhere_is_found(tmp_path):
     assert tried == sum(file.stat().st_size for file in saved.iterdir()) > 400
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
-def test_a_truncated_or_missing_file_is_named(name, tmp_path):
+@pytest.mark.parametrize("name",
+                         ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_truncated_or_missing_file_is_reported(name, tmp_path):
     saved = write_checkpoint(tmp_path, 1, ARRAYS, {})
     file = saved / name
     data = file.read_bytes()
@@ -337,7 +326,7 @@ def test_a_truncated_or_missing_file_is_named(name, tmp_path):
     assert not isinstance(RunError("x"), (OSError, ValueError))
 
 
-def test_a_swapped_file_and_a_forged_manifest_are_found_and_strangers_ignored(tmp_path):
+def test_swapped_file_and_forged_manifest_are_detected_and_unlisted_files_ignored(tmp_path):
     one, two = (write_checkpoint(tmp_path, i, {"model": {"w": mx.full((4,), i)}}, {}) for i in (1, 2))
     (one / ".DS_Store").write_text("Finder was here")
     load_checkpoint(one)
@@ -354,15 +343,15 @@ def test_steps_are_ordered_as_numbers(tmp_path):
     assert [int(p.name.removeprefix("step_")) for p in checkpoints(tmp_path)] == [5, 999_999, 1_000_000]
 
 
-def test_the_same_step_again_replaces_a_damaged_one(tmp_path):
+def test_saving_the_same_step_replaces_a_damaged_checkpoint(tmp_path):
     saved = write_checkpoint(tmp_path, 1, ARRAYS, {})
     (saved / "state.json").unlink()
     same(load_checkpoint(write_checkpoint(tmp_path, 1, ARRAYS, {}))[0], ARRAYS)
     assert os.listdir(tmp_path) == ["step_000001"]
 
 
-def test_what_a_dead_process_of_our_number_left_is_not_in_the_way(tmp_path):
-    "In a container every start may have the same number."
+def test_leftovers_of_a_dead_process_with_our_pid_are_replaced(tmp_path):
+    "In a container every process may have the same id."
     saved = write_checkpoint(tmp_path, 1, ARRAYS, {})
     for kind in ("old", "new"):
         (tmp_path / f".step_000001.{kind}-{os.getpid()}").mkdir()
@@ -375,7 +364,7 @@ FULL_DISK = """
 import resource, signal, sys
 import mlx_pretrain
 import mlx.core as mx
-from mlx_pretrain.run import RunError, write_checkpoint, load_checkpoint
+from mlx_pretrain.checkpoint import RunError, write_checkpoint, load_checkpoint
 one = write_checkpoint(sys.argv[1], 1, {"model": {"w": mx.zeros(10)}}, {})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)                # files may not grow beyond 1 MB: as if the disk were full
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
@@ -385,7 +374,7 @@ load_checkpoint(one)
 """
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path):
+def test_full_disk_is_an_error_and_leaves_no_files(tmp_path):
     out = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True,
                          check=True, timeout=60).stdout
     assert "step_000002 could not be written" in out and out.count("\n") == 1
@@ -399,11 +388,12 @@ import sys
 from pathlib import Path
 import mlx_pretrain
 import mlx.core as mx
-from mlx_pretrain import run as R
+from mlx_pretrain import checkpoint as C
 how, root, first = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-if how == "in place":                                        # the negative control: the same files, under their final name from the start
-    def write(folder, step, arrays, state): R._fill(folder / f"step_{step:06d}", arrays, {**state, "step": step})
-else: write = R.write_checkpoint
+if how == "in place":                                        # planted bug: the files get their final names from the start
+    def write(folder, step, arrays, state):
+        C.write_checkpoint_files(folder / f"step_{step:06d}", arrays, {**state, "step": step})
+else: write = C.write_checkpoint
 arrays = {g: {str(i): mx.full((500_000,), i) for i in range(4)} for g in ("model", "optimizer")}     # 16 MB
 mx.eval(arrays)
 print("ready", flush=True)
@@ -412,13 +402,13 @@ for step in range(first, first + 1000): write(root / "checkpoints", step, arrays
 
 
 def half_written(folder: Path) -> list[Path]:
-    "Folders that have a first file but not yet a manifest."
+    "Folders that have a file but no manifest yet."
     return [p for p in folder.glob("*") if p.is_dir() and any(p.iterdir())
             and not (p / "manifest.json").exists()]
 
 
 def stopped_in_the_middle(pid: int, folder: Path) -> bool:
-    "Let the writer go on for a moment, then hold it: is it in the middle of a checkpoint?"
+    "Continue the writer for a moment, then stop it; whether it is in the middle of a checkpoint."
     os.kill(pid, signal.SIGCONT)
     time.sleep(0.003)
     os.kill(pid, signal.SIGSTOP)
@@ -427,7 +417,7 @@ def stopped_in_the_middle(pid: int, folder: Path) -> bool:
 
 
 def kill_a_writer(how: str, root: Path, first: int, after: float | None) -> None:
-    "Kill a writer after some seconds, or in the middle of a checkpoint; with the signal that nobody can catch."
+    "Kill a writer with SIGKILL after some seconds, or in the middle of a checkpoint."
     writer = subprocess.Popen([sys.executable, "-c", WRITER, how, str(root), str(first)],
                               stdout=subprocess.PIPE, text=True)
     try:
@@ -464,7 +454,7 @@ def test_killed_while_writing_leaves_no_bad_checkpoint(tmp_path):
     assert len(checkpoints(tmp_path)) == 1
 
 
-def test_the_killer_would_notice_a_writer_in_place(tmp_path):
+def test_planted_in_place_writer_is_detected(tmp_path):
     kill_a_writer("in place", tmp_path, 0, None)
     assert len(bad_checkpoints(tmp_path)) == 1
 
@@ -480,7 +470,7 @@ def start(script: str, *args) -> subprocess.Popen:
 
 
 def kill(child: subprocess.Popen) -> str:
-    "Kill it with the signal that nobody can catch; what it had printed."
+    "Kill it with SIGKILL; returns its output."
     child.kill()
     return child.communicate(timeout=60)[0]
 
@@ -495,13 +485,14 @@ sys.stdin.read()
 """
 
 
-def test_a_second_process_is_refused_by_everything_that_could_write_and_the_lock_dies_with_its_holder(tmp_path):
+def test_second_process_cannot_write_and_lock_ends_with_its_holder(tmp_path):
     saved = Checkpoint(path := checkpoints(old_run(tmp_path))[-1], *load_checkpoint(path))
     child = start(WRITER_OF_X, tmp_path)
     for what in (
         lambda: Run("x", "me", root=tmp_path), lambda: Run("x", "me", root=tmp_path, overwrite=True),
         lambda: Run.resume(saved, "x", "me", root=tmp_path), lambda: check_place(tmp_path / "x", True),
-        lambda: check_place(tmp_path / "x", False), lambda: find_checkpoint(ResumeConfig(checkpoint="latest"), tmp_path / "x"),
+        lambda: check_place(tmp_path / "x", False),
+        lambda: find_checkpoint(ResumeConfig(checkpoint="latest"), tmp_path / "x"),
         lambda: find_checkpoint(ResumeConfig(checkpoint=str(saved.path)), tmp_path / "x"),
     ):
         with pytest.raises(
@@ -535,19 +526,19 @@ except R.RunError as e: print(str(e), flush=True)
 
 
 def race(root: Path, how: str) -> list[str]:
-    "Three processes want to overwrite one run at the same moment; what each of them says."
+    "Three processes overwrite one run concurrently; returns the output of each."
     children = [start(RACER, root, how) for _ in range(3)]
     for child in children: child.stdin.write("go\n"); child.stdin.flush()
-    said = [child.stdout.readline() for child in children]
+    outputs = [child.stdout.readline() for child in children]
     for child in children: kill(child)
-    return said
+    return outputs
 
 
-def one_wins(said: list[str]) -> bool:
-    return said.count("won\n") == 1 and sum("is writing" in text for text in said) == 2
+def one_wins(outputs: list[str]) -> bool:
+    return outputs.count("won\n") == 1 and sum("is writing" in text for text in outputs) == 2
 
 
-def test_of_writers_that_overwrite_at_the_same_moment_one_wins(tmp_path):
+def test_of_concurrent_overwriting_runs_exactly_one_succeeds(tmp_path):
     path = old_run(tmp_path)
     assert one_wins(race(tmp_path, "lock"))
     winner = (path / "config.yaml").read_text()
@@ -555,7 +546,7 @@ def test_of_writers_that_overwrite_at_the_same_moment_one_wins(tmp_path):
             for row in read_metrics(path)} == {winner} and str(latest_checkpoint(path).state["pid"]) == winner
 
 
-def test_the_race_would_notice_a_lock_that_does_not_hold(tmp_path):
+def test_planted_missing_lock_is_detected(tmp_path):
     old_run(tmp_path)
     assert not one_wins(race(tmp_path, "no lock"))
 
@@ -575,7 +566,7 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])
-def test_children_do_not_keep_the_lock_of_a_dead_parent(how, tmp_path):
+def test_child_processes_do_not_keep_the_lock_of_a_dead_parent(how, tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", "import mlx_pretrain\n" + CHILDREN, str(tmp_path), how],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline().split()[1])
@@ -592,7 +583,7 @@ def test_children_do_not_keep_the_lock_of_a_dead_parent(how, tmp_path):
         parent.stdout.close()
 
 
-def test_a_forked_child_that_ends_does_not_take_the_lock_with_it(tmp_path):
+def test_forked_child_does_not_release_the_lock(tmp_path):
     child = start("""
 import os, sys
 from mlx_pretrain.run import Run
@@ -606,11 +597,12 @@ sys.stdin.read()
     kill(child)
 
 
-def test_in_one_process_the_newer_run_takes_over_and_the_older_one_writes_nothing_more(tmp_path):
+def test_newer_run_in_one_process_takes_over_the_lock(tmp_path):
     older = Run("x", "older", root=tmp_path)
     older.log({"step": 1})
     newer = Run("x", "newer", root=tmp_path)
-    for write in (lambda: older.log({"step": 2}), lambda: older.log_event("knob", 2), lambda: older.log_text("x"), lambda: older.update_metadata(a=1),
+    for write in (lambda: older.log({"step": 2}), lambda: older.log_event("knob", 2),
+                  lambda: older.log_text("x"), lambda: older.update_metadata(a=1),
                   lambda: older.save_checkpoint(2, ARRAYS, {}), lambda: older.finish("failed")):
         with pytest.raises(RunError, match="A newer run has taken"): write()
     older.close()
@@ -626,7 +618,7 @@ def test_in_one_process_the_newer_run_takes_over_and_the_older_one_writes_nothin
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_lock_file_that_is_deleted_before_it_is_locked_is_not_taken_for_the_lock(tmp_path, monkeypatch):
+def test_lock_file_deleted_before_locking_is_retried(tmp_path, monkeypatch):
     flock, seen = fcntl.flock, []
     def delete_first(handle, how):
         if not seen: (tmp_path / ".x.lock").unlink()
@@ -638,17 +630,17 @@ def test_a_lock_file_that_is_deleted_before_it_is_locked_is_not_taken_for_the_lo
     lock.release()
 
 
-def test_giving_back_leaves_a_lock_file_that_is_somebody_elses(tmp_path):
+def test_release_keeps_another_process_lock_file(tmp_path):
     lock = R._Lock(tmp_path / "x")
-    (tmp_path / ".x.lock").unlink()                              # a cleaning script
+    (tmp_path / ".x.lock").unlink()                              # by a cleanup script
     child = start(WRITER_OF_X, tmp_path)
     lock.release()
     with pytest.raises(RunError, match=f"process {child.pid}"): R._Lock(tmp_path / "x")
     kill(child)
 
 
-def test_looking_does_not_disturb_who_takes_the_lock(tmp_path):
-    "Somebody who looks holds a shared lock for a moment."
+def test_checking_for_a_writer_does_not_prevent_locking(tmp_path):
+    "Checking takes a shared lock for a moment."
     (tmp_path / ".x.lock").touch()
     child = start("""
 import fcntl, os, sys, time
@@ -670,18 +662,18 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_full_sync_that_the_disk_does_not_know_is_a_plain_one(tmp_path, monkeypatch):
+def test_unsupported_full_sync_falls_back_to_fsync(tmp_path, monkeypatch):
     synced, fsync = [], os.fsync
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False) # a Mac's; Linux refuses it
     monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(handle), fsync(handle)))
-    R._write_whole(tmp_path / "a", "text")
+    R._replace_file(tmp_path / "a", "text")
     assert sys.platform == "darwin" or len(synced) == 2
 
 
-# ---- starts that left nothing behind
+# ---- runs without artifacts
 
 @pytest.mark.parametrize("outcome", ["failed", "interrupted", "finished", None])
-def test_a_run_that_saved_nothing_does_not_block_its_name(outcome, tmp_path):
+def test_run_without_artifacts_does_not_block_its_name(outcome, tmp_path):
     run = Run("x", "old", root=tmp_path)
     run.log({"step": 1})
     run.close() if outcome is None else run.finish(outcome)
@@ -692,16 +684,18 @@ def test_a_run_that_saved_nothing_does_not_block_its_name(outcome, tmp_path):
     assert (tmp_path / "x" / "config.yaml").read_text() == "new" and os.listdir(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("worth", ["checkpoints/step_000001", "checkpoints/.step_000001.old-7", "checkpoints/step_000001.damaged", "model",
+@pytest.mark.parametrize("worth",
+                         ["checkpoints/step_000001", "checkpoints/.step_000001.old-7",
+                          "checkpoints/step_000001.damaged", "model",
                                    "adapters", ".model.old-7"])
-def test_what_has_taken_time_to_train_does(worth, tmp_path):
+def test_run_with_artifacts_blocks_its_name(worth, tmp_path):
     Run("x", "old", root=tmp_path).finish("failed")
     (tmp_path / "x" / worth).mkdir(parents=True)
     with pytest.raises(RunError, match="exists already"): Run("x", "new", root=tmp_path)
     assert (tmp_path / "x" / "config.yaml").read_text() == "old"
 
 
-# ---- damaged checkpoints: the newest that is whole
+# ---- damaged checkpoints: the newest valid one
 
 def truncate(path): os.truncate(path / "model.safetensors", 100)
 def empty(path): os.truncate(path / "model.safetensors", 0)
@@ -721,10 +715,10 @@ def flip_bit(path):
 
 
 def shorten_manifest(path):
-    "Well formed and right, but without the model."
+    "A valid manifest, but without the model."
     hashes = json.loads((path / "manifest.json").read_text())
     del hashes["model.safetensors"]
-    (path / "manifest.json").write_text(R._manifest(hashes))
+    (path / "manifest.json").write_text(C._manifest(hashes))
 
 
 DAMAGES = [truncate, empty, flip_bit, lose_state, lose_arrays, lose_manifest, cut_manifest, shorten_manifest,
@@ -732,7 +726,7 @@ DAMAGES = [truncate, empty, flip_bit, lose_state, lose_arrays, lose_manifest, cu
 
 
 def saved_run(root: Path, steps=(100, 200, 300)) -> Path:
-    "A run with a checkpoint every hundred steps, whose weight is the step."
+    "A run with a checkpoint every hundred steps, whose weights equal the step."
     run = Run("x", "seed: 0\n", root=root, logging=LoggingConfig(keep_last=len(steps)))
     for step in steps:
         run.log({"step": step, "loss": 1 / step})
@@ -743,7 +737,7 @@ def saved_run(root: Path, steps=(100, 200, 300)) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_the_last_good_checkpoint_is_used_and_the_bad_one_reported(damage, tmp_path, caplog):
+def test_newest_valid_checkpoint_is_used_and_damage_reported(damage, tmp_path, caplog):
     path = saved_run(tmp_path)
     damage(path / "checkpoints" / "step_000300")
     saved = latest_checkpoint(path)
@@ -761,12 +755,12 @@ def test_the_last_good_checkpoint_is_used_and_the_bad_one_reported(damage, tmp_p
         lambda: latest_checkpoint(path),
         lambda: find_checkpoint(ResumeConfig(checkpoint="latest"), path),
     ):
-        with pytest.raises(RunError, match="has checkpoints, but none is whole"): ask()
+        with pytest.raises(RunError, match="All checkpoints in .* are damaged"): ask()
     with pytest.raises(RunError, match="use an earlier|no checkpoint"):
         load_checkpoint(path / "checkpoints" / "step_000300")
 
 
-def test_whole_checkpoints_are_not_reported(tmp_path, caplog):
+def test_valid_checkpoints_are_not_reported(tmp_path, caplog):
     path = saved_run(tmp_path)
     (path / "checkpoints" / "step_000300" / "._model.safetensors").write_text(
         "what macOS leaves on foreign disks"
@@ -775,7 +769,7 @@ def test_whole_checkpoints_are_not_reported(tmp_path, caplog):
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
-# ---- what a user may ask for
+# ---- `resume.checkpoint`
 
 def hugging_face(path):
     path.mkdir()
@@ -784,15 +778,16 @@ def hugging_face(path):
 
 
 @pytest.mark.parametrize("text, make, problem", [
-    ("nowhere", None, "nowhere does not exist"), ("runs/nowhere", None, "does not exist"), ("Latest", None, "Latest does not exist"),
+    ("nowhere", None, "nowhere does not exist"), ("runs/nowhere", None, "does not exist"),
+    ("Latest", None, "Latest does not exist"),
     ("hub/model", None, "does not exist"), ("notes.txt", lambda p: p.touch(), "is a file"),
-    ("hf", hugging_face, "holds a model, but not where its training stood"),
+    ("hf", hugging_face, "holds a model, but no training state"),
     ("empty", lambda p: p.mkdir(), "neither a checkpoint nor a run"),
-    ("r/x/checkpoints", lambda p: saved_run(p.parent.parent), "could mean any of them"),
+    ("r/x/checkpoints", lambda p: saved_run(p.parent.parent), "is a folder of checkpoints; choose one"),
     ("r/x/checkpoints/step_000300/manifest.json", lambda p: saved_run(p.parents[3]), "is a file"),
     ("r/fresh", lambda p: Run("fresh", "", root=p.parent).close(), "has saved no checkpoint"),
 ])
-def test_a_path_that_cannot_be_resumed_is_one_sentence_with_a_remedy(text, make, problem, tmp_path, monkeypatch):
+def test_path_that_cannot_be_resumed_is_an_error_with_a_remedy(text, make, problem, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if make: make(tmp_path / text)
     with pytest.raises(RunError, match=problem) as caught:
@@ -802,14 +797,14 @@ def test_a_path_that_cannot_be_resumed_is_one_sentence_with_a_remedy(text, make,
 
 
 @pytest.mark.parametrize("damage", [d for d in DAMAGES if d is not file_instead])
-def test_a_damaged_checkpoint_that_was_named_is_refused(damage, tmp_path):
+def test_explicit_damaged_checkpoint_is_refused(damage, tmp_path):
     path = saved_run(tmp_path) / "checkpoints" / "step_000300"
     damage(path)
     with pytest.raises(RunError, match="step_000300.*use an earlier checkpoint"):
         find_checkpoint(ResumeConfig(checkpoint=str(path)), tmp_path / "me")
 
 
-def test_what_can_be_resumed(tmp_path, monkeypatch, caplog):
+def test_paths_that_can_be_resumed(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "mlx_pretrain")
     path = saved_run(tmp_path / "runs")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -835,9 +830,9 @@ def test_what_can_be_resumed(tmp_path, monkeypatch, caplog):
     assert len(caplog.records) == 2
 
 
-# ---- going on
+# ---- resume
 
-def going_on(root: Path) -> Run:
+def killed_run(root: Path) -> Run:
     "A run with checkpoints at 100 and 200 that was killed at step 250."
     run = Run("x", "iters: 400\nname: x\n", root=root)
     for step in range(10, 260, 10):
@@ -851,8 +846,8 @@ def going_on(root: Path) -> Run:
     return run
 
 
-def test_a_run_goes_on_in_place_as_it_was_at_the_checkpoint(tmp_path, caplog):
-    path = going_on(tmp_path).path
+def test_resume_in_place_restores_the_state_at_the_checkpoint(tmp_path, caplog):
+    path = killed_run(tmp_path).path
     born = json.loads((tmp_path / "x" / "metadata.json").read_text())["created"]
     before = read_metrics(path)
     run = Run.resume(latest_checkpoint(path), "x", "iters: 500\nname: y\n", root=tmp_path)
@@ -879,8 +874,8 @@ def test_a_run_goes_on_in_place_as_it_was_at_the_checkpoint(tmp_path, caplog):
                                                    "step_000300"] and os.listdir(tmp_path) == ["x"]
 
 
-def test_the_same_configuration_is_no_news_and_the_old_outcome_is_none(tmp_path, caplog):
-    path = going_on(tmp_path).path
+def test_unchanged_configuration_is_not_reported_and_outcome_is_reset(tmp_path, caplog):
+    path = killed_run(tmp_path).path
     run = Run.resume(latest_checkpoint(path), "x", "iters: 400\nname: x\n", root=tmp_path)
     run.finish("interrupted")
     Run.resume(latest_checkpoint(path), "x", "iters: 400\nname: y\n", root=tmp_path).close()
@@ -888,8 +883,8 @@ def test_the_same_configuration_is_no_news_and_the_old_outcome_is_none(tmp_path,
     assert known["outcome"] == "running" and "ended" not in known and caplog.records == []
 
 
-def test_it_may_be_resumed_through_another_spelling_of_its_path(tmp_path, monkeypatch):
-    going_on(tmp_path / "runs")
+def test_resume_through_an_equivalent_path(tmp_path, monkeypatch):
+    killed_run(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "runs")
     for root in ("runs", "./runs/../runs", "link", tmp_path / "runs"):
@@ -898,7 +893,7 @@ def test_it_may_be_resumed_through_another_spelling_of_its_path(tmp_path, monkey
     assert os.listdir("runs") == ["x"] and read_metrics("runs/x")[-1] == {"event": "resume", "step": 200}
 
 
-def test_later_checkpoints_are_never_lost(tmp_path):
+def test_resume_never_loses_later_checkpoints(tmp_path):
     path = saved_run(tmp_path)
     def contents(): return {str(p): p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
     before = contents()
@@ -923,7 +918,7 @@ def test_later_checkpoints_are_never_lost(tmp_path):
     waiting.close()
 
 
-def test_later_damaged_checkpoints_are_set_aside_under_a_new_name_each_time(tmp_path):
+def test_later_damaged_checkpoints_are_renamed_each_time(tmp_path):
     path = saved_run(tmp_path)
     for _ in range(2):
         flip_bit(path / "checkpoints" / "step_000300")
@@ -935,7 +930,7 @@ def test_later_damaged_checkpoints_are_set_aside_under_a_new_name_each_time(tmp_
     same(latest_checkpoint(path).arrays, ARRAYS)
 
 
-def test_leftovers_are_tidied_and_a_checkpoint_that_had_stepped_aside_comes_back(tmp_path):
+def test_resume_removes_leftovers_and_restores_a_checkpoint_being_replaced(tmp_path):
     path = saved_run(tmp_path)
     folder = path / "checkpoints"
     shutil.copytree(folder / "step_000100", folder / ".step_000100.old-77")      # its swap was finished
@@ -956,7 +951,7 @@ def test_leftovers_are_tidied_and_a_checkpoint_that_had_stepped_aside_comes_back
     ]
 
 
-def test_another_checkpoint_folder_is_refused_and_damage_elsewhere_does_not_stop_it(tmp_path, caplog):
+def test_another_checkpoint_folder_is_refused_and_damaged_logs_are_tolerated(tmp_path, caplog):
     path = saved_run(tmp_path)
     saved = latest_checkpoint(path)
     with pytest.raises(
@@ -973,7 +968,7 @@ def test_another_checkpoint_folder_is_refused_and_damage_elsewhere_does_not_stop
     assert read_metrics(path) == [{"step": 100}, {"step": None}, {"step": 300},
                                   {"event": "resume", "step": 300}]
     assert [r.getMessage() for r in caplog.records] == [
-        f"{path / 'metrics.jsonl'}: left out 3 damaged lines, the first is line 2"
+        f"{path / 'metrics.jsonl'}: skipped 3 damaged lines, the first is line 2"
     ]
     assert (
         is_run(path) and list_runs(tmp_path)[0]["outcome"] == "finished" and (path / "l" / "log.txt").exists()
@@ -982,18 +977,18 @@ def test_another_checkpoint_folder_is_refused_and_damage_elsewhere_does_not_stop
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=20), st.integers(0, 30))
 @settings(deadline=None, max_examples=60)
-def test_metrics_are_cut_by_one_rule_and_cutting_again_changes_nothing(tmp_path_factory, rows, step):
+def test_truncating_metrics_is_idempotent(tmp_path_factory, rows, step):
     file = tmp_path_factory.mktemp("cut") / "metrics.jsonl"
     rows = [{"event": "e", "step": s} if event else {"step": s, "loss": s / 3} for s, event in rows]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for _ in range(2):
-        R._cut_metrics(file, step)
+        R._truncate_metrics(file, step)
         assert [json.loads(line) for line in file.read_text().splitlines()] == [
             row for row in rows if row["step"] < step or (row["step"] == step and "event" not in row)]
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b"])
-def test_a_resumed_run_needs_a_good_name_too(name, tmp_path):
+def test_resumed_run_needs_a_valid_name(name, tmp_path):
     saved = latest_checkpoint(saved_run(tmp_path))
     with pytest.raises(RunError, match="choose another `name`"):
         Run.resume(saved, name, "", root=tmp_path / "runs")
@@ -1007,10 +1002,14 @@ def test_a_resumed_run_needs_a_good_name_too(name, tmp_path):
     ({"a": [0.9, 0.95]}, {"a": [0.9, 0.99]}, ["a: [0.9, 0.95] → [0.9, 0.99]"]),
     ({"a": None}, {"a": "é"}, ['a: null → "é"']),
     ({"a": {"b": 1}}, {"a": {"c": 1}}, ["a.b: 1 → not there", "a.c: not there → 1"]),
-    ({"system": {"seed": 1, "device": "cpu"}}, {"system": {"seed": 2, "device": "gpu"}}, ["system.seed: 1 → 2"]),
-    ({"name": "a", "overwrite": True, "resume": {"checkpoint": None}, "logging": {"steps": {"logging_interval": 1}}},
-     {"name": "b", "overwrite": False, "resume": {"checkpoint": "latest"}, "logging": {"steps": {"logging_interval": 2}}}, []),
-    ({"names": 1, "model": {"name": 1}}, {"names": 2, "model": {"name": 2}}, ["names: 1 → 2", "model.name: 1 → 2"]),
+    ({"system": {"seed": 1, "device": "cpu"}}, {"system": {"seed": 2, "device": "gpu"}},
+     ["system.seed: 1 → 2"]),
+    ({"name": "a", "overwrite": True, "resume": {"checkpoint": None},
+      "logging": {"steps": {"logging_interval": 1}}},
+     {"name": "b", "overwrite": False, "resume": {"checkpoint": "latest"},
+      "logging": {"steps": {"logging_interval": 2}}}, []),
+    ({"names": 1, "model": {"name": 1}}, {"names": 2, "model": {"name": 2}},
+     ["names: 1 → 2", "model.name: 1 → 2"]),
 ])
 def test_changed_keys(old, new, expected): assert changed_keys(old, new) == expected
 
@@ -1019,7 +1018,7 @@ def test_changed_keys(old, new, expected): assert changed_keys(old, new) == expe
 
 @pytest.mark.parametrize("keep_last", [1, 2, 3, 20])
 @pytest.mark.parametrize("best", [None, 0, 30, 100])
-def test_the_newest_and_the_best_stay(keep_last, best, tmp_path):
+def test_newest_and_best_checkpoints_are_kept(keep_last, best, tmp_path):
     run = Run("x", "", root=tmp_path, logging=LoggingConfig(keep_last=keep_last, checkpoint_dir="c"))
     for step in range(10, 110, 10):
         assert run.save_checkpoint(step, {}, {}, best=best if best and best <= step else None).is_dir()
@@ -1073,7 +1072,7 @@ def test_list_runs(tmp_path):
     assert lines[1].index("failed") + 2 == lines[2].index("running") == lines[0].index("outcome")
 
 
-def test_a_run_that_another_process_writes_is_running(tmp_path):
+def test_run_written_by_another_process_is_running(tmp_path):
     child = start(WRITER_OF_X, tmp_path)
     assert [r["outcome"] for r in list_runs(tmp_path)] == ["running"]
     kill(child)
@@ -1090,7 +1089,7 @@ def test_a_run_that_another_process_writes_is_running(tmp_path):
     lambda p: (p / "dangling").symlink_to("nowhere"),
     lambda p: shutil.rmtree(p / "logs"),
 ])
-def test_a_damaged_run_does_not_hide_the_others(damage, tmp_path):
+def test_damaged_run_does_not_hide_the_others(damage, tmp_path):
     for name in ("a", "b"): Run(name, "", root=tmp_path).finish("finished")
     damage(tmp_path / "a")
     found = list_runs(tmp_path)
@@ -1098,7 +1097,7 @@ def test_a_damaged_run_does_not_hide_the_others(damage, tmp_path):
     assert checkpoints(tmp_path / "a") == []
 
 
-def test_what_is_no_run_is_not_listed(tmp_path):
+def test_other_directories_are_not_listed(tmp_path):
     assert list_runs(tmp_path / "nowhere") == [] and runs_table([]).count("\n") == 0
     (tmp_path / "file").touch()
     (tmp_path / "photos").mkdir()
@@ -1109,14 +1108,14 @@ def test_what_is_no_run_is_not_listed(tmp_path):
     assert [r["name"] for r in list_runs(tmp_path)] == ["x"]
 
 
-# ---- the power goes, at every single step that changes the disk
+# ---- power loss at every change of the disk
 
-class PowerCut(BaseException): "Nothing that happens after it reaches the disk."
+class PowerCut(BaseException): "Nothing after it reaches the disk."
 
 
 @contextmanager
 def power_cut(after: int):
-    "Let so many changes of the disk happen, and none after that; a file that is being written then keeps half of its bytes."
+    "Allow `after` changes of the disk, and none after that; the file being written then keeps half of its bytes."
     count = 0
     def cut(change, half=None):
         def changed(*args, **kwargs):
@@ -1138,7 +1137,7 @@ def power_cut(after: int):
         patch.setattr(Path, "write_bytes", cut(Path.write_bytes, half_text))
         patch.setattr(mx, "save_safetensors", cut(mx.save_safetensors, half_arrays))
         patch.setattr(R, "_append", cut(R._append))
-        for module in (R, core): patch.setattr(module, "fsync", lambda path: None)
+        for module in (R, C, core): patch.setattr(module, "fsync", lambda path: None)
         try: yield
         except PowerCut: pass
 
@@ -1166,13 +1165,13 @@ def overwrite(root): Run("x", "new", root=root, overwrite=True).save_checkpoint(
 
 
 def dead(root: Path):
-    "What the end of the process does: the kernel lets its locks go."
+    "Simulate the end of the process: the kernel releases its locks."
     for lock in list(R._HELD.values()): os.close(lock.handle)
     R._HELD.clear()
 
 
 def survive(act, root: Path) -> int:
-    "Cut the power in `act` after 0, 1, 2, … changes; how many there are. After each, the run must be whole and go on."
+    "Cut the power in `act` after 0, 1, 2, … changes; after each, the run must be valid and resume. Returns their number."
     for after in range(1000):
         shutil.rmtree(root, ignore_errors=True)
         path = saved_run(root)
@@ -1189,7 +1188,7 @@ def survive(act, root: Path) -> int:
         step = saved.state["step"]
         assert step >= 300 and mx.array_equal(saved.arrays["model"]["w"], mx.full((64,), step))
         assert bad_checkpoints(root / "x") == []
-        with power_cut(after % 9): Run.resume(saved, "x", "", root=root)     # and once more, while it goes on
+        with power_cut(after % 9): Run.resume(saved, "x", "", root=root)     # and once more, while it resumes
         dead(root)
         run = Run.resume(latest_checkpoint(path), "x", "", root=root)
         run.save_checkpoint(step + 1, weights_of(step + 1), {})
@@ -1204,51 +1203,52 @@ def survive(act, root: Path) -> int:
 
 @pytest.mark.long
 @pytest.mark.parametrize("act, least", [(save_next, 20), (save_again, 15), (only_resume, 8), (overwrite, 15)])
-def test_the_power_may_go_at_any_moment(act, least, tmp_path, caplog):
+def test_power_loss_at_any_moment(act, least, tmp_path, caplog):
     assert survive(act, tmp_path / "runs") >= least
     assert not [r for r in caplog.records if "trying the checkpoint before" in r.getMessage()]
 
 
 def in_place(folder, step, arrays, state):
-    "The same files, written where they are to stay."
+    "Planted bug: the files are written to their final path."
     final = Path(folder) / f"step_{step:06d}"
     final.mkdir(parents=True, exist_ok=True)
     for group, tensors in arrays.items(): mx.save_safetensors(str(final / f"{group}.safetensors"), tensors)
     (final / "state.json").write_text(json.dumps({**state, "step": step}))
-    (final / "manifest.json").write_text(R._manifest({p.name: R._sha256(p)
+    (final / "manifest.json").write_text(C._manifest({p.name: C._sha256(p)
                                                       for p in final.iterdir() if p.name != "manifest.json"}))
     return final
 
 
-def prune_in_place(run_dir, keep_last, best):
-    "Deletes under the good name."
-    for path in checkpoints(run_dir)[:-keep_last]: shutil.rmtree(path)
+def prune_in_place(folder, keep_last, best):
+    "Planted bug: a checkpoint is deleted without being renamed first."
+    for path in C.list_checkpoints(folder)[:-keep_last]: shutil.rmtree(path)
 
 
 def prune_first(write):
-    "Makes room before it writes; with one checkpoint to keep, that is the last one."
+    "Planted bug: the old checkpoints are deleted before the new one is written."
     def pruning(folder, *args):
         for path in sorted(Path(folder).glob("step_*")): shutil.rmtree(path)
         return write(folder, *args)
     return pruning
 
 
-def swap_without_stepping_aside(new, final, replace=True):
+def replace_without_renaming(new, final, replace=True):
     shutil.rmtree(final, ignore_errors=True)
     os.rename(new, final)
 
 
 @pytest.mark.parametrize("name, bug, act, why", [
     ("write_checkpoint", in_place, save_next, "step_000400/.* is (missing|damaged)"),
-    ("_prune", prune_in_place, save_next, "step_000100/.* is missing"),
-    ("write_checkpoint", prune_first(write_checkpoint), save_next, "none is whole"),
-    ("replace_dir", swap_without_stepping_aside, save_again, "200 >= 300"),
-    ("replace_dir", swap_without_stepping_aside, overwrite, "step_000.00/.* is missing"),
-    ("_remove_leftovers", lambda folder, names: None, save_again, r"\.step_000300\.new-"),
-], ids=["written in place", "deleted in place", "deleted before the new one is there", "same step deleted first", "old run deleted first",
-        "not tidied"])
-def test_the_power_cut_would_notice(name, bug, act, why, tmp_path, monkeypatch):
-    monkeypatch.setattr(R, name, bug)
+    ("prune_checkpoints", prune_in_place, save_next, "step_000100/.* is missing"),
+    ("write_checkpoint", prune_first(write_checkpoint), save_next, "are damaged"),
+    ("replace_dir", replace_without_renaming, save_again, "200 >= 300"),
+    ("replace_dir", replace_without_renaming, overwrite, "step_000.00/.* is missing"),
+    ("remove_leftovers", lambda folder, names: None, save_again, r"\.step_000300\.new-"),
+], ids=["written in place", "deleted in place", "deleted before the new one exists", "same step deleted first",
+        "old run deleted first", "leftovers not removed"])
+def test_planted_power_loss_bugs_are_detected(name, bug, act, why, tmp_path, monkeypatch):
+    for module in (R, C):
+        if hasattr(module, name): monkeypatch.setattr(module, name, bug)
     with pytest.raises((AssertionError, RunError, OSError)) as caught: survive(act, tmp_path / "runs")
     dead(tmp_path)
     assert re.search(why, str(caught.value)), caught.value
@@ -1260,7 +1260,7 @@ TRAINING = """
 import json, sys
 from pathlib import Path
 import mlx.core as mx
-from mlx_pretrain import run as R
+from mlx_pretrain import checkpoint as C, run as R
 how, root = sys.argv[1], Path(sys.argv[2])
 if how == "in place": R.write_checkpoint = in_place
 print("ready", flush=True)
@@ -1279,7 +1279,7 @@ while True:
 
 
 def kill_a_training(how: str, root: Path, rng: random.Random) -> int:
-    "Start a training in `root`, kill it after a moment; the last step that it had said to be saved."
+    "Start a training in `root`, kill it after a moment; returns the last step that it reported as saved."
     child = start(inspect.getsource(in_place) + TRAINING, how, root)
     if first := rng.random() < 0.6: first = child.stdout.readline()
     time.sleep(rng.uniform(0, 0.08))
@@ -1288,11 +1288,11 @@ def kill_a_training(how: str, root: Path, rng: random.Random) -> int:
     return max(map(int, lines.split("\n")[:-1]), default=0)
 
 
-def check_training(root: Path, promised: int) -> int:
-    "Nothing that was promised is lost, nothing that is there is torn; the newest step."
+def check_training(root: Path, reported: int) -> int:
+    "No reported step is lost, no checkpoint is damaged; returns the newest step."
     saved = latest_checkpoint(root / "x")
     step = saved.state["step"] if saved else 0
-    assert step >= promised, f"step {promised} was saved, and now the last is {step}"
+    assert step >= reported, f"step {reported} was saved, and now the last is {step}"
     if saved: assert mx.array_equal(saved.arrays["model"]["w"], mx.full((50_000,), step))
     assert bad_checkpoints(root / "x") == []
     steps = [int(p.name.split("_")[1][:6]) for p in checkpoints(root / "x")]
@@ -1302,7 +1302,7 @@ def check_training(root: Path, promised: int) -> int:
 
 
 @pytest.mark.long
-def test_thirty_kills_lose_nothing_that_was_saved(tmp_path, caplog):
+def test_thirty_kills_lose_no_saved_step(tmp_path, caplog):
     rng, step = random.Random(0), 0
     for _ in range(30): step = check_training(tmp_path, max(step, kill_a_training("atomic", tmp_path, rng)))
     assert step > 30
@@ -1315,7 +1315,7 @@ def test_thirty_kills_lose_nothing_that_was_saved(tmp_path, caplog):
 
 
 @pytest.mark.long
-def test_the_kills_would_notice_a_training_that_saves_in_place(tmp_path):
+def test_planted_in_place_saving_is_detected_by_kills(tmp_path):
     rng, step = random.Random(0), 0
     with pytest.raises((AssertionError, RunError)):
         for _ in range(30):

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_pretrain import trainer as trainer_module
+from mlx_pretrain.checkpoint import load_checkpoint
 from mlx_pretrain.cli import main
 from mlx_pretrain.core import key_for
 from mlx_pretrain.model import Linear, Llama, ModelConfig, project
@@ -20,7 +21,7 @@ from mlx_pretrain.ops import head_loss
 from mlx_pretrain.optim import Optimization, make_optimizer
 from mlx_pretrain.pretrained import load
 from mlx_pretrain.run import (
-    LoggingConfig, Run, RunError, StepsConfig, checkpoints, latest_checkpoint, load_checkpoint, read_metrics)
+    LoggingConfig, Run, RunError, StepsConfig, checkpoints, latest_checkpoint, read_metrics)
 from mlx_pretrain.trainer import (
     MAX_SKIPPED, Trainer, TrainingError, Update, forecast, stop_between_steps, train_run)
 

@@ -1,4 +1,4 @@
-"Options of the faults: the seed that all chance comes from, and how many rounds. What fails says how to see it again."
+"Command-line options: random seed and rounds; a failure prints the command to reproduce it."
 import random
 import sys
 import time
@@ -7,8 +7,8 @@ import pytest
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seed", type=int, help="all chance comes from it; by default the time")
-    parser.addoption("--rounds", type=int, default=1, help="how often each fault is tried")
+    parser.addoption("--seed", type=int, help="random seed; default: the time")
+    parser.addoption("--rounds", type=int, default=1, help="repetitions of each test")
 
 
 def pytest_configure(config):
@@ -22,14 +22,14 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def rng(request):
-    "Chance that depends on the seed and the test alone, and not on which tests ran before it."
+    "A random generator that depends on the seed and the test only."
     return random.Random(f"{request.config.option.seed} {request.node.name}")
 
 
 def pytest_terminal_summary(terminalreporter, config):
     for report in [*terminalreporter.stats.get("failed", []), *terminalreporter.stats.get("error", [])]:
         terminalreporter.write_line(
-            f"Again: {sys.executable} -m pytest -q '{report.nodeid}' --seed {config.option.seed} "
+            f"Reproduce: {sys.executable} -m pytest -q '{report.nodeid}' --seed {config.option.seed} "
             f"--rounds {config.option.rounds}",
             red=True,
         )

@@ -1,5 +1,5 @@
-"""Faults at random moments: every stage, through the command line, is killed, stopped, starved and damaged; what it says is a sentence, and
-what it saved goes on to the same bits as a run that nobody touched."""
+"""Faults at random moments: every stage, run by its command, is killed, interrupted, runs out of disk space, or
+finds damaged files. It must end with a one-line error, and resume to the same bits as an undisturbed run."""
 import json
 import logging
 import os
@@ -18,6 +18,7 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_pretrain.checkpoint import load_checkpoint
 from mlx_pretrain.config import ConfigError, UserError, load_config, to_yaml
 from mlx_pretrain.data import cached_windows, read_texts
 from mlx_pretrain.lora import load_adapters
@@ -28,7 +29,7 @@ from mlx_pretrain.pretrained import load
 from mlx_pretrain.prompt import PromptFormat
 from mlx_pretrain.reward import RewardConfig
 from mlx_pretrain.rows import read_examples
-from mlx_pretrain.run import checkpoints, latest_checkpoint, load_checkpoint, read_metrics
+from mlx_pretrain.run import checkpoints, latest_checkpoint, read_metrics
 from mlx_pretrain.sft import SFTConfig
 from mlx_pretrain.tokenizer import ByteTokenizer
 
@@ -42,7 +43,7 @@ SMALL = {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers"
 
 
 def stage(file, iters, interval, data=None, training=None, **more):
-    "A configuration that writes a line a step, and saves often."
+    "A configuration that logs every step, and saves often."
     return {
         "name": "r",
         "data": {"input_file": file, "validation_file": file, **(data or {})},
@@ -90,7 +91,7 @@ class Place:
         self.path, self.run, self.command = path, path / "runs" / "r", STAGES[name][0]
 
     def start(self, **how):
-        "Begin, or go on."
+        "Start or resume."
         words = [sys.executable, "-m", "mlx_pretrain", self.command, "--config", "cfg.yaml",
                  "--resume.checkpoint", "latest"]
         env = {**os.environ, "PYTHONPATH": f"{self.path}:{ROOT}",
@@ -107,20 +108,20 @@ class Place:
         while process.poll() is None and written() == before: time.sleep(0.005)
 
     def finish(self, process):
-        "What it says until it ends; whatever that is, it is no traceback, and no death without a word."
-        said, _ = process.communicate(timeout=120)
-        assert "Traceback" not in said and process.returncode in (0, 2, 129, 130, 143, -signal.SIGKILL), (
+        "Its output until it ends, which must not be a traceback, or a failure without a message."
+        output, _ = process.communicate(timeout=120)
+        assert "Traceback" not in output and process.returncode in (0, 2, 129, 130, 143, -signal.SIGKILL), (
             process.returncode,
-            said[-2000:],
+            output[-2000:],
         )
-        if process.returncode == 2: assert "\nmlx-pretrain: " in f"\n{said}", said[-500:]
-        return said
+        if process.returncode == 2: assert "\nmlx-pretrain: " in f"\n{output}", output[-500:]
+        return output
 
     def whole(self):
-        "All of it, from wherever it stands."
+        "Run to the end, from wherever it is."
         process = self.start()
-        said = self.finish(process)
-        assert process.returncode == 0, said[-2000:]
+        output = self.finish(process)
+        assert process.returncode == 0, output[-2000:]
 
     def end(self):
         "The last checkpoint, the metrics without the speed, and the model."
@@ -145,12 +146,12 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def truth(world, tmp_path_factory):
-    "Each stage as nobody disturbed it, made when it is asked for: its end, its directory, and how long it took after its first step."
+def reference(world, tmp_path_factory):
+    "Each stage undisturbed, run on first use: its end, its directory, and its seconds after the first step."
     made = {}
     def of(name):
         if name not in made:
-            place = copy(world, tmp_path_factory.mktemp("truth") / name, name)
+            place = copy(world, tmp_path_factory.mktemp("reference") / name, name)
             process = place.start()
             place.begun(process)
             begun = time.monotonic()
@@ -167,19 +168,19 @@ def copy(world, path, name):
 
 
 def check(place, wanted, metrics=True):
-    "Go on to the end: the same names, bits, state and, unless they were deleted, metrics."
+    "Resume to the end: the same names, bits, state and, unless they were deleted, metrics."
     place.whole()
     (arrays, state, lines), (wanted_arrays, wanted_state, wanted_lines) = place.end(), wanted
     assert arrays.keys() == wanted_arrays.keys() and all(mx.array_equal(a, wanted_arrays[key]).item()
                                                          for key, a in arrays.items())
     assert state == wanted_state and (not metrics or lines == wanted_lines)
     assert not [path for path in (place.path / "runs").rglob(".*")
-                if path.name.startswith(".r")], "something was left behind"
+                if path.name.startswith(".r")], "leftover files"
 
 
 @EACH
-def test_kill(name, number, world, truth, rng, tmp_path):
-    wanted, _, seconds = truth(name)
+def test_kill(name, number, world, reference, rng, tmp_path):
+    wanted, _, seconds = reference(name)
     place = copy(world, tmp_path / "w", name)
     for _ in range(2):
         process = place.start()
@@ -192,8 +193,8 @@ def test_kill(name, number, world, truth, rng, tmp_path):
 
 
 @EACH
-def test_signal(name, number, world, truth, rng, tmp_path):
-    wanted, _, seconds = truth(name)
+def test_signal(name, number, world, reference, rng, tmp_path):
+    wanted, _, seconds = reference(name)
     place = copy(world, tmp_path / "w", name)
     process = place.start()
     place.begun(process)
@@ -204,17 +205,17 @@ def test_signal(name, number, world, truth, rng, tmp_path):
 
 
 @EACH
-def test_full_disk(name, number, world, truth, rng, tmp_path):
-    "No file may become longer than so many bytes, as on a disk that is full or with a quota."
-    wanted, size = truth(name)[0], int(10 ** rng.uniform(1, 5))
+def test_full_disk(name, number, world, reference, rng, tmp_path):
+    "Limit the size of files, as on a full disk or with a quota."
+    wanted, size = reference(name)[0], int(10 ** rng.uniform(1, 5))
     place = copy(world, tmp_path / "w", name)
     place.finish(place.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))))
     check(place, wanted)
 
 
 @pytest.mark.parametrize("what", ["the run", "runs", "checkpoints", "metrics", "a file for the run"])
-def test_deleted(what, number, world, truth, rng, tmp_path):
-    wanted, _, seconds = truth("pretrain")
+def test_deleted(what, number, world, reference, rng, tmp_path):
+    wanted, _, seconds = reference("pretrain")
     place = copy(world, tmp_path / "w", "pretrain")
     process = place.start()
     place.begun(process)
@@ -227,17 +228,17 @@ def test_deleted(what, number, world, truth, rng, tmp_path):
         if what == "a file for the run": target.write_text("")
     place.finish(process)
     if place.run.is_file(): place.run.unlink()
-    check(place, wanted, metrics=False)  # what the trainer knew is saved anew, without its history
+    check(place, wanted, metrics=False)  # the trainer's state is saved again, without the history
 
 
-def test_two_writers(number, world, truth, rng, tmp_path):
+def test_two_writers(number, world, reference, rng, tmp_path):
     place = copy(world, tmp_path / "w", "pretrain")
     one = place.start()
     time.sleep(rng.uniform(0, 3))
-    said = place.finish(place.start())
+    output = place.finish(place.start())
     place.finish(one)
-    assert "has all its" in said or "is writing" in said or one.returncode == 2 or "Going on" in said, said
-    check(place, truth("pretrain")[0])
+    assert "has all its" in output or "is writing" in output or one.returncode == 2 or "Going on" in output, output
+    check(place, reference("pretrain")[0])
 
 
 BACKWARDS = (
@@ -245,8 +246,10 @@ BACKWARDS = (
 )
 
 
-@pytest.mark.parametrize("how", ["umask", "symlinked runs", "symlinked run", "clock backwards", "runs is a file", "cache is a file"])
-def test_odd_places(how, world, truth, tmp_path):
+@pytest.mark.parametrize("how",
+                         ["umask", "symlinked runs", "symlinked run", "clock backwards", "runs is a file",
+                          "cache is a file"])
+def test_odd_places(how, world, reference, tmp_path):
     place, more, runs = copy(world, tmp_path / "w", "pretrain"), {}, tmp_path / "w" / "runs"
     refused = how in ("symlinked run", "runs is a file", "cache is a file")
     if how == "umask": more["umask"] = 0o077
@@ -257,12 +260,12 @@ def test_odd_places(how, world, truth, tmp_path):
     if how == "runs is a file": runs.write_text("")
     if how == "cache is a file": shutil.rmtree(place.path / "cache"); (place.path / "cache").write_text("")
     process = place.start(**more)
-    said = place.finish(process)
-    assert process.returncode == (2 if refused else 0), said[-2000:]
+    output = place.finish(process)
+    assert process.returncode == (2 if refused else 0), output[-2000:]
     if how == "symlinked run": place.run.unlink()
     if how == "runs is a file": runs.unlink()
     if how == "cache is a file": (place.path / "cache").unlink()
-    check(place, truth("pretrain")[0])
+    check(place, reference("pretrain")[0])
 
 
 PIECES = (b"{", b"}", b'"', b"[", b": ", b"\n", b"\0", b"NaN", b"1e999", b"- ", b"null", b"\xff", b"&a ",
@@ -270,7 +273,7 @@ PIECES = (b"{", b"}", b'"', b"[", b": ", b"\n", b"\0", b"NaN", b"1e999", b"- ", 
 
 
 def cut(data, rng):
-    "Some bytes changed, taken out, doubled, or moved."
+    "Some bytes changed, removed, duplicated, or moved."
     data = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
@@ -285,7 +288,7 @@ def cut(data, rng):
 
 
 def test_mutated_yaml(number, rng, tmp_path):
-    "Nothing but `ConfigError` comes out of a configuration."
+    "A damaged configuration raises nothing but `ConfigError`."
     file, refused = tmp_path / "c.yaml", 0
     classes = {"train": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "rl": PPOConfig}
     for command, config in STAGES.values():
@@ -298,7 +301,7 @@ def test_mutated_yaml(number, rng, tmp_path):
 
 
 def test_mutated_jsonl(number, rng, tmp_path):
-    "Nothing but `UserError` comes out of data."
+    "Damaged data raise nothing but `UserError`."
     file = tmp_path / "d.jsonl"
     fmt = PromptFormat(prompt_format="{instruction}", input_field="prompt", output_field="response")
     refused = 0
@@ -321,10 +324,10 @@ def flip(file, rng):
 
 
 @pytest.mark.parametrize("name", ["lora", "reward"])
-def test_flipped_bits(name, number, truth, rng, tmp_path, caplog, monkeypatch):
-    "One bit anywhere in what a run leaves behind: refused, or said aloud, or the same as before."
+def test_flipped_bits(name, number, reference, rng, tmp_path, caplog, monkeypatch):
+    "One flipped bit anywhere in a run: an error, a warning, or no effect."
     kind = {"kind": ScalarLlama} if name == "reward" else {}
-    _, place, _ = truth(name)
+    _, place, _ = reference(name)
     run = Path(shutil.copytree(place.run, tmp_path / "runs" / "r"))
     monkeypatch.chdir(place.path)
     base = load("runs/base").model
@@ -358,8 +361,8 @@ def test_flipped_cache(number, rng, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["cut off", "deleted", "made again"])
-def test_cache_under_a_training(how, number, world, truth, rng, tmp_path):
-    wanted, _, seconds = truth("pretrain")
+def test_cache_under_a_training(how, number, world, reference, rng, tmp_path):
+    wanted, _, seconds = reference("pretrain")
     place = copy(world, tmp_path / "w", "pretrain")
     process = place.start()
     place.begun(process)
@@ -369,8 +372,8 @@ def test_cache_under_a_training(how, number, world, truth, rng, tmp_path):
     else: shutil.rmtree(tokens.parent)
     if how == "made again":
         cached_windows(place.path / "texts.jsonl", ByteTokenizer(), 8, cache=place.path / "cache")
-    said = place.finish(process)
-    assert process.returncode == 0 or how == "cut off" and "was cut off while it was in use" in said, said[
+    output = place.finish(process)
+    assert process.returncode == 0 or how == "cut off" and "was cut off while it was in use" in output, output[
         -1000:
     ]
     check(place, wanted)

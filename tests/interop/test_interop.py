@@ -1,4 +1,4 @@
-"""Our models in mlx-lm and transformers, theirs here: same ids, same logits, same end."""
+"""Our models in mlx-lm and transformers, and theirs here: equal token ids, logits and EOS."""
 import json
 import subprocess
 import sys
@@ -80,7 +80,7 @@ def ids_of(model, n=40):
 
 def close(theirs, model, ids):
     want = np.array(model(mx.array(ids)))
-    assert np.abs(want).max() > 1                                         # a model that says something
+    assert np.abs(want).max() > 1                                         # logits that are not trivial
     assert np.abs(np.asarray(theirs) - want).max() < 2e-5 * np.abs(want).max()
 
 
@@ -88,7 +88,7 @@ def torch_logits(model, ids):
     with torch.no_grad(): return model(torch.tensor(ids, dtype=torch.long)).logits.float().numpy()
 
 
-# ---- ours, there
+# ---- our models elsewhere
 
 def test_logits_in_mlx_lm(ours):
     model, _, directory = ours
@@ -106,8 +106,8 @@ def test_logits_in_transformers(ours):
     close(torch_logits(theirs, ids), model, ids)
 
 
-def test_the_comparison_can_fail(tokenizers, tmp_path):
-    "Without `rope_scaling`, mlx-lm takes plain positions, and the logits show it."
+def test_planted_missing_rope_scaling_is_detected(tokenizers, tmp_path):
+    "Planted bug: without `rope_scaling`, mlx-lm does not scale RoPE, and the logits differ."
     model = lively(vocab_size=259, rope_scaling=RopeScaling(**LLAMA3))
     export(model, tokenizers["byte"], tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())
@@ -133,7 +133,7 @@ def test_ids(ours):
 
 
 def test_ids_of_any_text(ours):
-    "Text from everywhere, and from the words the tokenizer knows. SentencePiece's own sign ▁ stands for a blank elsewhere; here it stays."
+    "Text from everywhere, and from the words the tokenizer knows. transformers reads SentencePiece's ▁ as a space; here it is kept."
     _, tokenizer, directory = ours
     theirs = AutoTokenizer.from_pretrained(directory)
     letters = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
@@ -148,45 +148,45 @@ def test_ids_of_any_text(ours):
 
 @pytest.fixture(scope="module", params=["byte", "sentencepiece"])
 def stopper(request, tokenizers, tmp_path_factory):
-    "A model whose likeliest tokens are known, the sixth of them its end."
+    "A model whose greedy tokens are known, the sixth of them EOS."
     tokenizer = tokenizers[request.param]
     prompt = [tokenizer.bos_id, *tokenizer.encode("My fellow")]
     how = dict(max_new_tokens=20, eos_ids=[], pad_id=tokenizer.pad_id, temperature=0)
     for seed in range(100):
         model = lively(vocab_size=tokenizer.vocab_size, tie_word_embeddings=False)
         model.lm_head.weight = mx.random.normal(model.lm_head.weight.shape, key=mx.random.key(seed))
-        said = np.array(generate(model, [prompt], **how).tokens)[0].tolist()
-        if said[5] not in said[:5] and tokenizer.eos_id not in said[:6]: break
+        generated = np.array(generate(model, [prompt], **how).tokens)[0].tolist()
+        if generated[5] not in generated[:5] and tokenizer.eos_id not in generated[:6]: break
     order = np.arange(tokenizer.vocab_size)
-    order[[said[5], tokenizer.eos_id]] = tokenizer.eos_id, said[5]        # the sixth token becomes the end
+    order[[generated[5], tokenizer.eos_id]] = tokenizer.eos_id, generated[5]        # the sixth token becomes EOS
     model.lm_head.weight = model.lm_head.weight[mx.array(order)]
     directory = tmp_path_factory.mktemp("stopper")
     export(model, tokenizer, directory)
-    return model, tokenizer, directory, prompt, [*said[:5], tokenizer.eos_id]
+    return model, tokenizer, directory, prompt, [*generated[:5], tokenizer.eos_id]
 
 
-def test_the_end_ends_here(stopper):
-    model, tokenizer, _, prompt, said = stopper
+def test_eos_stops_here(stopper):
+    model, tokenizer, _, prompt, generated = stopper
     out = generate(model, [prompt], 20, eos_ids=[tokenizer.eos_id], pad_id=tokenizer.pad_id, temperature=0)
-    assert np.array(out.tokens)[np.array(out.response_mask)].tolist() == said
+    assert np.array(out.tokens)[np.array(out.response_mask)].tolist() == generated
 
 
-def test_the_end_ends_in_mlx_lm(stopper):
-    _, tokenizer, directory, prompt, said = stopper
+def test_eos_stops_in_mlx_lm(stopper):
+    _, tokenizer, directory, prompt, generated = stopper
     model, theirs = mlx_lm.load(str(directory))
     assert set(theirs.eos_token_ids) == {tokenizer.eos_id}
     *_, last = steps = list(mlx_lm.stream_generate(model, theirs, prompt, max_tokens=20))
-    assert last.finish_reason == "stop" and [s.token for s in steps] == said
+    assert last.finish_reason == "stop" and [s.token for s in steps] == generated
 
 
-def test_the_end_ends_in_transformers(stopper):
-    _, _, directory, prompt, said = stopper
+def test_eos_stops_in_transformers(stopper):
+    _, _, directory, prompt, generated = stopper
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert model.generate(torch.tensor([prompt]), max_new_tokens=20,
-                          do_sample=False)[0].tolist() == prompt + said
+                          do_sample=False)[0].tolist() == prompt + generated
 
 
-# ---- theirs, here
+# ---- other models here
 
 ROPES = {"default": {"rope_type": "default", "rope_theta": 10_000.0},
          "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
@@ -194,7 +194,7 @@ ROPES = {"default": {"rope_type": "default", "rope_theta": 10_000.0},
                     "high_freq_factor": 4.0, "original_max_position_embeddings": 32}, }
 
 
-def stranger(rope, **more):
+def transformers_model(rope, **more):
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=259, rope_parameters=dict(ROPES[rope]), initializer_range=0.15,
                          bos_token_id=257, eos_token_id=258, pad_token_id=256, **SIZES, **more)
@@ -203,9 +203,10 @@ def stranger(rope, **more):
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("more,shard", [
-    ({}, "40KB"), ({"tie_word_embeddings": True}, "10GB"), ({"attention_bias": True, "mlp_bias": True, "head_dim": 32}, "40KB")])
-def test_directories_of_transformers(rope, more, shard, tmp_path):
-    theirs = stranger(rope, **more)
+    ({}, "40KB"), ({"tie_word_embeddings": True}, "10GB"),
+    ({"attention_bias": True, "mlp_bias": True, "head_dim": 32}, "40KB")])
+def test_models_saved_by_transformers(rope, more, shard, tmp_path):
+    theirs = transformers_model(rope, **more)
     with torch.no_grad():
         for w in theirs.parameters():
             if w.ndim == 1: w.add_(0.1 * torch.randn(w.shape))            # gains and biases that matter
@@ -219,7 +220,7 @@ def test_directories_of_transformers(rope, more, shard, tmp_path):
 
 
 def test_bfloat16_of_transformers(tmp_path):
-    stranger("llama3").to(torch.bfloat16).save_pretrained(tmp_path)
+    transformers_model("llama3").to(torch.bfloat16).save_pretrained(tmp_path)
     ByteTokenizer().save(tmp_path)
     opened = load(tmp_path).model
     ids = ids_of(opened)
@@ -227,7 +228,7 @@ def test_bfloat16_of_transformers(tmp_path):
 
 
 def test_saved_again_by_transformers(ours, tmp_path):
-    "There and back: model and tokenizer as transformers writes them."
+    "Round trip: model and tokenizer as transformers saves them."
     model, tokenizer, directory = ours
     AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path)
@@ -243,7 +244,7 @@ def convert(*words):
                     *map(str, words)], check=True, capture_output=True, text=True)
 
 
-def test_quantised_is_refused_and_the_command_helps(tokenizers, tmp_path):
+def test_quantized_model_is_refused_and_the_remedy_works(tokenizers, tmp_path):
     model = lively(vocab_size=259, num_hidden_layers=1)
     export(model, tokenizers["byte"], tmp_path / "m")
     convert("--hf-path", tmp_path / "m", "--mlx-path", tmp_path / "q", "-q", "--q-group-size", 32, "--q-bits",
@@ -260,7 +261,7 @@ def test_quantised_is_refused_and_the_command_helps(tokenizers, tmp_path):
 
 @pytest.mark.parametrize("head_dim", [8, 64, 128])
 @pytest.mark.parametrize("rope", ROPES)
-def test_rope_periods(rope, head_dim):
+def test_rope_freqs(rope, head_dim):
     spelled = dict(ROPES[rope])
     config = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, rope_parameters=dict(spelled),
                          max_position_embeddings=8192)
@@ -312,7 +313,7 @@ TWINS = {"adamw": (lambda: AdamW(0.01, (0.9, 0.95), 1e-8, 0.1), torch.optim.Adam
 
 @pytest.mark.parametrize("name", TWINS)
 @pytest.mark.parametrize("shape", [(8, 8), (12, 5), (7,)])
-def test_optimizers_step_alike(name, shape):
+def test_optimizers_match_torch(name, shape):
     "Twenty steps; torch decays vectors too, so there its decay is 0."
     ours, theirs, arguments = TWINS[name]
     w, grads = optimizer_example(shape)

@@ -1,4 +1,4 @@
-"Adapters and conversations beside mlx-lm, transformers and torch: the same files, the same tokens, the same gradients, the same answers."
+"Adapters and conversations adapted mlx-lm, transformers and torch: the same files, the same tokens, the same gradients, the same answers."
 import json
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def lively(**sizes):
     return model.update(tree_map(lambda w: 4 * w if w.ndim > 1 else w + 0.1, model.parameters()))
 
 
-def speaking(model, **cfg):
+def with_random_adapters(model, **cfg):
     "A model whose adapters have learned something."
     model = apply_lora(model, LoRAConfig(**{"rank": 4, **cfg}))
     return model.update(tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape, key=mx.random.key(w.size)),
@@ -66,23 +66,25 @@ def write(rows): Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" fo
 
 @pytest.mark.parametrize("cfg, sizes", [
     ({}, {}), ({"targets": ["q_proj", "k_proj", "mlp.down_proj"], "num_layers": 2, "alpha": 3}, {"attention_bias": True, "mlp_bias": True}),
-    ({"targets": ["q_proj", "k_proj"]}, {"rope_traditional": True, "tie_word_embeddings": False})], ids=["all", "some", "neighbours"])
+    ({"targets": ["q_proj", "k_proj"]}, {"rope_traditional": True, "tie_word_embeddings": False})],
+    ids=["all", "some", "neighbours"])
 def test_ours_in_mlx_lm_and_merged_in_transformers(tmp_path, cfg, sizes):
     base = lively(**sizes)
-    model = speaking(base, **cfg)
+    model = with_random_adapters(base, **cfg)
     export(base, ByteTokenizer(), tmp_path / "base")
     export(model, ByteTokenizer(), tmp_path / "merged")
     save_adapters(model, tmp_path / "adapters")
     ours, ids = model(mx.array(IDS)), mx.array(IDS)
-    beside, _ = mlx_lm.load(str(tmp_path / "base"), adapter_path=str(tmp_path / "adapters"))
-    assert near(ours, beside(ids)) and near(mlx_lm.load(str(tmp_path / "merged"))[0](ids), beside(ids))
+    adapted, _ = mlx_lm.load(str(tmp_path / "base"), adapter_path=str(tmp_path / "adapters"))
+    assert near(ours, adapted(ids)) and near(mlx_lm.load(str(tmp_path / "merged"))[0](ids), adapted(ids))
     assert near(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(torch.tensor(IDS)).logits)
     assert not near(ours, mlx_lm.load(str(tmp_path / "base"))[0](ids))
 
 
 @pytest.mark.parametrize("lora", [{"rank": 4, "scale": 10.0, "dropout": 0.1},
-                                  {"rank": 2, "scale": 0.5, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.up_proj"]}])
-def test_theirs_in_ours(tmp_path, monkeypatch, lora):
+                                  {"rank": 2, "scale": 0.5, "dropout": 0.0,
+                                   "keys": ["self_attn.q_proj", "mlp.up_proj"]}])
+def test_mlx_lm_adapters_load_here(tmp_path, monkeypatch, lora):
     monkeypatch.chdir(tmp_path)
     export(lively(), ByteTokenizer(), "base")
     Path("data").mkdir()
@@ -101,7 +103,7 @@ def test_theirs_in_ours(tmp_path, monkeypatch, lora):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    "A base that knows nothing, and a run that has taught it four answers with adapters."
+    "An untrained base model, and a LoRA run that has learned four responses."
     home = tmp_path_factory.mktemp("tuned")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -131,11 +133,11 @@ def tuned(tmp_path_factory):
     return home / "runs"
 
 
-def test_the_command_line_of_mlx_lm_says_what_ours_says(tuned):
+def test_mlx_lm_command_line_generates_the_same(tuned):
     model, tok, *_ = load(tuned / "lora")
     [ours] = generate_text(model, tok, ["Say 2:"], 30, temperature=0)
-    beside = load_adapters(load(tuned / "base").model, tuned / "lora" / "adapters")
-    assert ours == "three gulls" == generate_text(beside, tok, ["Say 2:"], 30, temperature=0)[0]
+    adapted = load_adapters(load(tuned / "base").model, tuned / "lora" / "adapters")
+    assert ours == "three gulls" == generate_text(adapted, tok, ["Say 2:"], 30, temperature=0)[0]
     command = [sys.executable, "-m", "mlx_lm", "generate", "--model", tuned / "base" / "model",
                "--adapter-path", tuned / "lora" / "adapters", "--prompt", "Say 2:", "--ignore-chat-template",
                "--temp", "0", "--max-tokens", "30"]
@@ -146,7 +148,7 @@ def test_the_command_line_of_mlx_lm_says_what_ours_says(tuned):
 # Gradients
 
 
-class Beside(torch.nn.Module):
+class TorchLoRA(torch.nn.Module):
     "LoRA as the paper has it, around one of torch's linear layers."
     def __init__(self, linear, a, b, scale):
         super().__init__()
@@ -160,14 +162,14 @@ class Beside(torch.nn.Module):
 def test_loss_and_gradients_of_adapters(tmp_path, monkeypatch, tied):
     monkeypatch.chdir(tmp_path)
     base, tok = lively(tie_word_embeddings=tied), ByteTokenizer()
-    model = speaking(base, alpha=12)
+    model = with_random_adapters(base, alpha=12)
     weights = adapters(model)
     export(base, tok, "base")
     theirs = AutoModelForCausalLM.from_pretrained("base").requires_grad_(False)
     for name in {name.rpartition(".")[0] for name in weights}:
         inside, _, last = name.rpartition(".")
         inside = theirs.get_submodule(inside)
-        setattr(inside, last, Beside(getattr(inside, last), weights[f"{name}.lora_a"],
+        setattr(inside, last, TorchLoRA(getattr(inside, last), weights[f"{name}.lora_a"],
                                      weights[f"{name}.lora_b"], 3.0))
 
     texts = ["Who?", "Gulls.", "And?", "Boats, many.", "So?", "Sand."]
@@ -289,7 +291,7 @@ def test_tokens_and_mask_of_a_conversation(tmp_path, kind):
         assert render_chat(BY_TEMPLATE, ours, [], talk[-2]["content"]) == asked
 
 
-def test_a_template_that_marks_answers_itself(tmp_path):
+def test_template_with_generation_blocks(tmp_path):
     folder = make_tokenizer(tmp_path / "marked", *KINDS["chatml"])
     want = AutoTokenizer.from_pretrained(folder).apply_chat_template(TALKS[0], return_dict=True)["input_ids"]
     assert made(load_tokenizer(folder), TALKS[0]).ids == want
@@ -321,7 +323,7 @@ def smol():
     return path
 
 
-def test_a_real_model_says_the_same_everywhere(smol):
+def test_published_model_generates_the_same_everywhere(smol):
     model, tok, *_ = load(smol)
     theirs = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32)
     their_tok = AutoTokenizer.from_pretrained(smol)
@@ -333,18 +335,18 @@ def test_a_real_model_says_the_same_everywhere(smol):
     for ids in (tok.encode("The capital of France is"), asked):
         ours, want = model(mx.array([ids])), theirs(torch.tensor([ids])).logits
         assert near(ours, want) and near(lm(mx.array([ids])), want)
-        [said] = generate_text(model, tok, [ids], 12, temperature=0)
-        assert "Paris" in said  # mlx-lm's text begins without the blank
-        assert said.lstrip() == mlx_lm.generate(lm, lm_tok, ids, max_tokens=12,
+        [text] = generate_text(model, tok, [ids], 12, temperature=0)
+        assert "Paris" in text  # mlx-lm's text begins without the blank
+        assert text.lstrip() == mlx_lm.generate(lm, lm_tok, ids, max_tokens=12,
                                                 sampler=make_sampler(0)).lstrip()
         out = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)).long(),
                               max_new_tokens=12, do_sample=False)
-        assert said == their_tok.decode(out[0, len(ids):], skip_special_tokens=True)
+        assert text == their_tok.decode(out[0, len(ids):], skip_special_tokens=True)
 
 
-def test_adapters_on_a_real_model(smol, tmp_path):
+def test_adapters_of_a_published_model(smol, tmp_path):
     model, tok, *_ = load(smol)
-    model = speaking(model, targets=["q_proj", "v_proj", "down_proj"], num_layers=4, alpha=2)
+    model = with_random_adapters(model, targets=["q_proj", "v_proj", "down_proj"], num_layers=4, alpha=2)
     save_adapters(model, tmp_path)
     ids = mx.array([tok.encode("The capital of France is")])
     lm, _ = mlx_lm.load(str(smol), adapter_path=str(tmp_path))

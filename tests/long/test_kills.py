@@ -14,7 +14,8 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 from common import equal, lines_of
 
 
-from mlx_pretrain.run import RunError, checkpoints, latest_checkpoint, load_checkpoint
+from mlx_pretrain.checkpoint import load_checkpoint
+from mlx_pretrain.run import RunError, checkpoints, latest_checkpoint
 
 WORKERS = Path(__file__).parents[1] / "workers"
 

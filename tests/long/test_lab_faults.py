@@ -29,7 +29,7 @@ from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.playground import Playground, tokenize_row
 from mlx_pretrain.pretrained import Pretrained
 from mlx_pretrain.prompt import PromptFormat
-from mlx_pretrain.run import _writer, checkpoints, read_metadata, read_metrics
+from mlx_pretrain.run import checkpoints, lock_holder, read_metadata, read_metrics
 from mlx_pretrain.sft import SFTConfig, SFTTrainer
 from mlx_pretrain.trainer import Knobs, Trainer, TrainingError, replay_knobs
 
@@ -467,7 +467,7 @@ def test_a_run_directory_that_vanishes(tmp_path, jupyter):
     assert (
         not live.record.is_open
         and checkpoints(live.trainer.run_dir.path)
-        and _writer(live.trainer.run_dir.path) is None
+        and lock_holder(live.trainer.run_dir.path) is None
     )
 
 
@@ -555,7 +555,7 @@ def test_a_forgotten_run(tmp_path, jupyter, recwarn):
         gc.collect()
         return run
     run = asyncio.run(main())
-    assert read_metadata(run)["outcome"] == "interrupted" and _writer(run) is None
+    assert read_metadata(run)["outcome"] == "interrupted" and lock_holder(run) is None
     assert not [w for w in recwarn if "ignored" in str(w.message)]
 
 

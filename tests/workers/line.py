@@ -1,4 +1,4 @@
-"Fit a line and save often, going on from the newest checkpoint: `line.py FOLDER [keep | in-place]`."
+"Fit a line and save often, resuming from the newest checkpoint: `line.py FOLDER [keep | in-place]`."
 import shutil
 import sys
 from typing import NamedTuple
@@ -7,9 +7,10 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 
 import mlx.core as mx
 
+from mlx_pretrain.checkpoint import write_checkpoint_files
 from mlx_pretrain.core import key_for
 from mlx_pretrain.model import Linear, project
-from mlx_pretrain.run import LoggingConfig, ResumeConfig, Run, StepsConfig, _fill, find_checkpoint
+from mlx_pretrain.run import LoggingConfig, ResumeConfig, Run, StepsConfig, find_checkpoint
 from mlx_pretrain.trainer import Trainer, train_run
 
 folder, how = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
@@ -37,7 +38,7 @@ class InPlace(Run):
     def save_checkpoint(self, step, arrays, state, best=None):
         place = self.path / "checkpoints" / "step_000001"
         shutil.rmtree(place, ignore_errors=True)
-        _fill(place, arrays, {**state, "step": step})
+        write_checkpoint_files(place, arrays, {**state, "step": step})
         return place
 
 
