@@ -14,7 +14,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_pretrain import (
-    lora as lora_module, model as model_module, ops, stage as stage_module, trainer as trainer_module)
+    lora as lora_module, model as model_module, ops, stage as stage_module, step as step_module,
+    trainer as trainer_module)
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import UserError
 from mlx_pretrain.core import key_for
@@ -190,7 +191,7 @@ def trains_the_adapters_alone(**sections):
     before, base = weights(t.model), weights(load("base").model)
     t.step()
     grads = dict(tree_flatten(nn.value_and_grad(t.model,
-                                                lambda batch: t.loss(t.model, batch)[0])(t.draw(1)[0])[1]))
+                                                lambda batch: t.loss(t.model, batch)[0])(t.batches_at(1)[0])[1]))
     for _ in range(2): t.step()
     after = weights(t.model)
     moved = {name for name in after if not mx.array_equal(before[name], after[name])}
@@ -227,8 +228,8 @@ def start(): return adapters(speaking(load("base").model, rank=2))
 
 def gradient(t, *keys):
     "The gradient of the adapters for one batch, with these keys, added up."
-    trainer_module._put(t.model, start())
-    return flat(tree_map(lambda *g: sum(g), *[t.update.gradient(t.draw(0)[0], key)[1] for key in keys]))
+    step_module.assign_arrays(t.model, start())
+    return flat(tree_map(lambda *g: sum(g), *[t.update.gradient(t.batches_at(0)[0], key)[1] for key in keys]))
 
 
 def own_numbers(monkeypatch):
@@ -262,7 +263,7 @@ def test_dropout_follows_from_seed_and_step(place):
 def test_nothing_is_dropped_in_validation_and_in_answers(place, monkeypatch, planted):
     dry, wet = (with_dropout(training={"lora": {"dropout": share}}) for share in (0.0, 0.9))
     wet.step()  # a step drops, and leaves no key behind
-    for t in (dry, wet): trainer_module._put(t.model, start())
+    for t in (dry, wet): step_module.assign_arrays(t.model, start())
     if planted:
         monkeypatch.setattr(
             Dropout,
@@ -279,9 +280,9 @@ def test_checkpointing_drops_the_same(place, monkeypatch, planted):
     models = [with_dropout(system={"gradient_checkpointing": on}) for on in (False, True)]
     grads = []
     for t in models:
-        trainer_module._put(t.model, start())
+        step_module.assign_arrays(t.model, start())
         with dropping(t.model, key):
-            _, g = nn.value_and_grad(t.model, lambda batch, t=t: t.loss(t.model, batch)[0])(t.draw(0)[0])
+            _, g = nn.value_and_grad(t.model, lambda batch, t=t: t.loss(t.model, batch)[0])(t.batches_at(0)[0])
         grads.append(flat(g))
     assert near(*grads) != planted
     assert planted or near(*(gradient(t, key) for t in models))            # compiled
@@ -456,7 +457,7 @@ def test_settings_arrive(place, capsys, way):
     (["rank", "0", "--training.lora.alpha", "16"], "rank is 0, so there are no adapters"),
     (["rank", "2", "--training.freeze", "0"], "take freeze and train_only out"),
     (["rank", "2", "--training.train_only", "1"], "take freeze and train_only out"),
-    (["rank", "2", "--pretrained_model", "null"], '"training.lora": adapters need a model that knows something'),
+    (["rank", "2", "--pretrained_model", "null"], '"training.lora": adapters need a base model'),
 ])
 def test_a_mistake_is_one_sentence(place, capsys, flags, sentence):
     Path("run.yaml").write_text(json.dumps(line(pretrained_model="base")))

@@ -55,7 +55,7 @@ def test_every_target_once_an_epoch(config, batch_size, accumulate, epochs):
     assert trainer.total_steps == -(-n * epochs // (batch_size * accumulate))
     trainer.run()
     assert trainer.tokens == epochs * trainer.data.n_targets
-    with pytest.raises(ValueError, match="after the end"): trainer.draw(trainer.total_steps)
+    with pytest.raises(ValueError, match="after the end"): trainer.batches_at(trainer.total_steps)
 
 
 def test_checkpointing_reaches_the_model(config, monkeypatch):
@@ -107,7 +107,7 @@ def test_other_text_is_told(config, caplog):
     write("train.jsonl", "cups of tea")
     pretrain(config(**LATEST, **{ITERS: 10}))
     assert (
-        "The training data, or how they are cut, are not what they were." in caplog.text
+        "The training data or their chunking changed since the checkpoint." in caplog.text
         and "held-out" not in caplog.text
     )
 
@@ -117,7 +117,7 @@ def test_another_function_before_it_is_told(config, caplog):
     pretrain(config(data__preprocess="mine.py:f"))
     Path("mine.py").write_text("def f(row): return {'text': row['text'].upper()}\n")
     pretrain(config(**LATEST, **{ITERS: 8}, data__preprocess="mine.py:f"))
-    assert "The training data, or how they are cut, are not what they were." in caplog.text
+    assert "The training data or their chunking changed since the checkpoint." in caplog.text
 
 
 def test_the_best_belongs_to_one_held_out_text(config, caplog):

@@ -314,15 +314,15 @@ def test_the_consequence_of_another_batch_size_is_a_line(stopped, capsys, counte
     path = tune(batch_size=8, gradient_accumulation_steps=2)
     said = capsys.readouterr().out
     assert (
-        "batch_size 4 → 8; gradient_accumulation_steps 1 → 2: 10 rows of epoch 1 are left; 3 steps to go instead of 9.\n"
+        "batch_size 4 → 8; gradient_accumulation_steps 1 → 2: 10 rows left in epoch 1; 3 steps to go instead of 9.\n"
         in said
     )
     assert "3 steps to go of 6: 2 epochs." in said
     assert (
         "the learning rate of the next step is " in said
-        and "the 3 steps that are left are the last of a schedule of 4." in said
+        and "the remaining 3 steps are the last of a schedule of 4." in said
     )
-    assert "10 rows of epoch 1 are left" in (path / "logs" / "log.txt").read_text()
+    assert "10 rows left in epoch 1" in (path / "logs" / "log.txt").read_text()
     assert [row["step"] for row in read_metrics(path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
@@ -332,7 +332,7 @@ def test_a_panel_resumes_by_rows_too(stopped, capsys, counted):
     live = Live(SFTTrainer(cfg))
     live.run()
     assert (
-        "batch_size 4 → 8: 10 rows of epoch 1 are left; 5 steps to go instead of 9."
+        "batch_size 4 → 8: 10 rows left in epoch 1; 5 steps to go instead of 9."
         in capsys.readouterr().out
     )
     assert (live.trainer.steps_done,
@@ -342,20 +342,20 @@ def test_a_panel_resumes_by_rows_too(stopped, capsys, counted):
 def test_nothing_is_said_of_what_is_as_it_was(stopped, capsys):
     tune()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Going on from") and "parameters" in lines[1]
+    assert lines[0].startswith("Resuming from") and "parameters" in lines[1]
 
 
 @pytest.mark.parametrize("change, part", [
-    ({"epochs": 3}, "epochs 2 → 3: 10 rows of epoch 1 are left; 15 steps to go instead of 9."),
-    ({"iters": 5}, "iters not set → 5: 10 rows of epoch 1 are left; 2 steps to go instead of 9."),
+    ({"epochs": 3}, "epochs 2 → 3: 10 rows left in epoch 1; 15 steps to go instead of 9."),
+    ({"iters": 5}, "iters not set → 5: 10 rows left in epoch 1; 2 steps to go instead of 9."),
     ({"learning_rate": 2e-3}, "training.hyperparameters.learning_rate: 0.001 → 0.002: the learning rate of the next step is "),
     ({"scheduler": {"warmup_steps": 6, "type": "cosine_with_warmup"}}, "training.scheduler.warmup_steps: null → 6"),
-    ({"seed": 7}, "seed 42 → 7: the rows to come are shuffled with it"),
-    ({"file": "more.jsonl"}, 'input_file: "rows.jsonl" → "more.jsonl": epoch 1 begins again, with 30 rows; 16 steps to go instead of 9.'),
-    ({"file": "shuffled.jsonl"}, "epoch 1 begins again, with 22 rows; 12 steps to go instead of 9."),
-    ({"file": "fewer.jsonl"}, "epoch 1 begins again, with 9 rows; 6 steps to go instead of 9."),
+    ({"seed": 7}, "seed 42 → 7: the remaining rows are shuffled with the new seed"),
+    ({"file": "more.jsonl"}, 'input_file: "rows.jsonl" → "more.jsonl": epoch 1 restarts with 30 rows; 16 steps to go instead of 9.'),
+    ({"file": "shuffled.jsonl"}, "epoch 1 restarts with 22 rows; 12 steps to go instead of 9."),
+    ({"file": "fewer.jsonl"}, "epoch 1 restarts with 9 rows; 6 steps to go instead of 9."),
     ({"file": "copy.jsonl"}, 'data.input_file: "rows.jsonl" → "copy.jsonl": the rows are the same as before, in the same order.'),
-    ({"data": {"mask_prompt": False}}, "data.mask_prompt: true → false: epoch 1 begins again, with 22 rows"),
+    ({"data": {"mask_prompt": False}}, "data.mask_prompt: true → false: epoch 1 restarts with 22 rows"),
 ])
 def test_each_consequence_is_a_line(stopped, capsys, change, part):
     path = tune(**change)
@@ -372,7 +372,7 @@ def test_raised_epochs_of_a_finished_run(stopped, capsys, counted):
         and not counted
     )
     path = tune(epochs=3)
-    assert "22 rows of epoch 2 are left; 12 steps to go instead of 0." in capsys.readouterr().out
+    assert "22 rows left in epoch 2; 12 steps to go instead of 0." in capsys.readouterr().out
     assert (
         read_metadata(path)["outcome"] == "finished"
         and [r["step"] for r in read_metrics(path) if "loss" in r][-1] == 18
@@ -396,7 +396,7 @@ def test_a_checkpoint_without_a_record(stopped, capsys, counted, caplog, tmp_pat
     capsys.readouterr()
     tune(batch_size=8)
     assert (
-        "batch_size 4 → 8: 10 rows of epoch 1 are left; 5 steps to go instead of 9."
+        "batch_size 4 → 8: 10 rows left in epoch 1; 5 steps to go instead of 9."
         in capsys.readouterr().out
     )
     caplog.clear()

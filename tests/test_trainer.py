@@ -12,7 +12,7 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_pretrain import trainer as trainer_module
+from mlx_pretrain import step as step_module
 from mlx_pretrain.cli import main
 from mlx_pretrain.core import key_for
 from mlx_pretrain.model import Linear, Llama, ModelConfig, project
@@ -21,8 +21,9 @@ from mlx_pretrain.optim import Optimization, make_optimizer
 from mlx_pretrain.pretrained import load
 from mlx_pretrain.run import (
     LoggingConfig, Run, RunError, StepsConfig, checkpoints, latest_checkpoint, load_checkpoint, read_metrics)
-from mlx_pretrain.trainer import (
-    MAX_SKIPPED, Trainer, TrainingError, Update, forecast, stop_between_steps, train_run)
+from mlx_pretrain.session import forecast, recording
+from mlx_pretrain.step import Update
+from mlx_pretrain.trainer import MAX_SKIPPED, Trainer, TrainingError, stop_between_steps
 
 
 class Points(NamedTuple):
@@ -36,6 +37,13 @@ def points_at(step):
 
 
 def squares(model, batch): return ((project(batch.x, model)[0][:, 0] - batch.y) ** 2).sum(), mx.array(512)
+
+
+def train(trainer, run, finalize=lambda: None):
+    with recording(trainer, run, finalize): trainer.run()
+
+
+def never(): pytest.fail("it was not finished")
 
 
 def weights_after(steps):
@@ -55,7 +63,7 @@ def test_an_interrupted_run_saves_one_age(delay, tmp_path):
     trainer = Trainer(Linear(256, 1), squares, points_at, 10_000, run=run)
     trainer.step()  # compiled before the clock starts
     interrupt_after(delay)
-    with pytest.raises(KeyboardInterrupt): train_run(trainer, run, lambda: pytest.fail("it was not finished"))
+    with pytest.raises(KeyboardInterrupt): train(trainer, run, never)
     arrays, state = load_checkpoint(checkpoints(run.path)[-1])
     assert 0 < state["step"] == arrays["optimizer"]["step"].item() < 10_000
     assert state["progress"]["tokens"] == 512 * state["step"]
@@ -64,8 +72,7 @@ def test_an_interrupted_run_saves_one_age(delay, tmp_path):
 
 def test_an_interrupted_overwrite_leaves_the_old_run(tmp_path):
     run = Run("line", "seed: 0\n", root=tmp_path)
-    train_run(Trainer(Linear(256, 1), squares, points_at, 3, run=run), run,
-              lambda: (run.path / "model").mkdir())
+    train(Trainer(Linear(256, 1), squares, points_at, 3, run=run), run, (run.path / "model").mkdir)
     again = Run("line", "seed: 1\n", root=tmp_path, overwrite=True)
 
     def impatient(step):
@@ -73,7 +80,7 @@ def test_an_interrupted_overwrite_leaves_the_old_run(tmp_path):
         return points_at(step)
 
     trainer = Trainer(Linear(256, 1), squares, impatient, 10_000, run=again)
-    with pytest.raises(KeyboardInterrupt): train_run(trainer, again, lambda: None)
+    with pytest.raises(KeyboardInterrupt): train(trainer, again)
     assert trainer.steps_done == 1 and (tmp_path / "line" / "model").is_dir()
     assert [p.name for p in checkpoints(tmp_path / "line")] == ["step_000003"]
     assert [p.name for p in checkpoints(tmp_path / "line-2")] == [
@@ -131,7 +138,7 @@ def test_the_stop_button_of_a_notebook():
     try:
         client.wait_for_ready(timeout=60)
         said = run(LINE, kernel.interrupt_kernel)
-        assert "Stopping after this step" in said and "it can go on" in said
+        assert "Stopping after this step" in said and "it can be resumed" in said
         assert run("n = trainer.steps_done; print(3 <= n < 10**7)") == "True\n"
         assert run("print(trainer.optimizer.step.item() == n, trainer.tokens == 64 * n)") == "True True\n"
         assert run("trainer.total_steps = n + 5; print(trainer.run()['step'] == n + 5)") == "True\n"
@@ -164,7 +171,7 @@ def test_an_ignored_interrupt_stays_ignored():
 def test_the_handler_is_put_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     run = Run("line", "seed: 0\n", root=tmp_path)
-    train_run(Trainer(Linear(256, 1), squares, points_at, 3, run=run), run, lambda: None)
+    train(Trainer(Linear(256, 1), squares, points_at, 3, run=run), run)
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -197,17 +204,17 @@ class Machine:
     def __init__(self, monkeypatch, seconds, kinds=1, busy=40.0):
         self.now, self.compiled, self.seconds, self.kinds, self.taken = 0.0, set(), seconds, kinds, []
         clock = SimpleNamespace(perf_counter=lambda: self.now, monotonic=lambda: self.now)
-        monkeypatch.setattr(trainer_module, "time", clock)
-        monkeypatch.setattr(trainer_module, "_compiler",
+        monkeypatch.setattr(step_module, "time", clock)
+        monkeypatch.setattr(step_module, "_compiler_activity",
                             lambda: (len(self.compiled), busy * len(self.compiled)))
 
-    def batch_at(self, step):
+    def batches_at(self, step):
         self.taken.append(step)
         self.now += self.seconds if step % self.kinds in self.compiled else self.seconds + 40
         self.compiled.add(step % self.kinds)
         return points_at(step)
 
-    def trainer(self, steps): return Trainer(Linear(256, 1), squares, self.batch_at, steps)
+    def trainer(self, steps): return Trainer(Linear(256, 1), squares, self.batches_at, steps)
 
 
 @pytest.mark.parametrize("seconds, kinds, steps, probes", [
@@ -298,17 +305,17 @@ def test_a_step_that_is_not_finite_changes_no_bit(optimizer, poison):
 
 
 def test_lost_for_good_ends_with_the_last_good_checkpoint(tmp_path):
-    def batch_at(step):
+    def batches_at(step):
         return points_at(step) if step < 23 else Points(points_at(step).x * float("nan"), points_at(step).y)
     run = Run("line", "seed: 0\n", root=tmp_path)
-    trainer = Trainer(Linear(256, 1), squares, batch_at, 10_000, run=run)
+    trainer = Trainer(Linear(256, 1), squares, batches_at, 10_000, run=run)
     trainer.callbacks.append(lambda trainer, metrics: metrics["step"] == 20
                              and run.save_checkpoint(20, trainer.arrays(), trainer.state()))
     with pytest.raises(
         TrainingError,
         match=rf"{MAX_SKIPPED} steps in a row, up to step 33, .* last good checkpoint is .*step_000020$",
     ):
-        train_run(trainer, run, lambda: pytest.fail("it was not finished"))
+        train(trainer, run, never)
     assert mx.array_equal(trainer.model.weight, weights_after(23))
     assert [row["step"] for row in read_metrics(run.path)
             if row.get("event") == "not_finite"] == [*range(23, 33)]
@@ -338,13 +345,14 @@ def test_a_held_out_loss_that_is_not_finite_is_no_best():
 
 def fit(tmp_path, total=100, keep_last=1, interval=1000, bad=(), val=lambda step: 1.0, **kwargs):
     "A run on a line, with steps that are not finite and validation losses as wished."
-    def batch_at(step):
+    def batches_at(step):
         return Points(points_at(step).x * (float("nan") if step + 1 in bad else 1), points_at(step).y)
     logging = LoggingConfig(keep_last=keep_last, steps=StepsConfig(checkpoint_interval=interval))
     run = Run("line", "seed: 0\n", root=tmp_path, logging=logging)
-    trainer = Trainer(Linear(256, 1), squares, batch_at, total, run=run, validation_interval=10, **kwargs)
-    trainer.validate = lambda: {"val_loss": val(trainer.steps_done)}
-    train_run(trainer, run, lambda: None)
+    trainer = Trainer(Linear(256, 1), squares, batches_at, total, run=run, held_out=[points_at(0)],
+                      validation_interval=10, **kwargs)
+    trainer.evaluate = lambda: {"val_loss": val(trainer.steps_done)}
+    train(trainer, run)
     return trainer, [int(path.name[5:]) for path in checkpoints(run.path)]
 
 
@@ -370,7 +378,7 @@ def test_validated_at_the_end_whatever_the_interval(tmp_path):
 def test_saved_after_some_minutes(tmp_path, monkeypatch):
     clock = iter(range(10_000))
     # every look at the clock is 100 s later
-    monkeypatch.setattr("mlx_pretrain.trainer.time.monotonic", lambda: 100 * next(clock))
+    monkeypatch.setattr("mlx_pretrain.session.time.monotonic", lambda: 100 * next(clock))
     assert len(fit(tmp_path, keep_last=99, val=lambda step: step)[1]) > 5
 
 
@@ -404,10 +412,11 @@ def test_a_step_that_could_not_be_recorded_is_recorded_at_resume(tmp_path, monke
     saved = latest_checkpoint(tmp_path / "cut/line")
     assert saved.state["step"] == at and saved.state["unfinished"]["step"] == at
     run = Run.resume(saved, "line", "seed: 0\n", root=tmp_path / "cut")
-    trainer = Trainer(Linear(256, 1), squares, points_at, 25, run=run, validation_interval=10,
-                      validate=lambda: {"val_loss": 1.0})
+    trainer = Trainer(Linear(256, 1), squares, points_at, 25, run=run, held_out=[points_at(0)],
+                      validation_interval=10)
+    trainer.evaluate = lambda: {"val_loss": 1.0}
     trainer.load(saved)
-    train_run(trainer, run, lambda: None)
+    train(trainer, run)
     assert [row for row in without_speed(run.path)
             if "event" not in row] == without_speed(tmp_path / "whole/line")
     ends = [load_checkpoint(checkpoints(tmp_path / which / "line")[-1]) for which in ("whole", "cut")]
@@ -439,11 +448,11 @@ def test_a_step_by_hand_is_whole_under_ctrl_c():
 
 
 def test_one_bad_batch_is_skipped_and_counted(tmp_path):
-    def batch_at(step):
+    def batches_at(step):
         return points_at(step) if step != 23 else Points(points_at(step).x * float("nan"), points_at(step).y)
     run = Run("line", "seed: 0\n", root=tmp_path)
-    trainer = Trainer(Linear(256, 1), squares, batch_at, 100, run=run)
-    train_run(trainer, run, lambda: None)
+    trainer = Trainer(Linear(256, 1), squares, batches_at, 100, run=run)
+    train(trainer, run)
     assert trainer.skipped == 1 and trainer.optimizer.step.item() == 99
     assert json.loads((run.path / "metadata.json").read_text())["took"]["skipped"] == 1
 
