@@ -1,4 +1,4 @@
-"Fit a line and save often, going on from the newest checkpoint: `line.py FOLDER [keep | in-place]`."
+"Fit a line and save often, resuming from the newest checkpoint: `line.py FOLDER [keep | in-place]`."
 import shutil
 import sys
 from typing import NamedTuple
