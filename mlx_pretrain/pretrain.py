@@ -45,7 +45,7 @@ def read_windows(
     context, overlap = cfg.preprocessing.max_context_size, cfg.preprocessing.chunk_overlap
     return cached_windows(path, tokenizer, context, overlap, cfg.preprocess)
 
-# %% ../nbs/02_pretrain.ipynb #d716c358
+# %% ../nbs/02_pretrain.ipynb #51eca5c6
 def build_model(
     cfg: PretrainConfig,
     vocab_size: int,
@@ -56,7 +56,8 @@ def build_model(
     if args.max_position_embeddings < context:
         raise ConfigError(
             f'"data.preprocessing.max_context_size" ({context}) is larger than '
-            f'"model.attention.max_position_embeddings" ({args.max_position_embeddings}); make them agree'
+            f'"model.attention.max_position_embeddings" ({args.max_position_embeddings}); '
+            "make one fit the other"
         )
     return Llama(args, cfg.system.seed)
 

@@ -175,19 +175,19 @@ def test_signal_handler_is_restored(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_ctrl_c_that_ends_the_compiler_too(asked):
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_ctrl_c_that_ends_the_compiler_too(interrupted):
     "In a terminal the compiler receives Ctrl-C too: that is no error, but its failure without Ctrl-C is."
     def compile_fails(step):
         if trainer.steps_done != 2 or failed: return points_at(step)
         failed.append(step)
-        if asked: signal.raise_signal(signal.SIGINT)
+        if interrupted: signal.raise_signal(signal.SIGINT)
         raise RuntimeError(
             "[Compile::eval_cpu] Failed to compile function x: g++: Interrupt signal terminated program"
         )
     failed, trainer = [], None
     trainer = Trainer(Linear(256, 1), squares, compile_fails, 5)
-    if asked: trainer.run()
+    if interrupted: trainer.run()
     else:
         with pytest.raises(RuntimeError): trainer.run()
     assert trainer.steps_done == 2
