@@ -55,7 +55,7 @@ def save_checkpoint(
 
 # %% ../nbs/43_session.ipynb #2c212798
 def save_checkpoints(
-    run: Run, # its configuration says how often
+    run: Run, # its `logging` holds the intervals
     **state, # added to each checkpoint's state
 ) -> Callable: # a callback
     """Save every so many steps or minutes, at the end, and at the best evaluation so far; not only because

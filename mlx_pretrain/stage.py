@@ -356,7 +356,7 @@ class StageTrainer(Trainer):
         return {**super().state(), "sampler": self.sampler.state(), "ahead": ahead}
 
     def load(self, saved: Checkpoint, reset_optimizer: bool = False):
-        "Resume from a checkpoint, as `resume_plan` says. Raises `RunError` as that and `Trainer.load` do."
+        "Resume from a checkpoint, with `resume_plan`. Raises `RunError` as that and `Trainer.load` do."
         same_data = "data" not in saved.state or saved.state["data"] == self.data.identity
         plan = resume_plan(self.plan, saved, same_data)
         self.sampler, self.total_steps = plan.sampler, plan.total_steps
@@ -559,9 +559,12 @@ def _describe_parameters(trainer: StageTrainer) -> str:
     if trained < count: return f"{count:,} parameters, {trained:,} of them trained"
     return f"{count:,} parameters"
 
-# %% ../nbs/44_stage.ipynb #9dfaa904
+# %% ../nbs/44_stage.ipynb #20ed49e4
 def _print_plan(trainer: StageTrainer, place: Path) -> str: # what was printed
-    "Print what a run is about to do: first what is certain, then the forecast. `place` tells which disk."
+    """Print what a run is about to do: first what is certain, then the forecast.
+
+    `place` is on the disk it uses.
+    """
     total, left = trainer.total_steps, trainer.total_steps - trainer.steps_done
     # the kept ones, the best, and the one that is being written
     needed = check_memory(trainer) * (trainer.cfg.logging.keep_last + 2)
