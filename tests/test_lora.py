@@ -389,7 +389,7 @@ def test_run_and_base_may_move_together(tuned):
     {"rank": 0}, {"rank": 4}, {"alpha": 1}, {"dropout": 0.1}, {"targets": ["q_proj"]}, {"num_layers": 1}], ids=str)
 def test_no_going_on_with_other_adapters(tuned, lora):
     with pytest.raises(
-        RunError, match='"training.lora" was rank 2, and is .*; make it what it was, or start a new run'
+        RunError, match='"training.lora" was rank 2, and is .*; restore it, or start a new run'
     ):
         sft(config(name="tuned", pretrained_model="base", training={"epochs": 3, "lora": lora},
                    resume={"checkpoint": "latest"}))
@@ -397,7 +397,7 @@ def test_no_going_on_with_other_adapters(tuned, lora):
 
 def test_no_adapters_in_the_middle_of_a_whole_training(place):
     sft(config(name="full", pretrained_model="base", training={"lora": {"rank": 0}}))
-    with pytest.raises(RunError, match='"training.lora" was left out, and is rank 2; make it what it was'):
+    with pytest.raises(RunError, match='"training.lora" was left out, and is rank 2; restore it'):
         sft(config(name="full", pretrained_model="base", training={"epochs": 2},
                    resume={"checkpoint": "latest"}))
 

@@ -134,7 +134,7 @@ def test_completed_run_is_left_unchanged(config, capsys):
     path = pretrain(config())
     before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
     pretrain(config(**LATEST))
-    assert "It has all its 6 steps" in capsys.readouterr().out
+    assert "Run already completed (6 steps)" in capsys.readouterr().out
     assert {p: p.read_bytes()
             for p in path.rglob("*") if p.is_file()} == before and not list(path.parent.glob(".*"))
 

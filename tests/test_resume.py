@@ -144,7 +144,7 @@ def test_finished_run_without_its_model_exports_it_again(tmp_path, capsys):
     before = (run / "model/model.safetensors").read_bytes()
     again = config(tmp_path, "whole", resume={"checkpoint": "latest"})
     pretrain(again, tmp_path)
-    assert "It has all its 30 steps" in capsys.readouterr().out
+    assert "Run already completed (30 steps)" in capsys.readouterr().out
     shutil.rmtree(run / "model")
     pretrain(again, tmp_path)
     assert (run / "model/model.safetensors").read_bytes() == before and read_metadata(run)[

@@ -375,7 +375,7 @@ def test_raised_epochs_of_a_finished_run(stopped, capsys, counted):
     counted.clear(); capsys.readouterr()
     tune(epochs=1)
     assert (
-        'It has all its 6 steps. To train longer, raise "training.epochs".' in capsys.readouterr().out
+        'Run already completed (6 steps); to train longer, raise "training.epochs".' in capsys.readouterr().out
         and not counted
     )
     path = tune(epochs=3)
