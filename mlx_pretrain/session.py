@@ -160,7 +160,8 @@ def _time_steps(trainer: Trainer, steps: range) -> tuple[list[float], int]:
         if times and n >= len(steps): break
         watch = Stopwatch()
         tokens = max(tokens, trainer.timing_step(step))
-        if not watch.compiled(): times.append(watch.seconds())
+        if not watch.compiled():
+            times.append(watch.seconds())
         is_long = sum(times) > (5 if n else 20)
         if is_long and (n or mx.default_device() == mx.cpu): break
     return times or [watch.seconds()], tokens
@@ -173,11 +174,12 @@ def _median_step(trainer: Trainer, steps: range) -> tuple[float, int]:
     """
     if not steps: return 0.0, 0
     times, tokens = _time_steps(trainer, steps)
-    if len(steps) > 2 and sum(times) < 5: times, tokens = _time_steps(trainer, steps)
+    if len(steps) > 2 and sum(times) < 5:
+        times, tokens = _time_steps(trainer, steps)
     else: times = times[1:] or times
     return sorted(times)[len(times) // 2], tokens
 
-# %% ../nbs/43_session.ipynb #26451f11
+# %% ../nbs/43_session.ipynb #6f9f0488
 def _evaluations_left(trainer: Trainer) -> int:
     total = math.ceil(trainer.total_steps / trainer.validation_interval)
     return total - trainer.steps_done // trainer.validation_interval
@@ -195,9 +197,11 @@ def forecast(
     n_steps = min(n_timing_steps or trainer.n_timing_steps, left)
     mx.eval(before)
     mx.reset_peak_memory()
-    try: seconds, tokens = _median_step(trainer, range(trainer.steps_done, trainer.steps_done + n_steps))
+    steps = range(trainer.steps_done, trainer.steps_done + n_steps)
+    try: seconds, tokens = _median_step(trainer, steps)
     finally:
-        for name, tree in trainer.checkpoint_trees().items(): assign_arrays(tree, before[name])
+        for name, tree in trainer.checkpoint_trees().items():
+            assign_arrays(tree, before[name])
     evaluation = held_out / tokens * seconds / 3 if tokens else 0.0
     total = seconds * left + evaluation * _evaluations_left(trainer)
     peak = max(0, mx.get_peak_memory() - checkpoint)
@@ -278,7 +282,7 @@ def _save_and_announce(trainer: Trainer, run: Run, **state):
     logger.warning(text)
     run.log_text(text)
 
-# %% ../nbs/43_session.ipynb #484e331d
+# %% ../nbs/43_session.ipynb #3cfb24d3
 class _Summary:
     "Writes the end of a session into the run directory, counting from when it is created."
     def __init__(self, trainer: Trainer, run: Run):
@@ -291,7 +295,8 @@ class _Summary:
         "Log output problems, a `TrainingError` and the duration, and set the outcome."
         try:
             try:
-                if problem := output_problem(): self.run.log_text(problem)
+                if problem := output_problem():
+                    self.run.log_text(problem)
                 took = _update_duration(self.trainer, self.run, self.since, self.tokens, self.before)
                 text = _describe_duration(self.trainer, took)
                 self.run.log_text(f"{error}\n{text}" if isinstance(error, TrainingError) else text)

@@ -129,7 +129,8 @@ def data_file(
 def _differences(configured: dict, actual: dict, path: str = "model") -> Iterable[str]:
     "Where a configuration contradicts an existing model."
     for key, value in configured.items():
-        if isinstance(value, dict): yield from _differences(value, actual[key], f"{path}.{key}")
+        if isinstance(value, dict):
+            yield from _differences(value, actual[key], f"{path}.{key}")
         elif value is not None and value != actual[key]:
             yield f'"{path}.{key}" is {value}, the pretrained model has {actual[key]}'
 
@@ -426,7 +427,8 @@ def _read_config(saved: Checkpoint) -> dict:
 
 def _earlier_sampler(trainer: StageTrainer, saved: Checkpoint, config: dict) -> dict:
     "The sampler and the steps ahead of a checkpoint that stores neither. Raises `KeyError` or `TypeError`."
-    initial, training, h = trainer.sampler, config["training"], config["training"]["hyperparameters"]
+    initial, training = trainer.sampler, config["training"]
+    h = training["hyperparameters"]
     rows = (read_metadata(saved.path.parent.parent).get("data") or {}).get("input_file") or {}
     accumulation = h["gradient_accumulation_steps"] if trainer.accumulates_rows else 1
     segment = Segment(0, h["batch_size"], accumulation, config["system"]["seed"])
@@ -449,7 +451,8 @@ def _with_sampler(trainer: StageTrainer, saved: Checkpoint, config: dict) -> Che
 # %% ../nbs/44_stage.ipynb #4cb8e5be
 def _changed_settings(trainer: StageTrainer, saved: dict) -> list[str]:
     "Settings that determine the steps, and changed: `saved` is the state of a checkpoint."
-    before, ahead, sampler = saved["sampler"], saved.get("ahead"), trainer.sampler
+    before, ahead = saved["sampler"], saved.get("ahead")
+    sampler = trainer.sampler
     last = before["segments"][-1]
     pairs = {"batch_size": (last["batch_size"], sampler.last.batch_size),
              "gradient_accumulation_steps": (last["accumulation"], sampler.last.accumulation)}
@@ -559,7 +562,7 @@ def _describe_parameters(trainer: StageTrainer) -> str:
     if trained < count: return f"{count:,} parameters, {trained:,} of them trained"
     return f"{count:,} parameters"
 
-# %% ../nbs/44_stage.ipynb #20ed49e4
+# %% ../nbs/44_stage.ipynb #8cefaba8
 def _print_plan(trainer: StageTrainer, place: Path) -> str: # what was printed
     """Print what a run is about to do: first what is certain, then the forecast.
 
@@ -579,7 +582,8 @@ def _print_plan(trainer: StageTrainer, place: Path) -> str: # what was printed
     if needed > free:
         logger.warning(f'The disk of {place} may become full: free some, or lower "logging.keep_last"')
     if trainer.probe_message: say(trainer.probe_message)
-    if compiles_first(): say(COMPILING)
+    if compiles_first():
+        say(COMPILING)
     estimate = str(forecast(trainer, trainer.held_out.n_targets if trainer.held_out else 0))
     say(estimate)
     return f"{plan}\n{estimate}"
@@ -620,7 +624,8 @@ def open_run(
 
     Raises `UserError` as `run_stage` does.
     """
-    cfg, place, text = trainer.cfg, Path(root) / check_name(trainer.cfg.name), "Run from a notebook."
+    cfg, text = trainer.cfg, "Run from a notebook."
+    place = Path(root) / check_name(cfg.name)
     if trainer.run_dir is None:
         saved = find_checkpoint(cfg.resume, place)
         for key in ("pretrained_model", "reward_model"): check_not_overwriting_base(cfg, saved, root, key)
@@ -628,7 +633,8 @@ def open_run(
         else: check_place(place, cfg.overwrite)
     else: place, saved = trainer.run_dir.final, latest_checkpoint(trainer.run_dir.path)
     check_memory(trainer)
-    if compiles_first(): say(COMPILING)
+    if compiles_first():
+        say(COMPILING)
     run = trainer.run_dir = _open_run_directory(trainer, saved, place, text)
     return recording(trainer, run, lambda: trainer.finalize(run), **_identity(trainer))
 

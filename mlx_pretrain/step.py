@@ -56,7 +56,7 @@ def clip_gradients(
     norm = mx.sqrt(sum(mx.square(norm) for _, norm in clipped.values()))
     return grads if by_part else grads[""], norm
 
-# %% ../nbs/41_step.ipynb #b1d97a12
+# %% ../nbs/41_step.ipynb #95af7f25
 def compile_gradient(
     model: nn.Module,
     loss: LossFn,
@@ -67,7 +67,8 @@ def compile_gradient(
     @partial(mx.compile, inputs=model.state)
     def gradient(batch, key=None):
         weights = model.parameters()
-        with dropping(model, key): sums = value_and_grad(batch)
+        with dropping(model, key):
+            sums = value_and_grad(batch)
         model.update(weights)                                             # differentiation left tracers there
         return sums
 
@@ -170,7 +171,7 @@ def step_result(values: tuple) -> StepResult:
     means = {name: value.item() for name, value in values[4].items()} if len(values) > 4 else {}
     return StepResult(loss, round(count * means.pop("tokens", 1)), norm, finite, means)
 
-# %% ../nbs/41_step.ipynb #582f1b84
+# %% ../nbs/41_step.ipynb #2d858641
 @contextmanager
 def rollback_on_error(
     trees: list, # modules or trees whose arrays may change inside
@@ -182,7 +183,8 @@ def rollback_on_error(
     try: yield
     except BaseException:
         if not committed():
-            for tree, arrays in zip(trees, before): assign_arrays(tree, arrays)
+            for tree, arrays in zip(trees, before):
+                assign_arrays(tree, arrays)
         raise
 
 # %% ../nbs/41_step.ipynb #948d9db5
@@ -209,7 +211,8 @@ def _select(part: int | str, names: list[str], n_layers: int, key: str) -> set[s
     if found: return found
     words = sorted({word for name in names for word in name.split(".") if not word.isdecimal()})
     options = f"its layers are 0 to {n_layers - 1}"
-    if isinstance(part, str): options = f"its names consist of {', '.join(words)}"
+    if isinstance(part, str):
+        options = f"its names consist of {', '.join(words)}"
     raise ConfigError(f'"training.{key}": nothing in this model is called {part!r}; {options}')
 
 # %% ../nbs/41_step.ipynb #504cb1e0

@@ -139,7 +139,7 @@ class Progress:
         if math.isfinite(value) and (self.best is None or self.worse_than_best(value) < 0):
             self.best = (self.steps_done, value)
 
-# %% ../nbs/42_trainer.ipynb #cf123339
+# %% ../nbs/42_trainer.ipynb #d2737fad
 class LoggedProgress(Progress):
     """Progress and knobs, with their events in the log of a run.
 
@@ -185,7 +185,8 @@ class LoggedProgress(Progress):
         "Progress and knobs from the state of a checkpoint."
         for name, value in state["progress"].items():
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
-        for name, value in state["knobs"].items(): setattr(self.knobs, name, value)
+        for name, value in state["knobs"].items():
+            setattr(self.knobs, name, value)
 
 # %% ../nbs/42_trainer.ipynb #c2c78907
 @contextmanager
@@ -223,7 +224,7 @@ def _evaluate_and_record(trainer: "TrainingLoop", metrics: dict):
     if trainer.held_out: metrics |= trainer.evaluate()
     if trainer.metric_for_best in metrics: trainer.record_best(metrics[trainer.metric_for_best])
 
-# %% ../nbs/42_trainer.ipynb #3f1db4c9
+# %% ../nbs/42_trainer.ipynb #3f4090f7
 class TrainingLoop(LoggedProgress):
     """Evaluation, callbacks and interrupts around an update, which a subclass defines in `_update_phases`.
 
@@ -272,7 +273,8 @@ class TrainingLoop(LoggedProgress):
         self.apply_scheduled_knobs()
         self._in_step = True
         try:
-            with self._timed(): self._on_step_begin()
+            with self._timed():
+                self._on_step_begin()
             update, metrics = self._update_phases(), self._unrecorded
             while metrics is None:
                 with self._timed():
@@ -406,7 +408,7 @@ def _check_fit(here: dict[str, mx.array], saved: dict[str, mx.array], file: Path
         else: continue
         raise RunError(f"{file}: {problem}; {remedy}")
 
-# %% ../nbs/42_trainer.ipynb #5ebab49c
+# %% ../nbs/42_trainer.ipynb #0ccff7cf
 def restore_arrays(
     trees: dict[str, nn.Module | dict | list], # name in the checkpoint → where its arrays go
     saved: Checkpoint,
@@ -419,7 +421,8 @@ def restore_arrays(
                       'as they were, or set "resume.reset_optimizer: true"')
         file = saved.path / f"{name}.safetensors"
         _check_fit(checkpoint_arrays(tree), saved.arrays.get(name, {}), file, remedy)
-    for name, tree in trees.items(): assign_arrays(tree, saved.arrays[name])
+    for name, tree in trees.items():
+        assign_arrays(tree, saved.arrays[name])
 
 # %% ../nbs/42_trainer.ipynb #43f76c6c
 class Trainer(TrainingLoop):
@@ -470,7 +473,8 @@ class Trainer(TrainingLoop):
         return batches if isinstance(batches, list) else [batches]
 
     def _update_phases(self) -> Generator[str, None, dict]:
-        step, knobs, watch = self.steps_done, self.knobs.snapshot(), Stopwatch()
+        watch = Stopwatch()
+        step, knobs = self.steps_done, self.knobs.snapshot()
         rate = float(self.schedule(step)) * knobs["learning_rate_factor"]
         with self.rollback_on_error(lambda: self.steps_done > step):
             values = self.update(self.batches_at(step), rate, key_for(self.seed, step, "dropout"))
