@@ -293,7 +293,7 @@ def tune(stop=None, epochs=2, file="rows.jsonl", scheduler=None, seed=42, data=N
 
 
 @pytest.fixture(scope="module")
-def initial_metric(tmp_path_factory):
+def began(tmp_path_factory):
     "A folder with a run that was stopped after step 3, and files that it may resume with."
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
