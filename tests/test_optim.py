@@ -137,7 +137,7 @@ def test_yaml_round_trip(cls, text, tmp_path):
 @pytest.mark.parametrize("cls, text, sentence", [
     (SchedulerConfig, "warmup_steps: 5\nwarmup_ratio: 0.1\n", "keep one of them"),
     (SchedulerConfig, "warmup_steps: 0\nwarmup_ratio: 0\n", "keep one of them"),
-    (SchedulerConfig, "type: cosine\nwarmup_ratio: 0.1\n", "take cosine_with_warmup"),
+    (SchedulerConfig, "type: cosine\nwarmup_ratio: 0.1\n", "use cosine_with_warmup"),
     (SchedulerConfig, "type: wsd\ndecay_ratio: 0\n", "should be greater than 0"),
     (Optimization, "momentum: 0.9\n", "momentum is for muon and sgd; adamw has betas"),
     (Optimization, "optimizer: muon\nmomentum: 1\n", "should be less than 1"),
