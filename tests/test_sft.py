@@ -385,7 +385,7 @@ def test_begins_with_a_run_a_checkpoint_or_a_directory(config, base):
 def test_what_disagrees_is_one_warning(config, base, caplog):
     other = {"dimensions": {"hidden_size": 2048, "intermediate_size": 32}}
     with caplog.at_level(logging.WARNING): trainer = SFTTrainer(config(pretrained_model="base", model=other))
-    said = '"model.dimensions.hidden_size" is 2048, the pretrained model has 16. The pretrained model's values are used.'
+    said = '"model.dimensions.hidden_size" is 2048, the pretrained model has 16. The pretrained model\'s values are used.'
     assert others(caplog) == [said]
     assert trainer.cfg.model.dimensions.hidden_size == 16
     caplog.clear()
@@ -468,7 +468,7 @@ def test_a_run_cannot_replace_what_it_begins_with(config, base):
 
 def test_another_stage_is_no_checkpoint_to_go_on_from(config, base):
     with pytest.raises(
-        RunError, match='another stage .pretrain.; to begin with its model, give it as "pretrained_model"'
+        RunError, match='another stage .pretrain.; to start from its model, name it in "pretrained_model"'
     ):
         sft(config(resume={"checkpoint": str(base)}))
 
