@@ -32,18 +32,18 @@ trainer = PretrainTrainer(PretrainConfig.model_validate_json(json.dumps({{
 times = []
 trainer.callbacks.append(lambda trainer, metrics: times.append(time.perf_counter()))
 live = Live(trainer, root=None)
-stepping, observe, inside, marks = trainer.stepping, trainer.callbacks[0], [0.0], []
+phases, observe, inside, marks = trainer.phases, trainer.callbacks[0], [0.0], []
 def timed(add, call, *args):
     start = time.perf_counter()
     try: return call(*args)
     finally: inside[0] += add * (time.perf_counter() - start)
 def counted():
-    pieces = stepping()
+    pieces = phases()
     while True:
         try: piece = timed(1, next, pieces)
         except StopIteration as end: return end.value
         yield piece
-trainer.stepping = counted
+trainer.phases = counted
 trainer.callbacks[0] = lambda *args: timed(-1, observe, *args)
 trainer.callbacks.append(lambda trainer, metrics: marks.append((times[-1], inside[0])))
 for _ in range(10): trainer.step()

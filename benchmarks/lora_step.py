@@ -65,7 +65,7 @@ def ours(folder, seed, record):
 
     trainer = our_trainer(load(MODEL), folder / "rows.jsonl", seed,
                           callbacks=[lambda trainer, step: record(step["loss"], step["tokens"])])
-    trainer.validate = None
+    trainer.held_out = None
     record.start()
     trainer.run()
     save_adapters(trainer.model, folder)
@@ -155,7 +155,7 @@ def compare(rounds, steps):
     "Take turns, and print each one, then the medians and ratios."
     from mlx_pretrain.lora import load_adapters
     from mlx_pretrain.pretrained import load
-    from mlx_pretrain.trainer import evaluate_loss
+    from mlx_pretrain.step import evaluate_loss
 
     lines = TRAIN.read_text(encoding="utf-8").splitlines()
     base = load(MODEL)

@@ -14,7 +14,7 @@ from mlx_pretrain.prompts import pad_prompt_response
 from mlx_pretrain.model import Llama, LlamaArgs, ScalarLlama
 from mlx_pretrain.optim import Optimization, make_optimizer
 from mlx_pretrain.ppo import ActorCritic, Minibatch, Rollout, minibatches, ppo_loss
-from mlx_pretrain.trainer import Update
+from mlx_pretrain.step import Update
 
 SIZES = {"vocab_size": 2048, "hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 3,
          "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 80}
@@ -45,7 +45,7 @@ def main():
     policies = {name: Llama(LlamaArgs(**SIZES)) for name in ways}
     both = {name: ActorCritic(p, ScalarLlama.from_llama(p)) for name, p in policies.items()}
     updates = {name: Update(model, make_optimizer(Optimization(), 1e-5, 0.0), ppo_loss(0.1, 0.2), 1.0,
-                            apart=True) for name, model in both.items()}
+                            clip_by_part=True) for name, model in both.items()}
     seconds = {name: [] for name in ways}
     for turn in range(ROUNDS):
         for name in (*ways,) if turn % 2 else (*ways,)[::-1]:

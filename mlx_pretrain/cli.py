@@ -193,7 +193,7 @@ def _open(cfg) -> tuple[Any, Callable[..., Iterator[str]]]: # a `SamplingConfig`
     "The model, and how it writes: from a text or from tokens, with a seed."
     from mlx_pretrain.generate import stream_text
     from mlx_pretrain.pretrained import load
-    from mlx_pretrain.trainer import set_device
+    from mlx_pretrain.stage import set_device
     set_device(cfg.device)
     opened = load(cfg.run)
     def write(prompt, seed):

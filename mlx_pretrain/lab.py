@@ -43,9 +43,9 @@ from .config import UserError
 from .core import logger
 from .plot import _smooth
 from .run import Run, checkpoints, is_before, read_metrics
+from .session import ProgressBar, save_checkpoint, span
 from .stage import StageTrainer, open_run
-from .trainer import (
-    Knobs, ProgressBar, Trainer, TrainingError, save_checkpoint, span, stop_between_steps)
+from .trainer import Knobs, Trainer, TrainingError, stop_between_steps
 
 # %% ../nbs/63_lab.ipynb #2c27de71
 MOST_POINTS = 400 # of a curve, that are drawn
@@ -441,7 +441,7 @@ class StepLoop:
         finally: self._busy = False
 
     def _take_piece(self):
-        if self._pieces is None: self._pieces = self.trainer.stepping()
+        if self._pieces is None: self._pieces = self.trainer.phases()
         try: next(self._pieces)
         except BaseException as e:
             self._pieces, self._pending_steps = None, max(0, self._pending_steps - 1)

@@ -39,7 +39,8 @@ from .stage import (
     LoRATrainingConfig, StageTrainer, FinetuneConfig, open_base_model, check_not_overwriting_base,
     resolve_config, data_file, keep_date, run_stage, add_lora)
 from .tokenizer import Tokenizer
-from .trainer import Hyperparameters, Knobs, Stopwatch, TrainingError, with_precision
+from .step import Stopwatch, with_precision
+from .trainer import Hyperparameters, Knobs, TrainingError
 
 # %% ../nbs/04_ppo.ipynb #95ef586a
 def log_probs(
@@ -548,8 +549,7 @@ class PPOTrainer(StageTrainer):
         self.knobs = Knobs(least, learning_rate_factor=1.0, **self.configured)
         self.last_knobs = self.knobs.snapshot()
         self.read = make_forward(policy, self.reference, critic, cfg.system.precision)
-        if held_out is None:  # nothing to measure; what the steps saw must do
-            self.validate, self.metric_for_best = dict, "mean_reward"
+        if held_out is None: self.metric_for_best = "mean_reward"  # of the training steps
         if answered: logger.warning(_OFF_POLICY, path)
         else:
             self.probe_message = (
@@ -565,7 +565,7 @@ class PPOTrainer(StageTrainer):
                             d.reward_field if self.reward is None else None, d.on_bad_row, d.preprocess,
                             check)
 
-    def draw(
+    def row_indices(
         self,
         step: int, # from 0
     ) -> np.ndarray: # numbers of rows, (batch_size,), or fewer in the last step of the last epoch
@@ -603,7 +603,7 @@ class PPOTrainer(StageTrainer):
     def _work(self, now: _Step) -> Generator[str, None, None]:
         "Do what is left of a step."
         if now.sampled is None:
-            now.sampled = self.sample(self.data, self.draw(now.number), now.knobs, now.number)
+            now.sampled = self.sample(self.data, self.row_indices(now.number), now.knobs, now.number)
             yield "sample"
         if now.rollout is None:
             now.rollout, now.seen = self.score_samples(now.sampled, now.knobs)
@@ -632,7 +632,7 @@ class PPOTrainer(StageTrainer):
             numbers = {"total_loss": loss, "count": count, "grad_norm": norm, "good": good, **means}
             now.updates.append({key: value.item() for key, value in numbers.items()})
 
-    def phases(self) -> Generator[str, None, dict]:
+    def _update_phases(self) -> Generator[str, None, dict]:
         "One step in pieces: the samples, what is known about them, and each update. If it was cut short before, what is left of it."
         if self.now is None or self.now.sampled is None:
             self.now = _Step(self.steps_done, self.knobs.snapshot())
@@ -693,12 +693,13 @@ class PPOTrainer(StageTrainer):
             "val_loss": self.ppo.vf_coef * float(errors.mean()),
         }
 
-    def _stepping(self):
+    def _on_step_begin(self):
         if self.steps_done == 0 and self.held_out and self.run_dir and self.initial_metric is None:
             before = self.evaluate()
             self.initial_metric = before["val_reward"]
             self.run_dir.log({"step": 0, **before})
-        metrics = yield from super()._stepping()
+
+    def _on_step_end(self):
         every = self.cfg.logging.steps.logging_interval
         if (
             self.run_dir
@@ -709,7 +710,6 @@ class PPOTrainer(StageTrainer):
             self.run_dir.log_text(
                 _shown(self.sampled, [best] if best == worst else [best, worst], f"step {self.steps_done}")
             )
-        return metrics
 
     def samples(self, n: int = 3) -> list[tuple[str, str, float | None]]:
         "What the policy says now to held-out prompts, or else what it said in the last step, with its reward."

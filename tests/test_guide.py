@@ -123,7 +123,7 @@ def test_guide(place):
     )
     assert (
         '"model.dimensions.num_layers" is 12, the pretrained model has 2' in said
-        and said.count("The pretrained model counts.") == 1
+        and said.count("The pretrained model's values are used.") == 1
     )
     assert "2 rows, 2 kept" in said
     assert [row["step"] for row in read_metrics(path)] == [1, 3] and "val_loss" in read_metrics(path)[-1]

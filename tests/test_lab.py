@@ -364,7 +364,7 @@ def test_other_cells(tmp_path, jupyter):
             await asyncio.sleep(0.002)
             tree_flatten(live.trainer.arrays())
             if live._pieces is None: continue
-            with pytest.raises(TrainingError, match="under way"): live.trainer.step()
+            with pytest.raises(TrainingError, match="in progress"): live.trainer.step()
             refused += 1
             if refused > 3: break
         assert refused > 3

@@ -14,7 +14,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_pretrain import (
-    lora as lora_module, model as model_module, ops, stage as stage_module, trainer as trainer_module)
+    lora as lora_module, model as model_module, ops, stage as stage_module, step as step_module,
+    trainer as trainer_module)
 from mlx_pretrain.checkpoint import load_checkpoint
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import UserError
@@ -192,7 +193,7 @@ def trains_only_the_adapters(**sections):
     before, base = weights(t.model), weights(load("base").model)
     t.step()
     grads = dict(tree_flatten(nn.value_and_grad(t.model,
-                                                lambda batch: t.loss(t.model, batch)[0])(t.draw(1)[0])[1]))
+                                                lambda batch: t.loss(t.model, batch)[0])(t.batches_at(1)[0])[1]))
     for _ in range(2): t.step()
     after = weights(t.model)
     moved = {name for name in after if not mx.array_equal(before[name], after[name])}
@@ -230,8 +231,8 @@ def start(): return adapters(with_random_adapters(load("base").model, rank=2))
 
 def gradient(t, *keys):
     "The gradient of the adapters for one batch, with these keys, added up."
-    trainer_module._put(t.model, start())
-    return flat(tree_map(lambda *g: sum(g), *[t.update.gradient(t.draw(0)[0], key)[1] for key in keys]))
+    step_module.assign_arrays(t.model, start())
+    return flat(tree_map(lambda *g: sum(g), *[t.update.gradient(t.batches_at(0)[0], key)[1] for key in keys]))
 
 
 def stateful_dropout(monkeypatch):
@@ -265,7 +266,7 @@ def test_dropout_depends_only_on_seed_and_step(place):
 def test_no_dropout_in_validation_and_generation(place, monkeypatch, planted):
     dry, wet = (with_dropout(training={"lora": {"dropout": share}}) for share in (0.0, 0.9))
     wet.step()  # a step drops, and leaves no key behind
-    for t in (dry, wet): trainer_module._put(t.model, start())
+    for t in (dry, wet): step_module.assign_arrays(t.model, start())
     if planted:
         monkeypatch.setattr(
             Dropout,
@@ -282,9 +283,9 @@ def test_gradient_checkpointing_uses_the_same_dropout(place, monkeypatch, plante
     models = [with_dropout(system={"gradient_checkpointing": on}) for on in (False, True)]
     grads = []
     for t in models:
-        trainer_module._put(t.model, start())
+        step_module.assign_arrays(t.model, start())
         with dropping(t.model, key):
-            _, g = nn.value_and_grad(t.model, lambda batch, t=t: t.loss(t.model, batch)[0])(t.draw(0)[0])
+            _, g = nn.value_and_grad(t.model, lambda batch, t=t: t.loss(t.model, batch)[0])(t.batches_at(0)[0])
         grads.append(flat(g))
     assert near(*grads) != planted
     assert planted or near(*(gradient(t, key) for t in models))            # compiled
@@ -393,7 +394,7 @@ def test_run_and_base_may_move_together(tuned):
     ids=str)
 def test_resume_with_another_lora_config_is_refused(tuned, lora):
     with pytest.raises(
-        RunError, match='"training.lora" was rank 2, and is .*; make it what it was, or start a new run'
+        RunError, match='"training.lora" was rank 2, and is .*; restore it, or start a new run'
     ):
         sft(config(name="tuned", pretrained_model="base", training={"epochs": 3, "lora": lora},
                    resume={"checkpoint": "latest"}))
@@ -401,7 +402,7 @@ def test_resume_with_another_lora_config_is_refused(tuned, lora):
 
 def test_resume_cannot_add_adapters(place):
     sft(config(name="full", pretrained_model="base", training={"lora": {"rank": 0}}))
-    with pytest.raises(RunError, match='"training.lora" was left out, and is rank 2; make it what it was'):
+    with pytest.raises(RunError, match='"training.lora" was left out, and is rank 2; restore it'):
         sft(config(name="full", pretrained_model="base", training={"epochs": 2},
                    resume={"checkpoint": "latest"}))
 
@@ -463,8 +464,7 @@ def test_config_reaches_the_adapters(place, capsys, way):
     (["rank", "0", "--training.lora.alpha", "16"], "rank is 0, so there are no adapters"),
     (["rank", "2", "--training.freeze", "0"], "take freeze and train_only out"),
     (["rank", "2", "--training.train_only", "1"], "take freeze and train_only out"),
-    (["rank", "2", "--pretrained_model", "null"],
-     '"training.lora": adapters need a model that knows something'),
+    (["rank", "2", "--pretrained_model", "null"], '"training.lora": adapters need a base model'),
 ])
 def test_config_errors(place, capsys, flags, sentence):
     Path("run.yaml").write_text(json.dumps(line(pretrained_model="base")))

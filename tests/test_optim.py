@@ -1,4 +1,4 @@
-"Schedules in every shape and length; each optimizer against its paper in double precision; compiled, saved and continued on a real model."
+"Schedules of all shapes; each optimizer against its paper in double precision; compiled, saved and resumed."
 import math
 from functools import partial
 
@@ -28,7 +28,7 @@ ratios = st.floats(0, 1, allow_subnormal=False)
 
 @st.composite
 def schedules(draw):
-    "A configuration that fits its run, the largest rate and the number of steps."
+    "A configuration that fits its run, the peak learning rate and the number of steps."
     total, shape = draw(st.integers(1, 300)), draw(st.sampled_from(SHAPES))
     cfg = {"type": shape, "min_lr_ratio": draw(ratios)}
     decay = 1
@@ -40,7 +40,7 @@ def schedules(draw):
 
 
 @given(schedules())
-def test_ends_are_exact_and_the_way_is_monotone(case):
+def test_schedule_ends_are_exact_and_it_is_monotone(case):
     cfg, peak, total = case
     rate, warmup, last = make_schedule(*case), cfg.warmup_steps or 0, peak * cfg.min_lr_ratio
     rates = [rate(s) for s in range(total)]
@@ -52,7 +52,7 @@ def test_ends_are_exact_and_the_way_is_monotone(case):
 
 
 @given(schedules())
-def test_a_schedule_is_a_function_of_the_step(case):
+def test_schedule_is_a_pure_function_of_the_step(case):
     rate, again = make_schedule(*case), make_schedule(*case)
     steps = np.random.default_rng(0).permutation(case[2]).tolist()
     assert {s: rate(s) for s in steps} == {s: again(s) for s in range(case[2])}
@@ -68,15 +68,15 @@ def test_short_runs_by_hand(shape):
     assert run(0) == []
 
 
-def test_wsd_holds_then_falls_in_a_line():
-    "A fifth of 50 steps comes down in ten equal parts, from the last step at the top."
+def test_wsd_is_constant_then_linear():
+    "A fifth of 50 steps decays in ten equal parts, from the last step at the peak."
     rate = make_schedule(SchedulerConfig(type="wsd", warmup_steps=4, min_lr_ratio=0.0), 1.0, 50)
     rates = [rate(s) for s in range(50)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4:40] == [1.0] * 36
     np.testing.assert_allclose(rates[40:], np.arange(9, -1, -1) / 10, atol=1e-15)
 
 
-def test_wsd_before_its_decay_does_not_know_the_length():
+def test_wsd_before_decay_does_not_depend_on_the_length():
     cfg = SchedulerConfig(type="wsd", warmup_steps=10)
     short, long = make_schedule(cfg, 1.0, 100), make_schedule(cfg, 1.0, 1000)
     assert [short(s) for s in range(80)] == [long(s) for s in range(80)]
@@ -85,7 +85,7 @@ def test_wsd_before_its_decay_does_not_know_the_length():
 
 
 def test_default_warmup_is_a_twentieth():
-    "Step 9 of 200 is the first at the top."
+    "Step 9 of 200 is the first at the peak."
     rate = make_schedule(SchedulerConfig(), 1.0, 200)
     assert (rate(8), rate(9)) == (0.9, 1.0)
     assert make_schedule(SchedulerConfig(warmup_ratio=0.5), 1.0, 200)(49) == 0.5
@@ -100,15 +100,16 @@ def test_default_warmup_is_a_twentieth():
     (10, {"type": "wsd", "warmup_steps": 9}, "decay_ratio"),
     (100, {"type": "wsd", "decay_ratio": 1.0}, "decay_ratio"),
 ])
-def test_no_room(total, cfg, key):
+def test_warmup_longer_than_the_run(total, cfg, key):
     with pytest.raises(ConfigError, match=f"training.scheduler.{key}") as caught:
         make_schedule(SchedulerConfig(**cfg), 1.0, total)
     assert "\n" not in str(caught.value) and f"a run of {total}" in str(caught.value)
 
 
 @pytest.mark.parametrize("total, cfg", [
-    (3, {"warmup_steps": 2}), (10, {"type": "wsd", "warmup_steps": 8}), (10, {"type": "wsd", "decay_ratio": 1.0, "warmup_steps": 0})])
-def test_just_enough_room(total, cfg):
+    (3, {"warmup_steps": 2}), (10, {"type": "wsd", "warmup_steps": 8}),
+    (10, {"type": "wsd", "decay_ratio": 1.0, "warmup_steps": 0})])
+def test_warmup_that_just_fits(total, cfg):
     rates = [make_schedule(SchedulerConfig(**cfg), 1.0, total)(s) for s in range(total)]
     assert max(rates) == 1.0 and rates[-1] == 0.1
 
@@ -126,7 +127,7 @@ def test_just_enough_room(total, cfg):
     (Optimization, "optimizer: sgd\nmomentum: 0\n"),
     (Optimization, "optimizer: adam\nbetas: [0.9, 0.999]\neps: 1e-5\nmomentum: null\n"),
 ])
-def test_a_written_section_reads_the_same(cls, text, tmp_path):
+def test_yaml_round_trip(cls, text, tmp_path):
     (tmp_path / "a.yaml").write_text(text + "{}" * (not text))
     cfg = load_config(cls, tmp_path / "a.yaml")
     dump_yaml(cfg, tmp_path / "b.yaml")
@@ -136,14 +137,14 @@ def test_a_written_section_reads_the_same(cls, text, tmp_path):
 @pytest.mark.parametrize("cls, text, sentence", [
     (SchedulerConfig, "warmup_steps: 5\nwarmup_ratio: 0.1\n", "keep one of them"),
     (SchedulerConfig, "warmup_steps: 0\nwarmup_ratio: 0\n", "keep one of them"),
-    (SchedulerConfig, "type: cosine\nwarmup_ratio: 0.1\n", "take cosine_with_warmup"),
+    (SchedulerConfig, "type: cosine\nwarmup_ratio: 0.1\n", "use cosine_with_warmup"),
     (SchedulerConfig, "type: wsd\ndecay_ratio: 0\n", "should be greater than 0"),
     (Optimization, "momentum: 0.9\n", "momentum is for muon and sgd; adamw has betas"),
     (Optimization, "optimizer: muon\nmomentum: 1\n", "should be less than 1"),
     (Optimization, "betas: [0.9, 1.0]\n", "betas must lie in"),
     (Optimization, "eps: 0\n", "should be greater than 0"),
 ])
-def test_mistakes_are_one_sentence(cls, text, sentence, tmp_path):
+def test_configuration_errors(cls, text, sentence, tmp_path):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=sentence) as caught: load_config(cls, tmp_path / "a.yaml")
     assert "\n" not in str(caught.value)
@@ -231,7 +232,7 @@ def shapes(name): return [(8, 8), (5, 12), (12, 5), (1, 6)] + ([] if "muon" in n
 
 
 @pytest.mark.parametrize("name, shape", [(name, shape) for name in PAPERS for shape in shapes(name)])
-def test_against_the_paper(name, shape):
+def test_optimizer_matches_its_paper(name, shape):
     "On matrices with decay, on vectors and scalars without."
     ours, paper = PAPERS[name]
     w, grads = example(shape)
@@ -241,7 +242,7 @@ def test_against_the_paper(name, shape):
 
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("shape", [(8, 8), (12, 5)])
-def test_the_comparison_sees(name, shape):
+def test_comparison_detects_planted_mistakes(name, shape):
     right, mistake, decay = WRONG[name]
     w, grads = example(shape)
     ours = walk(PAPERS[right][0](), w, grads)
@@ -249,15 +250,15 @@ def test_the_comparison_sees(name, shape):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
-def test_the_comparison_sees_decay_on_a_vector(name):
+def test_comparison_detects_decay_on_a_vector(name):
     w, grads = example((7,))
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(walk(PAPERS[name][0](), w, grads), PAPERS[name][1](w, grads, DECAY),
                                    atol=3e-5)
 
 
-def test_mlx_muon_is_not_ours():
-    "MLX's own, given our length: only its way with decay differs, and that is seen."
+def test_mlx_muon_differs_by_its_decay():
+    "MLX's own, scaled like ours: only its weight decay differs, and that is detected."
     w, grads = example((8, 8))
     stock = lambda decay: walk(optim.Muon(LR * 0.2 * 8**0.5, weight_decay=decay), w, grads)
     np.testing.assert_allclose(stock(0), walk(Muon(LR, weight_decay=0), w, grads), atol=3e-5)
@@ -268,7 +269,7 @@ def test_mlx_muon_is_not_ours():
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 160), (160, 64), (1, 9), (9, 1)])
 @pytest.mark.parametrize("smallest", [1.0, 0.1, 0.01])
-def test_singular_values_come_to_about_one(shape, smallest):
+def test_orthogonalize_singular_values_are_about_one(shape, smallest):
     "The smallest is 1% of the largest, which is above 0.0016 of the norm for these sizes."
     n, rng = min(shape), np.random.default_rng(0)
     u, v = np.linalg.qr(rng.normal(size=(shape[0], n)))[0], np.linalg.qr(rng.normal(size=(shape[1], n)))[0]
@@ -279,12 +280,12 @@ def test_singular_values_come_to_about_one(shape, smallest):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_length_of_the_gradient_does_not_matter(scale):
+def test_orthogonalize_is_scale_invariant(scale):
     g = mx.random.normal((8, 20), key=mx.random.key(0))
     np.testing.assert_allclose(np.array(orthogonalize(g * scale)), np.array(orthogonalize(g)), atol=1e-4)
 
 
-def test_the_norm_of_a_large_matrix_is_right():
+def test_norm_of_a_large_matrix_is_accurate():
     "The naive sum of 16 million squares loses 1.7% on a CPU; one round is a function of the norm."
     x = mx.random.normal((4096, 4096), key=mx.random.key(0))
     norm = np.linalg.norm(np.array(x, dtype=float))
@@ -292,8 +293,8 @@ def test_the_norm_of_a_large_matrix_is_right():
     np.testing.assert_allclose(first, np.array(x)[0] / norm, rtol=1e-5)
 
 
-def test_steps_are_as_long_as_promised():
-    "Root mean square of a first step: 0.2 of the rate times the singular values' own, which lies in the band."
+def test_muon_update_size():
+    "RMS of a first step: 0.2 of the rate times that of the singular values, which is in the band."
     for shape in [(64, 64), (32, 256), (256, 32)]:
         g = mx.random.normal(shape, key=mx.random.key(1))
         new = Muon(1.0, weight_decay=0).apply_gradients({"w": g}, {"w": mx.zeros(shape)})["w"]
@@ -309,7 +310,7 @@ SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_lay
 
 
 class Scored(nn.Module):
-    "A Llama with a scalar head beside it, as in a reward model."
+    "A Llama and a scalar head, as in a reward model."
     def __init__(self, **sizes):
         super().__init__()
         self.backbone, self.head = Llama(LlamaArgs(**SIZES, **sizes)), ScalarHead(16)
@@ -380,7 +381,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_saved_run_goes_on(name, kind, tmp_path):
+def test_resume_is_bit_identical(name, kind, tmp_path):
     cfg = Optimization(optimizer=name)
     model, opt = MODELS[kind](), make_optimizer(cfg, 0.01, 0.1)
     step = stepper(model, opt)
@@ -400,7 +401,7 @@ def test_a_saved_run_goes_on(name, kind, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_forgotten_state_is_seen(name):
+def test_forgotten_state_is_detected(name):
     model, opt = Scored(), make_optimizer(Optimization(optimizer=name), 0.01, 0.1)
     step = stepper(model, opt)
     train(step, 0, 3)
@@ -412,8 +413,8 @@ def test_forgotten_state_is_seen(name):
 
 @pytest.mark.linux
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_is_uncompiled(name):
-    "Bit for bit, where the compiler does not join a multiplication and an addition into one rounding: measured on Linux, x86-64."
+def test_compiled_equals_uncompiled(name):
+    "Bit for bit, where the compiler does not fuse multiply and add: measured on Linux, x86-64."
     a, b = MODELS["untied"](), MODELS["untied"]()
     ours = make_optimizer(Optimization(optimizer=name), 0.01, 0.1)
     plain = make_optimizer(Optimization(optimizer=name), 0.01, 0.1)
@@ -422,8 +423,8 @@ def test_compiled_is_uncompiled(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_rate_is_the_trainers(name):
-    "Zero from the first step on moves nothing; a later rate moves every parameter."
+def test_optimizer_uses_the_given_learning_rate(name):
+    "A rate of zero from the first step changes nothing; a later rate changes every parameter."
     model, opt = MODELS["untied"](), make_optimizer(Optimization(optimizer=name), 123.0, 0.1)
     step, start = stepper(model, opt), dict(tree_flatten(MODELS["untied"]().parameters()))
     for s in range(2): step(ids_at(s), mx.array(0.0))
@@ -435,14 +436,15 @@ def test_the_rate_is_the_trainers(name):
 
 
 @pytest.mark.parametrize("path, hidden", [
-    ("model.layers.0.self_attn.q_proj.weight", True), ("model.layers.0.mlp.up_proj.lora_a", True), ("model.embed_tokens.weight", False),
+    ("model.layers.0.self_attn.q_proj.weight", True), ("model.layers.0.mlp.up_proj.lora_a", True),
+    ("model.embed_tokens.weight", False),
     ("policy.lm_head.weight", False), ("value.score.weight", False), ("model.scores.weight", True)])
-def test_who_gets_muon(path, hidden):
+def test_is_hidden(path, hidden):
     assert is_hidden(path, mx.zeros((2, 2))) == hidden
     assert not is_hidden(path, mx.zeros(2)) and not is_hidden(path, mx.zeros((2, 2, 2)))
 
 
-def test_muon_divides_the_model():
+def test_muon_and_adamw_share_the_model():
     opt = make_optimizer(Optimization(optimizer="muon", betas=(0.8, 0.9), eps=1e-5, momentum=0.5), 0.01, 0.3)
     opt.init(MODELS["untied"]().trainable_parameters())
     for_muon, for_adamw = ({n.rsplit(".", 1)[0] for n, _ in tree_flatten(o.state) if n.endswith(".v")}
@@ -460,20 +462,22 @@ def test_muon_divides_the_model():
     (lambda: optim.Lion(optim.cosine_decay(1e-3, 10)), "Lion has a schedule of its own"),
     (lambda: AdamW(lambda step: 1e-3), "AdamW has a schedule of its own"),
     (lambda: Muon(optim.linear_schedule(0, 1e-3, 10)), "Muon has a schedule of its own"),
-    (lambda: optim.MultiOptimizer([SGD(0.1), Adam(lambda step: 1e-3)], [is_hidden]), "Adam has a schedule of its own"),
+    (lambda: optim.MultiOptimizer([SGD(0.1), Adam(lambda step: 1e-3)], [is_hidden]),
+     "Adam has a schedule of its own"),
     (optim.Adafactor, "Adafactor chooses its own"),
     (lambda: optim.Adafactor(1e-3), "Adafactor chooses its own"),
     (lambda: None, "of the type NoneType"),
 ])
-def test_willful_optimizers_are_refused(make, sentence):
+def test_optimizers_with_own_schedule_are_refused(make, sentence):
     with pytest.raises(ConfigError, match=sentence) as caught: check_optimizer(make())
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("make", [lambda: optim.Lion(1e-3), lambda: optim.Adafactor(1e-3, relative_step=False), lambda: optim.RMSprop(1e-3),
-                                  *(partial(make_optimizer, Optimization(optimizer=n), 1e-3, 0.1) for n in NAMES)])
-def test_others_take_our_rate(make):
-    "What is not refused really stands still at a rate of zero, and moves at another."
+@pytest.mark.parametrize("make", [
+    lambda: optim.Lion(1e-3), lambda: optim.Adafactor(1e-3, relative_step=False), lambda: optim.RMSprop(1e-3),
+    *(partial(make_optimizer, Optimization(optimizer=n), 1e-3, 0.1) for n in NAMES)])
+def test_accepted_optimizers_use_our_rate(make):
+    "An accepted optimizer changes nothing at a rate of zero, and something at another."
     check_optimizer(opt := make())
     model, start = Scored(), dict(tree_flatten(Scored().parameters()))
     step = stepper(model, opt)
@@ -483,13 +487,13 @@ def test_others_take_our_rate(make):
     assert not same(model.parameters(), start)
 
 
-def test_a_refused_one_would_have_moved():
+def test_refused_optimizer_would_have_moved():
     for opt in (optim.SGD(optim.cosine_decay(1.0, 100)), optim.Adafactor()):
         opt.learning_rate = 0.0
         assert opt.apply_gradients({"w": mx.ones((2, 2))}, {"w": mx.ones((2, 2))})["w"][0, 0].item() != 1.0
 
 
-def test_rates_are_numbers():
+def test_schedules_return_numbers():
     assert all(isinstance(make_schedule(SchedulerConfig(type=shape), 1, 10)(s), float) for shape in SHAPES
                for s in range(12))
     assert math.isfinite(make_schedule(SchedulerConfig(type="wsd", decay_ratio=1.0), 1.0, 1)(5))

@@ -13,7 +13,8 @@ from mlx_pretrain.config import UserError
 from mlx_pretrain.plot import plot_lengths, plot_reward_kl, plot_runs, plot_schedule, save_figure
 from mlx_pretrain.rows import SFTDataset
 from mlx_pretrain.run import Run, read_metrics
-from mlx_pretrain.trainer import Trainer, TrainingConfig, log_metrics
+from mlx_pretrain.session import log_metrics
+from mlx_pretrain.trainer import Trainer, TrainingConfig
 
 
 def logged(path, *rows):

@@ -20,7 +20,8 @@ from mlx_pretrain.prompt import PromptFormat, encode_pieces
 from mlx_pretrain.run import checkpoints, read_metadata, read_metrics
 from mlx_pretrain.score import RewardError, score
 from mlx_pretrain.tokenizer import ByteTokenizer, HFTokenizer
-from mlx_pretrain.trainer import _put, forecast
+from mlx_pretrain.session import forecast
+from mlx_pretrain.step import assign_arrays
 import mlx.core as mx
 from common import tokenizer
 from toys import Letters
@@ -196,7 +197,7 @@ def test_a_reward_that_fails_loses_nothing(home, caplog):
         home.run("gone", every=500, reward=gone, callbacks=[lambda t, m: done.append(m)])
     assert [path.name for path in checkpoints(home.runs / "gone")] == [
         "step_000002"
-    ] and "step_000002. To go on" in caplog.text
+    ] and "step_000002. To resume" in caplog.text
 
 
 def test_another_reward_counts_the_best_anew(home):
@@ -278,7 +279,7 @@ def test_the_report_of_a_skipped_update_tells_the_truth(home, monkeypatch, caplo
         if len(calls) != 2: return work(batches, rate)
         held = {name: dict(tree_flatten(tree)) for name, tree in trainer.arrays().items()}
         loss, count, norm, _, means = work(batches, rate)
-        for name, tree in trainer.checkpoint_trees().items(): _put(tree, held[name])
+        for name, tree in trainer.checkpoint_trees().items(): assign_arrays(tree, held[name])
         return mx.array(float("inf")), count, norm, mx.array(False), means
     monkeypatch.setattr(trainer, "update", broken)
     trainer.step()

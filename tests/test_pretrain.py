@@ -1,4 +1,4 @@
-"What the configuration says is what happens: the wiring of a pretraining run, and what a resumed one accepts and tells."
+"A pretraining run follows its configuration; what a resumed run accepts and reports."
 import json
 import logging
 from pathlib import Path
@@ -45,8 +45,9 @@ def write(name, what):
 ITERS, LATEST = "training__hyperparameters__iters", {"resume__checkpoint": "latest"}
 
 
-@pytest.mark.parametrize("batch_size, accumulate, epochs", [(2, 1, 1), (3, 1, 2), (2, 3, 1), (4, 5, 2), (7, 2, 3)])
-def test_every_target_once_an_epoch(config, batch_size, accumulate, epochs):
+@pytest.mark.parametrize("batch_size, accumulate, epochs",
+                         [(2, 1, 1), (3, 1, 2), (2, 3, 1), (4, 5, 2), (7, 2, 3)])
+def test_every_target_once_per_epoch(config, batch_size, accumulate, epochs):
     cfg = config(training={"epochs": epochs,
                            "hyperparameters": {"batch_size": batch_size,
                                                "gradient_accumulation_steps": accumulate}})
@@ -55,7 +56,7 @@ def test_every_target_once_an_epoch(config, batch_size, accumulate, epochs):
     assert trainer.total_steps == -(-n * epochs // (batch_size * accumulate))
     trainer.run()
     assert trainer.tokens == epochs * trainer.data.n_targets
-    with pytest.raises(ValueError, match="after the end"): trainer.draw(trainer.total_steps)
+    with pytest.raises(ValueError, match="after the end"): trainer.batches_at(trainer.total_steps)
 
 
 def test_checkpointing_reaches_the_model(config, monkeypatch):
@@ -77,18 +78,18 @@ def test_precision_reaches_the_loss(config):
     assert {v.dtype for _, v in tree_flatten(trainer.arrays())} <= {mx.float32, mx.uint64}
 
 
-def test_a_forecast_comes_first(config, capsys):
+def test_forecast_is_printed_first(config, capsys):
     pretrain(config())
-    said = capsys.readouterr().out
-    assert said.index("parameters") < said.index("About") < said.index("tokens/s") < said.index("Took")
+    output = capsys.readouterr().out
+    assert output.index("parameters") < output.index("About") < output.index("tokens/s") < output.index("Took")
     assert (
         "About" in Path("runs/run/logs/log.txt").read_text()
         and "ended: finished" in Path("runs/run/logs/log.txt").read_text()
     )
 
 
-def test_reset_once(config, caplog):
-    "The optimizer is reset when it is asked for, and not again by the command that goes on after that."
+def test_optimizer_is_reset_once(config, caplog):
+    "The optimizer is reset if configured, and not again when the same command resumes later."
     pretrain(config())
     pretrain(config(**LATEST, **{ITERS: 9}, resume__reset_optimizer=True))
     assert latest_checkpoint("runs/run").arrays["optimizer"]["step"].item() == 3
@@ -99,7 +100,7 @@ def test_reset_once(config, caplog):
     )
 
 
-def test_other_text_is_told(config, caplog):
+def test_other_text_is_a_warning(config, caplog):
     pretrain(config())
     caplog.clear()
     pretrain(config(**LATEST, **{ITERS: 8}))
@@ -107,38 +108,38 @@ def test_other_text_is_told(config, caplog):
     write("train.jsonl", "cups of tea")
     pretrain(config(**LATEST, **{ITERS: 10}))
     assert (
-        "The training data, or how they are cut, are not what they were." in caplog.text
+        "The training data or their chunking changed since the checkpoint." in caplog.text
         and "held-out" not in caplog.text
     )
 
 
-def test_another_function_before_it_is_told(config, caplog):
+def test_another_preprocessing_function_is_a_warning(config, caplog):
     Path("mine.py").write_text("def f(row): return row\n")
     pretrain(config(data__preprocess="mine.py:f"))
     Path("mine.py").write_text("def f(row): return {'text': row['text'].upper()}\n")
     pretrain(config(**LATEST, **{ITERS: 8}, data__preprocess="mine.py:f"))
-    assert "The training data, or how they are cut, are not what they were." in caplog.text
+    assert "The training data or their chunking changed since the checkpoint." in caplog.text
 
 
-def test_the_best_belongs_to_one_held_out_text(config, caplog):
+def test_best_is_reset_with_other_held_out_text(config, caplog):
     pretrain(config())
     first = latest_checkpoint("runs/run").state["progress"]["best"]
     write("val.jsonl", "zzzzzzzzzzzzz")
     pretrain(config(**LATEST, **{ITERS: 9}))
     best = latest_checkpoint("runs/run").state["progress"]["best"]
-    assert "counted anew" in caplog.text and best[0] == 9 and best[1] > first[1]
+    assert "tracking is reset" in caplog.text and best[0] == 9 and best[1] > first[1]
 
 
-def test_finished_already(config, capsys):
+def test_completed_run_is_left_unchanged(config, capsys):
     path = pretrain(config())
     before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
     pretrain(config(**LATEST))
-    assert "It has all its 6 steps" in capsys.readouterr().out
+    assert "Run already completed (6 steps)" in capsys.readouterr().out
     assert {p: p.read_bytes()
             for p in path.rglob("*") if p.is_file()} == before and not list(path.parent.glob(".*"))
 
 
-def test_a_branch_is_not_finished_because_its_parent_is(config):
+def test_branch_of_a_finished_run_is_not_finished(config):
     pretrain(config())
     pretrain(config(name="branch", system__seed=7))
     pretrain(config(name="branch", resume__checkpoint="runs/run", overwrite=True))
@@ -146,7 +147,7 @@ def test_a_branch_is_not_finished_because_its_parent_is(config):
     assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(*map(tree_flatten, weights)))
 
 
-def test_what_it_took_adds_up(config):
+def test_duration_adds_up_over_resumes(config):
     pretrain(config())
     took = json.loads(Path("runs/run/metadata.json").read_text())["took"]
     pretrain(config(**LATEST, **{ITERS: 12}))
@@ -157,7 +158,7 @@ def test_what_it_took_adds_up(config):
     )
 
 
-def test_an_old_model_does_not_speak_for_a_run_that_goes_on(config):
+def test_exported_model_of_an_earlier_end_does_not_count(config):
     def stop(trainer, metrics): trainer.stop_requested = metrics["step"] == 8
     pretrain(config())
     with pytest.raises(KeyboardInterrupt): pretrain(config(**LATEST, **{ITERS: 20}), callbacks=[stop])
@@ -165,7 +166,7 @@ def test_an_old_model_does_not_speak_for_a_run_that_goes_on(config):
     assert load(checkpoints("runs/run")[-1]).model is not None
 
 
-def test_a_tokenizer_that_cannot_be_saved_frees_the_name(config, monkeypatch):
+def test_tokenizer_that_cannot_be_saved_frees_the_run_name(config, monkeypatch):
     def fails(self, directory): raise OSError("full")
     cfg = config()
     with monkeypatch.context() as patched:
@@ -177,7 +178,7 @@ def test_a_tokenizer_that_cannot_be_saved_frees_the_name(config, monkeypatch):
     pretrain(cfg)
 
 
-def test_resuming_leaves_the_tokenizers_files_alone(config):
+def test_resume_keeps_the_tokenizer_files(config):
     path = pretrain(config())
     before = {p: p.stat().st_mtime_ns for p in (path / "tokenizer").iterdir()}
     pretrain(config(**LATEST, **{ITERS: 8}, data__tokenizer_path="runs/run/tokenizer"))
@@ -185,7 +186,7 @@ def test_resuming_leaves_the_tokenizers_files_alone(config):
     assert load_tokenizer(path / "tokenizer").vocab_size == 259
 
 
-def test_a_checkpoint_outside_a_run(config, caplog):
+def test_checkpoint_outside_a_run(config, caplog):
     path = pretrain(config())
     caplog.set_level(logging.WARNING)
     checkpoints(path)[-1].rename("step_000006")
@@ -194,6 +195,6 @@ def test_a_checkpoint_outside_a_run(config, caplog):
     assert not caplog.text and [p.name for p in checkpoints("runs/branch")][-1] == "step_000008"
 
 
-def test_a_place_that_cannot_be_written_to_is_told_first(config):
+def test_unwritable_directory_is_reported_first(config):
     Path("runs").write_text("a file")
     with pytest.raises(RunError, match="runs is not a directory"): pretrain(config())

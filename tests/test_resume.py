@@ -1,4 +1,4 @@
-"A run that is stopped, killed or broken, and gone on with, ends exactly as the one that nobody touched."
+"A run that is interrupted, killed or broken, and resumed, ends bit-identical to an uninterrupted one."
 import json
 import os
 import shutil
@@ -59,7 +59,7 @@ def config(folder, name, optimizer="adamw", total=30, **more):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_from_every_step_of_twenty_in_process(optimizer, tmp_path):
+def test_resume_from_every_step_in_process(optimizer, tmp_path):
     cfg = config(tmp_path, "whole", optimizer, total=20)
     whole, states = PretrainTrainer(cfg), []
     for _ in range(20):
@@ -71,12 +71,12 @@ def test_from_every_step_of_twenty_in_process(optimizer, tmp_path):
         trainer = PretrainTrainer(cfg)
         trainer.load(Checkpoint(Path("checkpoint"), arrays, state))
         mx.random.seed(step)
-        np.random.seed(step)  # noqa: NPY002 (somebody else's random numbers are none of ours)
+        np.random.seed(step)  # noqa: NPY002 (global random state must not matter)
         trainer.run()
         assert trainer.state() == whole.state() and equal(trainer.arrays(), whole.arrays()), step
 
 
-def test_a_forgotten_optimizer_shows(tmp_path):
+def test_forgotten_optimizer_state_is_detected(tmp_path):
     cfg = config(tmp_path, "whole", total=20)
     whole, trainer = PretrainTrainer(cfg), PretrainTrainer(cfg)
     for _ in range(10): whole.step()
@@ -87,7 +87,7 @@ def test_a_forgotten_optimizer_shows(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole_runs(tmp_path_factory):
-    "One uninterrupted run for each optimizer, with a checkpoint after every step, made by a process of its own."
+    "One uninterrupted run per optimizer, with a checkpoint after every step, in its own process."
     folder = tmp_path_factory.mktemp("resume")
     for optimizer in OPTIMIZERS:
         for suffix in ("", *(f"-{cut}" for cut in CUTS)):
@@ -111,7 +111,7 @@ def in_process(folder, *names):
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_from_three_cuts_in_other_processes(cut, whole_runs):
+def test_resume_from_three_steps_in_other_processes(cut, whole_runs):
     in_process(whole_runs, *(f"{optimizer}-{cut}" for optimizer in OPTIMIZERS))
     for optimizer in OPTIMIZERS:
         whole, resumed = (whole_runs / "runs" / name for name in (optimizer, f"{optimizer}-{cut}"))
@@ -123,8 +123,8 @@ def test_from_three_cuts_in_other_processes(cut, whole_runs):
                      mx.load(str(whole / "model" / "model.safetensors")))
 
 
-def test_a_token_cache_that_is_cut_off_under_a_training(tmp_path):
-    "It ends in a sentence with what it has saved, and goes on to the same bits."
+def test_token_cache_truncated_during_training(tmp_path):
+    "It ends with an error and a checkpoint, and resumes to the same bits."
     def damage(trainer, metrics):
         if metrics["step"] == 13: os.truncate(trainer.data.tokens.folder / "tokens.bin", 2)
 
@@ -140,12 +140,12 @@ def test_a_token_cache_that_is_cut_off_under_a_training(tmp_path):
     assert state_again == state and equal(again, arrays)
 
 
-def test_a_finished_run_without_its_model_exports_it_again(tmp_path, capsys):
+def test_finished_run_without_its_model_exports_it_again(tmp_path, capsys):
     run = pretrain(config(tmp_path, "whole"), tmp_path)
     before = (run / "model/model.safetensors").read_bytes()
     again = config(tmp_path, "whole", resume={"checkpoint": "latest"})
     pretrain(again, tmp_path)
-    assert "It has all its 30 steps" in capsys.readouterr().out
+    assert "Run already completed (30 steps)" in capsys.readouterr().out
     shutil.rmtree(run / "model")
     pretrain(again, tmp_path)
     assert (run / "model/model.safetensors").read_bytes() == before and read_metadata(run)[

@@ -1,4 +1,4 @@
-"A run that resumes with other settings finds its place by rows: each is seen as often as `epochs` says."
+"A run that resumes with other settings continues after the rows it has taken: each is seen once per epoch."
 import json
 import logging
 import shutil
@@ -48,7 +48,7 @@ def take(sampler, steps, seen):
 
 
 def train(kind, lengths, epochs, settings, cuts, resume=resume_sampler):
-    "Counts how often each row is seen by a run whose settings change again and again, by way of the JSON of a checkpoint."
+    "How often each row is seen by a run whose settings change repeatedly, through the JSON of a checkpoint."
     seen, step = Counter(), 0
     sampler = kind(lengths, epochs, [Segment(0, *settings)])
     for steps, new in cuts:
@@ -63,7 +63,7 @@ def train(kind, lengths, epochs, settings, cuts, resume=resume_sampler):
 
 @KINDS
 @forall(200, n=st.integers(1, 60), epochs=st.integers(1, 4), settings=SETTINGS, cuts=CUTS)
-def test_each_row_as_often_as_epochs_say(kind, n, epochs, settings, cuts):
+def test_each_row_is_seen_once_per_epoch(kind, n, epochs, settings, cuts):
     lengths = np.random.default_rng(n).integers(2, 300, n)
     assert train(kind, lengths, epochs, settings, cuts) == dict.fromkeys(range(n), epochs)
 
@@ -81,7 +81,7 @@ def without_the_earlier_segments(sampler, saved, step):
 
 @KINDS
 @pytest.mark.parametrize("wrong", [by_steps, without_the_earlier_segments])
-def test_a_wrong_place_is_seen(kind, wrong):
+def test_wrong_position_is_detected(kind, wrong):
     lengths, cuts = np.arange(2, 52), [(4, (8, 1, 0)), (2, (3, 1, 0))]
     assert train(kind, lengths, 2, (4, 1, 0), cuts) == dict.fromkeys(range(50), 2)
     assert train(kind, lengths, 2, (4, 1, 0), cuts, wrong) != dict.fromkeys(range(50), 2)
@@ -89,7 +89,7 @@ def test_a_wrong_place_is_seen(kind, wrong):
 
 @KINDS
 @forall(100, n=st.integers(1, 60), settings=SETTINGS, cuts=st.lists(st.integers(0, 12), max_size=4))
-def test_the_same_settings_are_the_uninterrupted_run(kind, n, settings, cuts):
+def test_same_settings_equal_the_uninterrupted_run(kind, n, settings, cuts):
     lengths = np.random.default_rng(n).integers(2, 300, n)
     fresh = sampler = kind(lengths, 3, [Segment(0, *settings)])
     for step in np.minimum(np.cumsum(cuts), fresh.end).tolist():
@@ -112,7 +112,7 @@ def test_more_epochs(kind, step):
 
 
 @KINDS
-def test_other_rows_begin_the_epoch_again(kind):
+def test_other_rows_restart_the_epoch(kind):
     "Thirty rows become forty in the middle of the second epoch of three: each of the forty is seen twice."
     seen, before = Counter(), kind(np.arange(2, 32), 3, [Segment(0, 4, 1, 0)])
     after = resume_sampler(kind(np.arange(2, 42), 3, [Segment(0, 4, 1, 0)]), before.state(), 10,
@@ -173,7 +173,7 @@ def made(stage, tmp_path, batch, epochs=2, asked=None, rows=None, **hyper):
 
 @pytest.fixture
 def counted(monkeypatch):
-    "How often each row has been made part of a batch; PPO's prompts, how often they were asked."
+    "How often each row was part of a batch, or for PPO its prompt was sampled."
     seen = Counter()
     for kind in (Windows, SFTDataset, PreferenceDataset):
         def batch(self, indices, before=kind.batch):
@@ -214,8 +214,8 @@ def test_raised_epochs_are_trained(stage, tmp_path, counted):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_counting_steps_is_seen(stage, tmp_path, counted, monkeypatch):
-    "The control: a place by the step."
+def test_counting_steps_instead_of_rows_is_detected(stage, tmp_path, counted, monkeypatch):
+    "The control: the position is the step number."
     monkeypatch.setattr("mlx_pretrain.stage.resume_sampler", lambda sampler, saved, step, same: sampler)
     trainer = made(stage, tmp_path, 4, asked=counted)
     for _ in range(3): trainer.step()
@@ -223,7 +223,7 @@ def test_counting_steps_is_seen(stage, tmp_path, counted, monkeypatch):
     assert {*counted.values()} != {2}
 
 
-def test_iters_count_steps_and_rows_stay_in_their_order(tmp_path, counted):
+def test_iters_count_steps_and_rows_keep_their_order(tmp_path, counted):
     "22 rows by fours for three steps, the ten that are left by fives, and four steps of the second epoch."
     trainer = made("sft", tmp_path, 4, iters=9)
     for _ in range(3): trainer.step()
@@ -235,7 +235,7 @@ def test_iters_count_steps_and_rows_stay_in_their_order(tmp_path, counted):
 # ---- the learning rate
 
 def test_the_schedule_follows_the_rows(tmp_path):
-    "Half of the rows with batches of four, the other half with batches of two: the rate goes on from the middle, and ends where it would."
+    "Half of the rows in batches of four, the rest of two: the rate continues from the middle to its end."
     four, two = made("pretrain", tmp_path, 4), made("pretrain", tmp_path, 2)
     whole = two.schedule
     four.steps_done = four.total_steps // 2
@@ -256,16 +256,17 @@ def test_with_iters_the_schedule_follows_the_steps(tmp_path):
     assert [resumed(before, after).schedule(step) for step in range(20)] == want
 
 
-def test_a_schedule_of_ones_own_stays(tmp_path):
+def test_custom_schedule_is_kept(tmp_path):
     before, after = made("pretrain", tmp_path, 4), made("pretrain", tmp_path, 2)
     own = PretrainTrainer(after.cfg, schedule=lambda step: 1 / (1 + step))
     before.steps_done = 2
     assert resumed(before, own).schedule(2) == 1 / 3
 
 
-# ---- what is said
+# ---- what is printed
 
-def tune(stop=None, epochs=2, file="rows.jsonl", scheduler=None, seed=42, data=None, resume="latest", **hyper):
+def tune(stop=None, epochs=2, file="rows.jsonl", scheduler=None, seed=42, data=None, resume="latest",
+         **hyper):
     "Fine-tune on 22 rows; `stop`: interrupt after that step."
     def at(trainer, metrics):
         if metrics["step"] == stop: trainer.stop_requested = True
@@ -293,11 +294,12 @@ def tune(stop=None, epochs=2, file="rows.jsonl", scheduler=None, seed=42, data=N
 
 @pytest.fixture(scope="module")
 def began(tmp_path_factory):
-    "A folder with a run that was stopped after step 3, and the files that it might resume with."
+    "A folder with a run that was stopped after step 3, and files that it may resume with."
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name, rows in {"rows": ANSWERS, "more": ANSWERS + ANSWERS[:8], "shuffled": ANSWERS[::-1], "fewer": ANSWERS[:9],
+        for name, rows in {"rows": ANSWERS, "more": ANSWERS + ANSWERS[:8], "shuffled": ANSWERS[::-1],
+                           "fewer": ANSWERS[:9],
                            "copy": ANSWERS}.items(): write(f"{name}.jsonl", rows)
         tune(stop=3, resume=None)
     return folder
@@ -310,54 +312,59 @@ def stopped(began, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
 
 
-def test_the_consequence_of_another_batch_size_is_a_line(stopped, capsys, counted):
+def test_consequences_of_another_batch_size_are_printed(stopped, capsys, counted):
     path = tune(batch_size=8, gradient_accumulation_steps=2)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "batch_size 4 → 8; gradient_accumulation_steps 1 → 2: 10 rows of epoch 1 are left; 3 steps to go instead of 9.\n"
-        in said
+        "batch_size 4 → 8; gradient_accumulation_steps 1 → 2: 10 rows left in epoch 1; "
+        "3 steps to go instead of 9.\n"
+        in output
     )
-    assert "3 steps to go of 6: 2 epochs." in said
+    assert "3 steps to go of 6: 2 epochs." in output
     assert (
-        "the learning rate of the next step is " in said
-        and "the 3 steps that are left are the last of a schedule of 4." in said
+        "the learning rate of the next step is " in output
+        and "the remaining 3 steps are the last of a schedule of 4." in output
     )
-    assert "10 rows of epoch 1 are left" in (path / "logs" / "log.txt").read_text()
+    assert "10 rows left in epoch 1" in (path / "logs" / "log.txt").read_text()
     assert [row["step"] for row in read_metrics(path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_panel_resumes_by_rows_too(stopped, capsys, counted):
+def test_panel_resumes_by_rows_too(stopped, capsys, counted):
     cfg = load_config(SFTConfig, "runs/run/config.yaml", {"training.hyperparameters.batch_size": 8,
                                                           "resume.checkpoint": "latest"})
     live = Live(SFTTrainer(cfg))
     live.run()
     assert (
-        "batch_size 4 → 8: 10 rows of epoch 1 are left; 5 steps to go instead of 9."
+        "batch_size 4 → 8: 10 rows left in epoch 1; 5 steps to go instead of 9."
         in capsys.readouterr().out
     )
     assert (live.trainer.steps_done,
             live.panel.bar.max) == (8, 8) and sorted(counted.values()) == [1] * 12 + [2] * 10
 
 
-def test_nothing_is_said_of_what_is_as_it_was(stopped, capsys):
+def test_unchanged_settings_print_nothing(stopped, capsys):
     tune()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Going on from") and "parameters" in lines[1]
+    assert lines[0].startswith("Resuming from") and "parameters" in lines[1]
 
 
 @pytest.mark.parametrize("change, part", [
-    ({"epochs": 3}, "epochs 2 → 3: 10 rows of epoch 1 are left; 15 steps to go instead of 9."),
-    ({"iters": 5}, "iters not set → 5: 10 rows of epoch 1 are left; 2 steps to go instead of 9."),
-    ({"learning_rate": 2e-3}, "training.hyperparameters.learning_rate: 0.001 → 0.002: the learning rate of the next step is "),
-    ({"scheduler": {"warmup_steps": 6, "type": "cosine_with_warmup"}}, "training.scheduler.warmup_steps: null → 6"),
-    ({"seed": 7}, "seed 42 → 7: the rows to come are shuffled with it"),
-    ({"file": "more.jsonl"}, 'input_file: "rows.jsonl" → "more.jsonl": epoch 1 begins again, with 30 rows; 16 steps to go instead of 9.'),
-    ({"file": "shuffled.jsonl"}, "epoch 1 begins again, with 22 rows; 12 steps to go instead of 9."),
-    ({"file": "fewer.jsonl"}, "epoch 1 begins again, with 9 rows; 6 steps to go instead of 9."),
-    ({"file": "copy.jsonl"}, 'data.input_file: "rows.jsonl" → "copy.jsonl": the rows are the same as before, in the same order.'),
-    ({"data": {"mask_prompt": False}}, "data.mask_prompt: true → false: epoch 1 begins again, with 22 rows"),
+    ({"epochs": 3}, "epochs 2 → 3: 10 rows left in epoch 1; 15 steps to go instead of 9."),
+    ({"iters": 5}, "iters not set → 5: 10 rows left in epoch 1; 2 steps to go instead of 9."),
+    ({"learning_rate": 2e-3},
+     "training.hyperparameters.learning_rate: 0.001 → 0.002: the learning rate of the next step is "),
+    ({"scheduler": {"warmup_steps": 6, "type": "cosine_with_warmup"}},
+     "training.scheduler.warmup_steps: null → 6"),
+    ({"seed": 7}, "seed 42 → 7: the remaining rows are shuffled with the new seed"),
+    ({"file": "more.jsonl"},
+     'input_file: "rows.jsonl" → "more.jsonl": epoch 1 restarts with 30 rows; 16 steps to go instead of 9.'),
+    ({"file": "shuffled.jsonl"}, "epoch 1 restarts with 22 rows; 12 steps to go instead of 9."),
+    ({"file": "fewer.jsonl"}, "epoch 1 restarts with 9 rows; 6 steps to go instead of 9."),
+    ({"file": "copy.jsonl"},
+     'data.input_file: "rows.jsonl" → "copy.jsonl": the rows are the same as before, in the same order.'),
+    ({"data": {"mask_prompt": False}}, "data.mask_prompt: true → false: epoch 1 restarts with 22 rows"),
 ])
-def test_each_consequence_is_a_line(stopped, capsys, change, part):
+def test_each_consequence_is_printed(stopped, capsys, change, part):
     path = tune(**change)
     [line] = [line for line in capsys.readouterr().out.splitlines() if part in line]
     assert line.endswith(".") and line in (path / "logs" / "log.txt").read_text()
@@ -368,11 +375,11 @@ def test_raised_epochs_of_a_finished_run(stopped, capsys, counted):
     counted.clear(); capsys.readouterr()
     tune(epochs=1)
     assert (
-        'It has all its 6 steps. To train longer, raise "training.epochs".' in capsys.readouterr().out
+        'Run already completed (6 steps); to train longer, raise "training.epochs".' in capsys.readouterr().out
         and not counted
     )
     path = tune(epochs=3)
-    assert "22 rows of epoch 2 are left; 12 steps to go instead of 0." in capsys.readouterr().out
+    assert "22 rows left in epoch 2; 12 steps to go instead of 0." in capsys.readouterr().out
     assert (
         read_metadata(path)["outcome"] == "finished"
         and [r["step"] for r in read_metrics(path) if "loss" in r][-1] == 18
@@ -385,8 +392,8 @@ def test_fewer_epochs_than_were_trained(stopped):
     check_sentence(str(e.value), "has seen 1.", '"training.epochs" is 1', "set it to 2")
 
 
-def test_a_checkpoint_without_a_record(stopped, capsys, counted, caplog, tmp_path):
-    "Earlier versions wrote none; the run's configuration says how its rows were drawn."
+def test_checkpoint_without_a_sampler(stopped, capsys, counted, caplog, tmp_path):
+    "Earlier versions stored none; it follows from the run's configuration."
     for step in Path("runs/run/checkpoints").glob("step_*"):
         arrays, state = load_checkpoint(step)
         shutil.rmtree(step)
@@ -396,11 +403,11 @@ def test_a_checkpoint_without_a_record(stopped, capsys, counted, caplog, tmp_pat
     capsys.readouterr()
     tune(batch_size=8)
     assert (
-        "batch_size 4 → 8: 10 rows of epoch 1 are left; 5 steps to go instead of 9."
+        "batch_size 4 → 8: 10 rows left in epoch 1; 5 steps to go instead of 9."
         in capsys.readouterr().out
     )
     caplog.clear()
     shutil.rmtree("runs/run"); shutil.move("kept", "runs/run"); Path("runs/run/config.yaml").unlink()
     with caplog.at_level(logging.WARNING): tune(batch_size=8)
-    [said] = [r.message for r in caplog.records if "do not say" in r.message]
-    assert "with which batch size" in said and "in batches of 8" in said
+    [text] = [r.message for r in caplog.records if "do not say" in r.message]
+    assert "with which batch size" in text and "in batches of 8" in text

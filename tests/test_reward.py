@@ -26,7 +26,7 @@ from mlx_pretrain.rules import Contains, Length, Matches, Sentiment, WeightedSum
 from mlx_pretrain.run import checkpoints, read_metadata
 from mlx_pretrain.score import RewardError, reward_name, score
 from mlx_pretrain.tokenizer import ByteTokenizer, HFTokenizer
-from mlx_pretrain.trainer import forecast
+from mlx_pretrain.session import forecast
 import mlx.core as mx
 from common import tokenizer
 from mlx.utils import tree_flatten

@@ -22,8 +22,8 @@ from mlx_pretrain.pretrain import PretrainConfig, pretrain
 from mlx_pretrain.pretrained import PretrainedError, export, load
 from mlx_pretrain.run import RunError, checkpoints, read_metadata, read_metrics
 from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
+from mlx_pretrain.step import Update
 from mlx_pretrain.tokenizer import ByteTokenizer
-from mlx_pretrain.trainer import Update
 
 ROWS = [{"instruction": f"Count {i}", "response": "one " * i + "</s><eos>"} for i in range(1, 11)]
 MODEL = {"dimensions": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2}}
@@ -89,7 +89,7 @@ def expected(rows, context=128):
 
 def trained(config, **data):
     trainer = SFTTrainer(config(data=data))
-    return sorted(predictions(batch for step in range(trainer.total_steps) for batch in trainer.draw(step)))
+    return sorted(predictions(batch for step in range(trainer.total_steps) for batch in trainer.batches_at(step)))
 
 
 def test_the_response_and_its_end_are_trained_and_nothing_else(config):
@@ -193,7 +193,7 @@ def test_each_row_once_an_epoch(config, batch_size, accumulate, epochs):
     per_epoch = trainer.total_steps // epochs
     for epoch in range(epochs):
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        assert sorted(predictions(b for step in steps for b in trainer.draw(step))) == sorted(expected(ROWS))
+        assert sorted(predictions(b for step in steps for b in trainer.batches_at(step))) == sorted(expected(ROWS))
     trainer.run()
     assert trainer.tokens == epochs * trainer.data.n_targets
 
@@ -203,14 +203,14 @@ def test_the_head_is_applied_where_tokens_are_trained_only(config, monkeypatch):
     monkeypatch.setattr(model_module, "head_loss", lambda hidden, *rest: rows.append(len(hidden))
                         or original(hidden, *rest))
     trainer = SFTTrainer(config())
-    [batch] = trainer.draw(0)
+    [batch] = trainer.batches_at(0)
     trainer.loss(trainer.model, batch)
     assert batch.loss_mask.sum().item() <= rows[-1] <= batch.loss_mask.sum().item() + 16 < batch.inputs.size
 
 
 def test_no_more_rows_than_there_are(config):
     trainer = SFTTrainer(config(training={"hyperparameters": {"batch_size": 4096}}))
-    assert [b.inputs.shape[0] for b in (*trainer.draw(0), *trainer.held_out_batches())] == [10, 3]
+    assert [b.inputs.shape[0] for b in (*trainer.batches_at(0), *trainer.held_out_batches())] == [10, 3]
 
 
 @pytest.mark.parametrize("how, want", [("keep_end", [*b"e:", *b"two", 258]), ("keep_start", [*b"Re:two"])])
@@ -247,8 +247,8 @@ def mean_of_means(self, batches, rate, key=None):
 def test_accumulation_weighs_tokens(config, monkeypatch, planted):
     "Two unequal batches of five rows are the step of one batch of ten."
     whole, halves = (SFTTrainer(config(training={"hyperparameters": {"batch_size": n}})) for n in (10, 5))
-    whole.batch_at = lambda step: [whole.data.batch(np.arange(10))]
-    halves.batch_at = lambda step: [halves.data.batch(rows) for rows in np.arange(10).reshape(2, 5)]
+    whole.batches_at = lambda step: [whole.data.batch(np.arange(10))]
+    halves.batches_at = lambda step: [halves.data.batch(rows) for rows in np.arange(10).reshape(2, 5)]
     if planted: monkeypatch.setattr(Update, "__call__", mean_of_means)
     halves.step()
     monkeypatch.undo()
@@ -330,7 +330,7 @@ def test_what_is_not_as_it_was_is_told(config, caplog):
         again = config(name=f"again-{n}", data=data, training={"epochs": 3},
                        resume={"checkpoint": "runs/run"})
         with caplog.at_level(logging.WARNING): sft(again)
-        assert "The training data, or how they are cut, are not what they were." in caplog.text
+        assert "The training data or their chunking changed since the checkpoint." in caplog.text
 
 
 def test_another_trainer_freezes_anew(config, base):
@@ -385,7 +385,7 @@ def test_begins_with_a_run_a_checkpoint_or_a_directory(config, base):
 def test_what_disagrees_is_one_warning(config, base, caplog):
     other = {"dimensions": {"hidden_size": 2048, "intermediate_size": 32}}
     with caplog.at_level(logging.WARNING): trainer = SFTTrainer(config(pretrained_model="base", model=other))
-    said = '"model.dimensions.hidden_size" is 2048, the pretrained model has 16. The pretrained model counts.'
+    said = '"model.dimensions.hidden_size" is 2048, the pretrained model has 16. The pretrained model\'s values are used.'
     assert others(caplog) == [said]
     assert trainer.cfg.model.dimensions.hidden_size == 16
     caplog.clear()
@@ -468,7 +468,7 @@ def test_a_run_cannot_replace_what_it_begins_with(config, base):
 
 def test_another_stage_is_no_checkpoint_to_go_on_from(config, base):
     with pytest.raises(
-        RunError, match='another stage .pretrain.; to begin with its model, give it as "pretrained_model"'
+        RunError, match='another stage .pretrain.; to start from its model, name it in "pretrained_model"'
     ):
         sft(config(resume={"checkpoint": str(base)}))
 

@@ -1,4 +1,4 @@
-"The forecast on a machine where MLX has compiled nothing yet, held against what the run then takes."
+"The forecast on a machine where MLX has compiled nothing yet, compared with what the run then takes."
 import json
 import os
 import re
@@ -14,14 +14,15 @@ TASKS = {
     "train": ("data: {input_file: text.jsonl, preprocessing: {max_context_size: 128}}\n" + MODEL, 150),
     "sft": ("data: {input_file: rows.jsonl}\n" + MODEL, 200),
     "rl": (
-        "data: {input_file: rows.jsonl, response_length: 48}\npretrained_model: runs/sft\nreward_model: taste.py:short\n",
+        "data: {input_file: rows.jsonl, response_length: 48}\n"
+        "pretrained_model: runs/sft\nreward_model: taste.py:short\n",
         15,
     ),
 }
 
 
 def seconds(text):
-    "The length of time in a forecast."
+    "The seconds in a forecast."
     units = {"s": 1, "min": 60, "h": 3600}
     return sum(float(n) * units[unit] for n, unit in re.findall(r"([\d.]+) (s|min|h)\b", text))
 
@@ -46,19 +47,19 @@ def home(tmp_path_factory):
 @pytest.mark.parametrize("command", [
     name if name == "train" else pytest.param(name, marks=pytest.mark.nightly) for name in TASKS])
 def test_forecast_with_an_empty_compiler_cache(command, home, tmp_path):
-    "Within a factor of two, and so is the speed that is shown; on Linux it says why the start takes so long."
+    "The forecast is right within a factor of two; on Linux a line explains the slow start."
     words = [sys.executable, "-u", "-m", "mlx_pretrain", command, "--config", f"{command}.yaml"]
     child = subprocess.Popen(words, cwd=home, env={**os.environ, "TMPDIR": str(tmp_path)},
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    said, since = [], None
+    lines, since = [], None
     for line in child.stdout:
-        said.append(line)
+        lines.append(line)
         if line.startswith("About"): since, forecast = time.monotonic(), seconds(line.partition(",")[0])
     assert child.wait() == 0, child.stderr.read()
     real = time.monotonic() - since
     print(command, forecast, real)
     assert forecast / 2 < real < 2 * forecast, (forecast, real)
-    assert any("Compiling for this machine" in line for line in said) == (sys.platform == "linux"), said
+    assert any("Compiling for this machine" in line for line in lines) == (sys.platform == "linux"), lines
     rows = [json.loads(line) for line in Path(home, "runs", command,
                                               "metrics.jsonl").read_text().splitlines()]
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]

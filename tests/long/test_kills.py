@@ -20,7 +20,8 @@ from mlx_pretrain.run import RunError, checkpoints, latest_checkpoint
 WORKERS = Path(__file__).parents[1] / "workers"
 
 
-# Kill -9. The worker trains a small model as fast as it can and saves after every few steps, so most of its time goes into saving.
+# Kill -9. The worker trains a small model as fast as it can and saves every few steps, so that it spends most
+# of its time saving.
 
 
 def live(folder, *words, seconds=None):

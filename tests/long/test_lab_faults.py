@@ -101,7 +101,7 @@ def test_interrupt_twice_in_a_validation(tmp_path, jupyter):
         trainer = make("pretrain", tmp_path, steps=6)
         trainer.validation_interval, evaluate = 3, trainer.evaluate
         cut = once(lambda: trainer.steps_done == 3, lambda: hit(2))
-        trainer.validate = lambda: (cut(), evaluate())[1]
+        trainer.evaluate = lambda: (cut(), evaluate())[1]
         live = Live(trainer, tmp_path / "runs")
         live.start()
         await until(lambda: live.trainer.steps_done >= 3 and at_rest(live))
@@ -186,7 +186,7 @@ def test_interrupt_twice_in_the_last_validation(tmp_path, jupyter):
     async def main():
         trainer = make("pretrain", tmp_path, steps=3)
         cut, evaluate = once(lambda: True, lambda: hit(2)), trainer.evaluate
-        trainer.validate = lambda: (cut(), evaluate())[1]
+        trainer.evaluate = lambda: (cut(), evaluate())[1]
         live = Live(trainer, tmp_path / "runs")
         live.start()
         await finished(live)
@@ -728,7 +728,7 @@ def test_an_error_of_the_last_piece_is_told(tmp_path, jupyter):
         live.start()
         await until(lambda: live.trainer.steps_done >= 2)
         live.pause()
-        live._pieces = live.trainer.stepping()                            # suspended at its beginning
+        live._pieces = live.trainer.phases()                            # suspended at its beginning
         broken.append(1)
         live.stop()
         await until(lambda: at_rest(live))
@@ -912,7 +912,7 @@ def test_warnings_of_the_end_are_seen(tmp_path, jupyter):
     async def main():
         trainer = make("pretrain", tmp_path, steps=4)
         trainer.validation_interval, values = 2, iter([1.0, 2.0])
-        trainer.validate = lambda: {"val_loss": next(values)}
+        trainer.evaluate = lambda: {"val_loss": next(values)}
         live = Live(trainer, tmp_path / "runs")
         live.start()
         await finished(live)

@@ -11,7 +11,8 @@ from mlx_pretrain.checkpoint import write_checkpoint_files
 from mlx_pretrain.core import key_for
 from mlx_pretrain.model import Linear, project
 from mlx_pretrain.run import LoggingConfig, ResumeConfig, Run, StepsConfig, find_checkpoint
-from mlx_pretrain.trainer import Trainer, train_run
+from mlx_pretrain.session import recording
+from mlx_pretrain.trainer import Trainer
 
 folder, how = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
 logging = LoggingConfig(keep_last=10_000 if how == "keep" else 3,
@@ -51,4 +52,4 @@ else:
     run = (InPlace if how == "in-place" else Run)("line", "seed: 0\n", root=folder, overwrite=True,
                                                   logging=logging)
 trainer.run_dir = run
-train_run(trainer, run, lambda: None)
+with recording(trainer, run, finalize=lambda: None): trainer.run()

@@ -1,4 +1,7 @@
-"Align a byte model with a reward, and go on if there is a checkpoint: `ppo.py FOLDER [sample | update NUMBER]` is killed there."
+"""Train a byte model with PPO, resuming if there is a checkpoint.
+
+`ppo.py FOLDER [sample | update NUMBER]`: killed in that sample or update.
+"""
 import json
 import os
 import signal

@@ -1,4 +1,4 @@
-"Pretrain as some configurations say: `pretrain.py FOLDER NAME…`, each in FOLDER/NAME.json."
+"Pretrain with some configurations: `pretrain.py FOLDER NAME…`, each in FOLDER/NAME.json."
 import sys
 from pathlib import Path
 
