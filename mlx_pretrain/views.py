@@ -11,7 +11,7 @@ from itertools import count
 
 import numpy as np
 
-from .ppo import Rollout, Samples
+from .rollout import Rollout, Samples
 from .tokenizer import Tokenizer
 
 # %% ../nbs/61_views.ipynb #b9e4808f

@@ -24,9 +24,10 @@ from mlx_pretrain.config import UserError, load_config
 from mlx_pretrain.prompts import pad_prompt_response, read_prompts
 from mlx_pretrain.generate import generate_text
 from mlx_pretrain.plot import plot_runs
-from mlx_pretrain.ppo import PPOConfig, Samples, log_probs, sample_responses
+from mlx_pretrain.ppo import PPOConfig
 from mlx_pretrain.pretrained import load
 from mlx_pretrain.reward_model import load_reward
+from mlx_pretrain.rollout import Samples, log_probs, sample_responses
 from mlx_pretrain.rules import Sentiment
 from mlx_pretrain.run import checkpoints, read_metadata, read_metrics
 from mlx_pretrain.score import score

@@ -9,7 +9,7 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 import mlx.core as mx
 import numpy as np
 
-from mlx_pretrain.ppo import Rollout, Samples, policy_loss
+from mlx_pretrain.rollout import Rollout, Samples, policy_loss
 from mlx_pretrain.views import PPOExplorer, RolloutView, SampledView
 
 

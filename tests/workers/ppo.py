@@ -1,4 +1,5 @@
-"Align a byte model with a reward, and go on if there is a checkpoint: `ppo.py FOLDER [sample | update NUMBER]` is killed there."
+"""PPO on a byte model, resumed if there is a checkpoint: `ppo.py FOLDER [sample | update NUMBER]` is killed
+at that call."""
 import json
 import os
 import signal
@@ -30,17 +31,17 @@ def count(what):
 class Reward(RewardModel):
     def compute_reward(self, prompts, responses):
         count("sample")
-        with open(folder / "said.txt", "a") as f: f.write(json.dumps([prompts, responses]) + "\n")
+        with open(folder / "scored.txt", "a") as f: f.write(json.dumps([prompts, responses]) + "\n")
         return [sum(map(ord, r)) % 97 / 97 for r in responses]
 
 
-update = PPOTrainer._one_update
+update = PPOTrainer.apply_update
 def counted(self, *args):
     count("update")
     return update(self, *args)
 
 
-PPOTrainer._one_update = counted
+PPOTrainer.apply_update = counted
 ppo(
     PPOConfig.model_validate_json(
         json.dumps(
