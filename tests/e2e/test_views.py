@@ -166,7 +166,7 @@ def test_keys_do_what_the_mouse_does(page):
     assert order == ["ratio", "1", "-1", "clip_range", "kl_coef"]
     page.locator("[name=ratio]").focus()
     for _ in range(25): page.keyboard.press("ArrowLeft")                  # 1.35 → 1.10
-    assert page.locator(".said").first.inner_text() == "ratio 1.10: gradient +1.00, makes it likelier"
+    assert page.locator(".said").first.inner_text() == "ratio 1.10: gradient +1.00, makes it more likely"
     page.keyboard.press("End")
     assert page.locator(".said").first.inner_text().startswith("ratio 2.00: clipped, gradient 0")
     page.keyboard.press("Tab"); page.keyboard.press("Tab"); page.keyboard.press("Space")
