@@ -89,7 +89,7 @@ class RLInputs(NamedTuple):
     held_out: PromptDataset | None
 
 # %% ../nbs/56_rl_trainer.ipynb #48c3dffd
-MAX_HELD_OUT = 256 # prompts of an evaluation; from a longer validation file so many are taken, evenly spaced
+MAX_HELD_OUT = 256 # prompts of an evaluation; a longer validation file is subsampled, evenly spaced
 
 
 def resolve_inputs(
@@ -158,7 +158,7 @@ def epoch_updates(
 
 # %% ../nbs/56_rl_trainer.ipynb #156f8281
 def remaining_updates(
-    step: StepState, # with its rollout; whoever makes an update appends its metrics to `step.updates`
+    step: StepState, # with its rollout; the caller appends the metrics of each update to `step.updates`
     epochs: int,
     size: int, # rows of a mini-batch
     accumulation: int, # mini-batches per update

@@ -54,7 +54,7 @@ _EXPLORER_STYLE = """<style>
   margin: .2em .4em .2em 0; cursor: pointer;
   border: 1px solid rgba(128, 128, 128, .6); border-radius: 4px; }
 .ppo-explorer button[aria-pressed=true] { background: rgba(43, 143, 219, .25); border-color: #2b8fdb; }
-.ppo-explorer .said { min-height: 3em; margin: .4em 0 0; font-weight: 600; }
+.ppo-explorer .sentence { min-height: 3em; margin: .4em 0 0; font-weight: 600; }
 </style>"""
 
 # %% ../nbs/61_views.ipynb #ec49580b
@@ -75,7 +75,7 @@ _EXPLORER_BODY = """<div class="ppo-explorer" id="@ID@" data-advantage="1">
 <label><span>clip_range</span><input type="range" name="clip_range" min="0.05" max="0.5" step="0.01"
   value="@CLIP@"
  aria-label="clip_range"><output></output></label>
-<p class="said" aria-live="polite">To move this picture, trust the notebook, or run its cell.</p></div>
+<p class="sentence" aria-live="polite">To move this picture, trust the notebook, or run its cell.</p></div>
 <div class="half"><div class="title">What KL to the reference costs</div>
 <svg class="distance" viewBox="0 0 360 232" role="img"
   aria-label="Mean reward with and without the KL penalty, against the KL to the reference">
@@ -85,7 +85,7 @@ _EXPLORER_BODY = """<div class="ppo-explorer" id="@ID@" data-advantage="1">
 variance 1</div>
 <label><span>kl_coef</span><input type="range" name="kl_coef" min="0" max="2" step="0.01" value="@KL@"
  aria-label="kl_coef, the penalty per nat"><output></output></label>
-<p class="said" aria-live="polite">To move this picture, trust the notebook, or run its cell.</p></div>
+<p class="sentence" aria-live="polite">To move this picture, trust the notebook, or run its cell.</p></div>
 </div>"""
 
 # %% ../nbs/61_views.ipynb #a5bfecaa
@@ -127,7 +127,7 @@ function drawClipping(root) {
   set(".down", {d: "M" + x(r) + " " + TOP + "V" + BOTTOM});
   set("circle", {cx: x(r), cy: y(now), class: slope ? "" : "flat-dot"});
   root.dataset.objective = now; root.dataset.gradient = slope;
-  root.querySelectorAll(".said")[0].textContent = "ratio " + r.toFixed(2) + ": " + (slope
+  root.querySelectorAll(".sentence")[0].textContent = "ratio " + r.toFixed(2) + ": " + (slope
     ? "gradient " + signed(slope) + ", makes it " + (slope > 0 ? "more likely" : "less likely")
     : "clipped, gradient 0: it is " + (A > 0 ? "more likely" : "less likely") + " enough already");
 }
@@ -150,7 +150,7 @@ function drawDistance(root) {
   q("circle").style.display = near ? "" : "none";
   if (near) { q("circle").setAttribute("cx", x(best)); q("circle").setAttribute("cy", y(left)); }
   root.dataset.bestKl = best;
-  root.querySelectorAll(".said")[1].textContent = "kl_coef " + price.toFixed(2) + ": " + (price === 0
+  root.querySelectorAll(".sentence")[1].textContent = "kl_coef " + price.toFixed(2) + ": " + (price === 0
     ? "no penalty: the farther the better, and nothing holds the policy"
     : "the optimum is " + best.toFixed(places) + " nats away" + (near
       ? ": reward " + frontier(best).toFixed(2) + ", of which the penalty leaves " + left.toFixed(2)
@@ -210,7 +210,7 @@ class PPOExplorer:
     def __repr__(self):
         return (
             "PPOExplorer: in a notebook, two pictures with sliders, of the clipped objective of a token at a "
-            f"clip_range of {self.clip_range:g}, and of the reward at each KL with a kl_coef of {self.kl_coef:g}."
+            f"clip_range of {self.clip_range:g}, and of the reward at each KL at kl_coef {self.kl_coef:g}."
         )
 
 # %% ../nbs/61_views.ipynb #f1bf3133
@@ -304,8 +304,8 @@ _MEANING = {
     "advantage": "positive: better than expected",
     "reward": "minus the KL penalty; on the last token plus the score",
 }
-_LEGEND = ("<p>Under each token, from top to bottom (orange: negative, blue: positive; point at a token for its "
-           "numbers):</p>")
+_LEGEND = ("<p>Under each token, from top to bottom (orange: negative, blue: positive; point at a token for "
+           "its numbers):</p>")
 
 
 def _legend(rows: dict[str, np.ndarray]) -> str:
@@ -314,8 +314,9 @@ def _legend(rows: dict[str, np.ndarray]) -> str:
     for name, numbers in rows.items():
         is_empty = not np.isfinite(numbers).any()
         ends = [] if is_empty else [float(np.nanmin(numbers)), float(np.nanmax(numbers))]
-        swatches = [f'<i style="background:{_shade(x, _largest(numbers))}"></i>{x:.3g}' for x in ends] or ["–"]
-        lines.append(f'<span>{name}</span><span>{" … ".join(swatches)}</span><em>{_MEANING[name]}</em>')
+        swatches = [f'<i style="background:{_shade(x, _largest(numbers))}"></i>{x:.3g}' for x in ends]
+        span = " … ".join(swatches or ["–"])
+        lines.append(f"<span>{name}</span><span>{span}</span><em>{_MEANING[name]}</em>")
     return f'<div class="legend">{"".join(lines)}</div>'
 
 # %% ../nbs/61_views.ipynb #699d5c13
@@ -339,10 +340,11 @@ def _token_html(
 
 # %% ../nbs/61_views.ipynb #b336bed2
 class RolloutView:
-    """A sampled response, for a notebook: each token with its log-ratio to the reference, value, advantage and reward.
+    """A sampled response, for a notebook: its tokens with log-ratio, value, advantage and reward.
 
-    `prompt`: its text; `pieces`: the texts of the tokens; `rows`: by name, numbers of the tokens. Orange is negative,
-    blue positive; the strongest colour is the largest number of its row. Raises `ValueError` if there is no such row.
+    `prompt`: its text; `pieces`: the texts of the tokens; `rows`: by name, numbers of the tokens. Orange is
+    negative, blue positive; the strongest colour is the largest number of its row. Raises `ValueError` if
+    there is no such row.
     """
     def __init__(
         self,
@@ -407,13 +409,14 @@ def _code_html(text: str, style: str = "") -> str:
 def _sample_html(prompt: str, response: str, score: float, ends: tuple[float, float]) -> str:
     "A row of the table: reward, bar, prompt and response."
     response = _code_html(_text(response)) if response else "<em>(nothing)</em>"
-    return (f'<tr>{_CELL};font-variant-numeric:tabular-nums">{score:.3g}</td>{_CELL}">{_bar(score, *ends)}</td>'
+    return (f'<tr>{_CELL};font-variant-numeric:tabular-nums">{score:.3g}</td>'
+            f'{_CELL}">{_bar(score, *ends)}</td>'
             f'{_CELL};width:100%;white-space:pre-wrap;overflow-wrap:anywhere">'
             f"{_code_html(_text(prompt), ';opacity:.6')}{response}</td></tr>")
 
 # %% ../nbs/61_views.ipynb #18025962
 class SampledView:
-    """The best and the worst samples of a step, for a notebook. `rows`: their indices in `sampled`, best first, none twice.
+    """The best and the worst samples of a step, for a notebook. `rows`: their indices, best first.
 
     Raises `ValueError` if there are no samples, or `n` is less than 1.
     """

@@ -82,7 +82,7 @@ def compare(page):
 
 
 def test_objective_and_gradient_are_those_of_the_loss(page):
-    "At any values of the sliders the page has the numbers of `policy_loss`, for clipped and unclipped tokens."
+    "At any values of the sliders the page has the numbers of `policy_loss`, clipped or not."
     show(page, PPOExplorer()._repr_html_())
     places = compare(page)
     slopes = [trained(r, A, clip)[1] for A, clip, r in places]
@@ -108,13 +108,13 @@ def test_the_marked_kl_is_the_optimum(page):
     for part in (0.13, 0.25, 0.5, 1.0):
         price = drag(page, "kl_coef", part)
         assert abs(found(page)[2] - farthest(price)) < 0.01 * farthest(price) + 1e-3
-        assert f"kl_coef {price:.2f}: the optimum is " in page.locator(".said").last.inner_text()
+        assert f"kl_coef {price:.2f}: the optimum is " in page.locator(".sentence").last.inner_text()
     drag(page, "kl_coef", 0.0)
     assert found(page)[2] == math.inf
-    assert "nothing holds the policy" in page.locator(".said").last.inner_text()
+    assert "nothing holds the policy" in page.locator(".sentence").last.inner_text()
     show(page, PPOExplorer(kl_coef=0.1)._repr_html_())
     assert abs(found(page)[2] - 50) < 1e-9
-    assert "beyond the right edge" in page.locator(".said").last.inner_text()
+    assert "beyond the right edge" in page.locator(".sentence").last.inner_text()
     assert not page.locator(".distance circle").is_visible()
 
 
@@ -124,8 +124,8 @@ READ = """svg => {
     +t.getAttribute(kind) - (kind === "y" ? 4 : 0)]);
   const inverse = ([[a, at], [b, bt]]) => v => a + (b - a) * (v - at) / (bt - at);
   const x = inverse(ticks("x")), y = inverse(ticks("y"));
-  const points = path => (path.getAttribute("d") || "").split(/[ML]/).slice(1).map(p => p.split(" ").map(Number))
-    .map(([u, v]) => [x(u), y(v)]);
+  const points = path => (path.getAttribute("d") || "").split(/[ML]/).slice(1)
+    .map(p => p.split(" ").map(Number)).map(([u, v]) => [x(u), y(v)]);
   const dot = svg.querySelector("circle");
   return {live: points(svg.querySelector(".live")), faint: points(svg.querySelector(".faint")),
     flat: svg.querySelector(".flat") && points(svg.querySelector(".flat")),
@@ -135,7 +135,7 @@ READ = """svg => {
 
 @pytest.mark.parametrize("A", [1.0, -1.0])
 def test_the_drawn_objective_is_correct(page, A):
-    "By the ticks of the picture: live and flat part are the objective, the faint line is the ratio times A."
+    "By the ticks of the picture: the objective is live and flat part, the faint line ratio times A."
     show(page, PPOExplorer(clip_range=0.3)._repr_html_())
     pressed(page, A)
     r = drag(page, "ratio", 0.4)
@@ -167,11 +167,11 @@ def test_the_keyboard_works(page):
     assert order == ["ratio", "1", "-1", "clip_range", "kl_coef"]
     page.locator("[name=ratio]").focus()
     for _ in range(25): page.keyboard.press("ArrowLeft")                  # 1.35 → 1.10
-    assert page.locator(".said").first.inner_text() == "ratio 1.10: gradient +1.00, makes it more likely"
+    assert page.locator(".sentence").first.inner_text() == "ratio 1.10: gradient +1.00, makes it more likely"
     page.keyboard.press("End")
-    assert page.locator(".said").first.inner_text().startswith("ratio 2.00: clipped, gradient 0")
+    assert page.locator(".sentence").first.inner_text().startswith("ratio 2.00: clipped, gradient 0")
     page.keyboard.press("Tab"); page.keyboard.press("Tab"); page.keyboard.press("Space")
-    assert page.locator(".said").first.inner_text() == "ratio 2.00: gradient −1.00, makes it less likely"
+    assert page.locator(".sentence").first.inner_text() == "ratio 2.00: gradient −1.00, makes it less likely"
     assert page.get_by_role("button", pressed=True).inner_text() == "worse: −1"
     page.locator("[name=clip_range]").focus(); page.keyboard.press("Home")
     assert page.locator("output").first.inner_text() == "0.05"
