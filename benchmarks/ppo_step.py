@@ -13,7 +13,8 @@ from mlx_pretrain.core import rng_for
 from mlx_pretrain.prompts import pad_prompt_response
 from mlx_pretrain.model import Llama, LlamaArgs, ScalarLlama
 from mlx_pretrain.optim import Optimization, make_optimizer
-from mlx_pretrain.ppo import ActorCritic, Minibatch, Rollout, minibatches, ppo_loss
+from mlx_pretrain.ppo import ActorCritic, ppo_loss
+from mlx_pretrain.rollout import Minibatch, Rollout, minibatches
 from mlx_pretrain.step import Update
 
 SIZES = {"vocab_size": 2048, "hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 3,

@@ -1,4 +1,4 @@
-"`kill -9` inside a step of PPO: the resumed run samples the same responses again, and ends in the same bits."
+"`kill -9` inside a PPO step: the resumed run samples the same responses again and ends with the same bits."
 import json
 import subprocess
 import sys
@@ -24,16 +24,15 @@ def work(folder, *killed):
 
 
 def end(folder):
-    "The last checkpoint, the metrics without the speed, and each batch of responses that was scored, in order."
+    "Last checkpoint, its state, the metrics without the speed, and the scored batches of responses."
     arrays, state = load_checkpoint(checkpoints(folder / "runs" / "run")[-1])
     rows = [row for row in read_metrics(folder / "runs" / "run") if "event" not in row]
-    lines = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
-    return (
-        dict(tree_flatten(arrays)),
-        state,
-        lines,
-        [json.loads(line) for line in (folder / "said.txt").read_text().splitlines()],
-    )
+    metrics = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return dict(tree_flatten(arrays)), state, metrics, scored_batches(folder)
+
+
+def scored_batches(folder):
+    return [json.loads(line) for line in (folder / "scored.txt").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +41,18 @@ def calm(tmp_path_factory):
     return end(folder)
 
 
-# A step scores one batch and takes eight updates; two steps of forecast come before, and a validation scores after the third.
+# A step scores a batch and makes eight updates; two timing steps come before, an evaluation after step 3.
 @pytest.mark.long
 @pytest.mark.parametrize(("place", "number"), [("sample", 7), ("update", 16 + 3 * 8 + 5)])
 def test_killed_in_a_step(place, number, calm, tmp_path):
     work(tmp_path, place, str(number))
-    kept = [path.name for path in checkpoints(tmp_path / "runs" / "run")]
-    before = len((tmp_path / "said.txt").read_text().splitlines())
-    assert kept and kept[-1] < "step_000006"
+    names = [path.name for path in checkpoints(tmp_path / "runs" / "run")]
+    n_before = len(scored_batches(tmp_path))
+    assert names and names[-1] < "step_000006"
     work(tmp_path)
-    arrays, state, lines, said = end(tmp_path)
-    wanted, wanted_state, wanted_lines, wanted_said = calm
-    assert arrays.keys() == wanted.keys() and all(mx.array_equal(arrays[name], wanted[name])
-                                                  for name in wanted)
-    assert state == wanted_state and lines == wanted_lines
-    assert said[-3:] == wanted_said[-3:] and len(said) > before              # the same responses, once more
+    arrays, state, metrics, scored = end(tmp_path)
+    expected, expected_state, expected_metrics, expected_scored = calm
+    assert arrays.keys() == expected.keys()
+    assert all(mx.array_equal(arrays[name], expected[name]) for name in expected)
+    assert state == expected_state and metrics == expected_metrics
+    assert scored[-3:] == expected_scored[-3:] and len(scored) > n_before    # the same responses, once more

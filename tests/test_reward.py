@@ -14,7 +14,8 @@ from mlx_pretrain.prompts import PromptDataset, read_prompts
 from mlx_pretrain.lora import LoRAConfig, apply_lora
 from mlx_pretrain.model import Linear, Llama, LlamaArgs, ScalarLlama
 from mlx_pretrain.plot import plot_runs
-from mlx_pretrain.ppo import PPOConfig, PPOTrainer, log_probs, make_forward, ppo, sample_responses
+from mlx_pretrain.ppo import PPOConfig, PPOTrainer, ppo
+from mlx_pretrain.rollout import log_probs, make_forward, sample_responses
 from mlx_pretrain.preferences import pad_right, read_preferences, encode_prompt_response, split_conversations
 from mlx_pretrain.pretrained import Pretrained, export
 from mlx_pretrain.prompt import PromptFormat, encode_pieces, pair_pieces

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mlx_pretrain import ppo
+from mlx_pretrain import rl_trainer
 from mlx_pretrain.config import DataError
 from mlx_pretrain.core import RewardModel, as_reward_model, reward_columns
 from mlx_pretrain.prompts import read_prompts
@@ -67,7 +67,7 @@ def test_each_response_is_scored_with_the_columns_of_its_row(reward):
 
 def test_columns_go_with_the_rows_through_training_and_validation(tmp_path, monkeypatch):
     "Batches, held-out prompts of which some are chosen, and samples."
-    monkeypatch.setattr(ppo, "MAX_HELD_OUT", 5)
+    monkeypatch.setattr(rl_trainer, "MAX_HELD_OUT", 5)
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[::-1]))
     seen = []
     def noted(prompt, response, answer):

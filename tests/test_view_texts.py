@@ -1,4 +1,4 @@
-"Views of texts and numbers that like to break a page: all of it stays text, whole, and in its place."
+"Views of adversarial texts and numbers: everything stays text, complete and in its place."
 import html
 import math
 import re
@@ -14,7 +14,7 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 import mlx.core as mx
 import numpy as np
 
-from mlx_pretrain.ppo import Rollout, Samples
+from mlx_pretrain.rollout import Rollout, Samples
 from mlx_pretrain.tokenizer import ByteTokenizer
 from mlx_pretrain.views import PPOExplorer, RolloutView, SampledView
 
@@ -27,7 +27,7 @@ VOID = {"br", "rect", "path", "circle", "input"}
 
 
 class Page(HTMLParser):
-    "What a browser would make of it: the tags with their attributes, the text outside of styles, and whether all that opens is closed."
+    "Parses a page: its tags with attributes, and the text outside of styles; fails if a tag is not closed."
     def __init__(self, text):
         super().__init__()
         self.tags, self.words, self.open = [], [], []
@@ -55,7 +55,7 @@ class Page(HTMLParser):
 
 
 class Tokens:
-    "A tokenizer whose tokens are what one gives it."
+    "A tokenizer with given pieces."
     def __init__(self, pieces): self.pieces = pieces
     def piece(self, id): return self.pieces[id]
 
@@ -73,123 +73,115 @@ def view(prompt, pieces, numbers=None, width=None):
 
 
 def check_tags(page, allowed):
-    "Only our own elements, and no attribute that does something."
+    "Only the expected elements, and no attribute that runs or loads anything."
     assert {tag for tag, _ in page.tags} <= allowed
     assert not any(name.startswith("on") or name in ("src", "href") for _, attrs in page.tags
                    for name in attrs)
 
 
 @forall(prompt=st.lists(ODD, max_size=3), pieces=st.lists(ODD, min_size=1, max_size=4), data=st.data())
-def test_any_rollout_is_a_sound_page(prompt, pieces, data):
-    "Whatever tokens and numbers are, the page is well formed, holds our elements only, and each token with its four numbers once."
+def test_any_rollout_is_a_well_formed_page(prompt, pieces, data):
+    "Any tokens and numbers: each token appears once, with its four numbers."
     numbers = np.array([[data.draw(NUMBER) for _ in pieces] for _ in range(4)], np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        it = view(prompt, pieces, numbers)
-        page, text = Page(it._repr_html_()), repr(it)
+        rollout = view(prompt, pieces, numbers)
+        page, text = Page(rollout._repr_html_()), repr(rollout)
     check_tags(page, {"style", "div", "span", "code", "p", "i", "em"})
     tokens = page.named("token")
-    assert len(tokens) == len(pieces) == len(text.split("\n")) - 1 and all(
-        t["title"].count("\n") == 4 for t in tokens
-    )
+    assert len(tokens) == len(pieces) == len(text.split("\n")) - 1
+    assert all(token["title"].count("\n") == 4 for token in tokens)
     assert len([tag for tag, _ in page.tags if tag == "i"]) >= 4 * len(pieces)
     text.encode("utf-8")
 
 
 @forall(texts=st.lists(st.tuples(ODD, ODD, NUMBER), min_size=1, max_size=9), n=st.integers(1, 5))
-def test_any_samples_are_a_sound_page(texts, n):
-    "Whatever was asked, said and given for it, each sample that is shown stands there once, the best first, and the page is well formed."
-    asked, said, scores = zip(*texts)
+def test_any_samples_are_a_well_formed_page(texts, n):
+    "Any prompts, responses and rewards: no sample appears twice, and the best comes first."
+    prompts, responses, scores = zip(*texts)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        it = SampledView(Samples([], [], [*asked], [*said], np.array(scores, np.float32)), n)
-        page, text = Page(it._repr_html_()), repr(it)
+        samples = SampledView(Samples([], [], [*prompts], [*responses], np.array(scores, np.float32)), n)
+        page, text = Page(samples._repr_html_()), repr(samples)
     check_tags(page, {"table", "tbody", "tr", "td", "div", "code", "em"})
-    assert len(it.rows) == len({*it.rows}) == min(len(texts),
-                                                  2 * n) and it.left_out == len(texts) - len(it.rows)
-    shown = [np.float32(scores[i]) for i in it.rows]
+    assert len(samples.rows) == len({*samples.rows}) == min(len(texts), 2 * n)
+    assert samples.left_out == len(texts) - len(samples.rows)
+    shown = [np.float32(scores[i]) for i in samples.rows]
     real = [x for x in shown if not np.isnan(x)]
     assert real == sorted(real, reverse=True) and not any(np.isnan(x) for x in shown[:len(real)])
-    assert len(text.split("\n")) == len(it.rows)
+    assert len(text.split("\n")) == len(samples.rows)
     text.encode("utf-8")
 
 
 @pytest.mark.parametrize("evil", EVIL)
-def test_evil_texts_are_shown_as_they_are(evil):
-    "What looks like a page is text, in the page and in what opens when one points at it."
+def test_html_in_texts_is_escaped(evil):
+    "It is text, in the page and in titles."
     rollout = Page(view([evil], [evil])._repr_html_())
     assert rollout.text.endswith(evil + evil.replace(" ", "␣"))
-    assert (
-        rollout.named("token")[0]["title"].startswith(evil.replace(" ", "␣"))
-        and rollout.named("prompt")[0]["title"] == evil
-    )
+    assert rollout.named("token")[0]["title"].startswith(evil.replace(" ", "␣"))
+    assert rollout.named("prompt")[0]["title"] == evil
     samples = Page(SampledView(Samples([], [], [evil], [evil], np.array([1.0])))._repr_html_())
-    assert samples.text.count(evil) == 2 and [a["title"]
-                                              for _, a in samples.tags if "title" in a] == [evil, evil]
+    titles = [attrs["title"] for _, attrs in samples.tags if "title" in attrs]
+    assert samples.text.count(evil) == 2 and titles == [evil, evil]
 
 
-@pytest.mark.parametrize("piece, seen", [
-    (" ", "␣"), ("\n", "↵"), ("\t", "→"), ("", "∅"), ("\0", "␀"), ("\x7f", "␡"), (" a\n b", "␣a↵␣b"), ("\ud800", "�"),
-    ("\ud83d\ude42", "🙂"), ("<0xE2>", "<0xE2>"), ("e\u0301", "e\u0301")])
-def test_what_cannot_be_seen_has_a_sign(piece, seen):
-    "Spaces, line breaks, control characters and nothing at all are visible in page, box and text."
-    it = view([], [piece])
-    page = Page(it._repr_html_())
-    assert (
-        page.text.endswith(seen)
-        and page.named("token")[0]["title"].split("\n")[0] == seen
-        and repr(it).endswith("  " + seen)
-    )
+@pytest.mark.parametrize("piece, visible", [
+    (" ", "␣"), ("\n", "↵"), ("\t", "→"), ("", "∅"), ("\0", "␀"), ("\x7f", "␡"), (" a\n b", "␣a↵␣b"),
+    ("\ud800", "�"), ("\ud83d\ude42", "🙂"), ("<0xE2>", "<0xE2>"), ("e\u0301", "e\u0301")])
+def test_invisible_characters_get_a_sign(piece, visible):
+    "Spaces, line breaks, control characters and empty tokens are visible in page, title and text."
+    rollout = view([], [piece])
+    page = Page(rollout._repr_html_())
+    assert page.text.endswith(visible) and repr(rollout).endswith("  " + visible)
+    assert page.named("token")[0]["title"].split("\n")[0] == visible
 
 
-def test_bytes_of_a_character_stand_apart():
-    "A byte tokenizer's tokens are bytes: parts of a character have the names of their bytes, and no byte is lost."
+def test_the_bytes_of_a_character_are_separate_tokens():
+    "With a byte tokenizer, parts of a character have the names of their bytes, and no byte is lost."
     tok = ByteTokenizer()
     ids = tok.encode("é\n")
     n, zero = len(ids), mx.zeros((1, len(ids)))
-    it = RolloutView(tok, Rollout(mx.array([ids]), mx.array([0]), mx.ones((1, n), dtype=mx.bool_), zero, zero,
-                                  zero, zero, zero, zero), 0)
-    page = Page(it._repr_html_())
-    assert it.prompt == "" and not page.named("prompt") and page.text.endswith("<0xC3><0xA9>↵")
+    mask = mx.ones((1, n), dtype=mx.bool_)
+    rollout = RolloutView(tok, Rollout(mx.array([ids]), mx.array([0]), mask, *[zero] * 6), 0)
+    page = Page(rollout._repr_html_())
+    assert rollout.prompt == "" and not page.named("prompt") and page.text.endswith("<0xC3><0xA9>↵")
 
 
-def colours(it):
-    "Backgrounds of the cells: one list for each token."
-    tokens = it._repr_html_().split('class="token"')[1:]
+def colours(rollout):
+    "Backgrounds of the cells: one list per token."
+    tokens = rollout._repr_html_().split('class="token"')[1:]
     return [re.findall(r'<i style="background:([^"]*)"', token) for token in tokens]
 
 
 def test_colour_is_sign_and_strength():
-    "Each row on a scale of its own: orange below zero, blue above, the largest in full, nothing for zero, hatched if it is no number."
+    "Per row: orange below zero, blue above, the largest in full colour, none for zero, hatched for NaN."
     nan, inf = math.nan, math.inf
     found = colours(view([], ["a", "b", "c"], [[1, -2, 0], [-1e-6, 1e-6, 0], [nan, 5, -inf], [0, 0, 0]]))
     orange, blue = (lambda a: f"rgba(224,123,0,{a:.2f})"), (lambda a: f"rgba(43,143,219,{a:.2f})")
     assert [row[0] for row in found] == [blue(0.56), orange(1), "none"]
     assert [row[1] for row in found] == [orange(1), blue(1), "none"]
-    assert found[0][2].startswith("repeating-linear-gradient") and [row[2] for row in found[1:]] == [
-        blue(1),
-        orange(1),
-    ]
+    assert found[0][2].startswith("repeating-linear-gradient")
+    assert [row[2] for row in found[1:]] == [blue(1), orange(1)]
     assert [row[3] for row in found] == ["none"] * 3
 
 
-def test_numbers_stand_under_their_token():
-    "Padding on both sides is left out, and each number belongs to the token it was given for."
+def test_numbers_belong_to_their_token():
+    "Padding on both sides is left out."
     tokens, zero = mx.array([[9, 9, 0, 1, 2, 9], [0, 1, 2, 3, 4, 5]]), mx.zeros((2, 3))
     mask = mx.array([[True, True, False], [True, True, True]])
     logp, value, reward, advantage = (mx.array([[1.0, 2, 7], [3, 4, 5]]) * 10 ** i for i in range(4))
     rollout = Rollout(tokens, mx.array([2, 0]), mask, logp, zero - 0.5, value, reward, advantage, zero)
-    it = RolloutView(Tokens("abcdef"), rollout, 0)
-    assert (it.prompt, it.pieces) == ("a", ["b", "c"])
-    assert {name: row.tolist() for name, row in it.rows.items()} == {
+    first = RolloutView(Tokens("abcdef"), rollout, 0)
+    assert (first.prompt, first.pieces) == ("a", ["b", "c"])
+    assert {name: row.tolist() for name, row in first.rows.items()} == {
         "log-ratio": [1.5, 2.5], "value": [10, 20], "advantage": [1000, 2000], "reward": [100, 200]}
-    titles = [html.unescape(title) for title in re.findall(r'class="token" tabindex="0" title="([^"]*)"',
-                                                           it._repr_html_())]
+    titles = re.findall(r'class="token" tabindex="0" title="([^"]*)"', first._repr_html_())
+    titles = [html.unescape(title) for title in titles]
     assert titles[1].split("\n") == ["c", "log-ratio +2.5", "value     +20", "advantage +2e+03",
                                      "reward    +200"]
-    assert repr(it).split("\n") == ["  log-ratio      value  advantage     reward  token",
-                                    "        1.5         10      1e+03        100  b",
-                                    "        2.5         20      2e+03        200  c"]
+    assert repr(first).split("\n") == ["  log-ratio      value  advantage     reward  token",
+                                       "        1.5         10      1e+03        100  b",
+                                       "        2.5         20      2e+03        200  c"]
     assert RolloutView(Tokens("abcdef"), rollout, 1).prompt == "abc"
     for row in (-1, 2):
         with pytest.raises(ValueError, match=f"no row {row} "): RolloutView(Tokens("abcdef"), rollout, row)
@@ -202,28 +194,23 @@ def test_one_token_and_none():
     assert colours(empty) == [] and Page(empty._repr_html_()).text.endswith("x") and "token" in repr(empty)
 
 
-def test_long_texts_are_clipped_and_whole_in_the_title():
-    "A prompt of a book shows its ends; pointing at it shows all."
+def test_long_texts_are_shortened_and_complete_in_the_title():
     book = "begin" + "x" * 5000 + "end"
     page = Page(view([book], ["y"])._repr_html_())
-    assert (
-        page.named("prompt")[0]["title"] == book
-        and len(page.text) < 1500
-        and "begin" in page.text
-        and "endy" in page.text
-    )
+    assert page.named("prompt")[0]["title"] == book
+    assert len(page.text) < 1500 and "begin" in page.text and "endy" in page.text
     samples = Page(SampledView(Samples([], [], ["?"], [book], np.array([1.0])))._repr_html_())
     assert any(attrs.get("title") == book for _, attrs in samples.tags) and len(samples.text) < 600
 
 
 def test_equal_rewards_keep_their_order():
-    "Among equals, the first ones are the best, and the last ones the worst."
+    "Of equal rewards, the first are the best and the last are the worst."
     samples = Samples([], [], ["?"] * 400, ["!"] * 400, np.tile([1.0, 2.0], 200))
     assert SampledView(samples, 2).rows == [1, 3, 396, 398]
 
 
-def test_explorer_begins_where_it_is_told():
-    "The sliders stand where the numbers are; both ends of each slider are allowed."
+def test_explorer_starts_with_the_given_values():
+    "Both ends of each slider are allowed."
     for clip_range, kl_coef in ((0.05, 0), (0.5, 2), (0.2, 1e-2)):
         page = Page(PPOExplorer(clip_range, kl_coef)._repr_html_())
         values = {attrs["name"]: float(attrs["value"]) for tag, attrs in page.tags if tag == "input"}

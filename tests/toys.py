@@ -1,4 +1,4 @@
-"Small tasks for reinforcement learning: a vocabulary of letters, a Llama that knows nothing, and rewards whose optimum is known."
+"Toy tasks for reinforcement learning: a vocabulary of letters, an untrained Llama, and planted mistakes."
 import inspect
 import json
 import tempfile
@@ -16,7 +16,7 @@ from mlx_pretrain.tokenizer import Tokenizer
 
 
 class Letters(Tokenizer):
-    "Each letter a token, behind pad, bos and eos."
+    "One token per letter, after pad, bos and eos."
     pad_id, bos_id, eos_id, _files = 0, 1, 2, {}
 
     def __init__(self, letters): self.letters, self.vocab_size = letters, 3 + len(letters)
@@ -28,7 +28,7 @@ class Letters(Tokenizer):
 
 
 def tiny(letters="abcdefgh", seed=0, layers=1, kv_heads=2, loud=1):
-    "A policy that says each letter about equally often; a loud one has opinions, which depend on all that was said."
+    "An untrained policy. With `loud` above 1 its logits are larger, and depend more on the context."
     tok = Letters(letters)
     args = LlamaArgs(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=64,
                      num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=kv_heads,
@@ -38,8 +38,9 @@ def tiny(letters="abcdefgh", seed=0, layers=1, kv_heads=2, loud=1):
     return Pretrained(model, tok, Path("tiny"))
 
 
-def task(reward, letters="abcdefgh", prompts=("",), *, seed=0, steps=40, lr=3e-3, batch=64, end=0.0, pretrained=None, system=None, **data):
-    "A trainer on letters; what is not named goes into the section `data`."
+def task(reward, letters="abcdefgh", prompts=("",), *, seed=0, steps=40, lr=3e-3, batch=64, end=0.0,
+         pretrained=None, system=None, **data):
+    "A trainer on letters; `data` goes into the section `data`."
     file = Path(tempfile.mkdtemp(), "prompts.jsonl")
     file.write_text("".join(json.dumps(row if isinstance(row, dict) else {"prompt": row}) + "\n"
                             for row in prompts))
@@ -52,13 +53,13 @@ def task(reward, letters="abcdefgh", prompts=("",), *, seed=0, steps=40, lr=3e-3
 
 
 def mean_reward(trainer, n=256):
-    "What the policy earns, on samples of its own."
-    return float(trainer.sample(trainer.data, np.arange(n) % len(trainer.data), {"temperature": 1.0},
-                                -7).scores.mean())
+    "Mean reward of n new samples of the policy."
+    indices = np.arange(n) % len(trainer.data)
+    return float(trainer.sample(trainer.data, indices, {"temperature": 1.0}, -7).scores.mean())
 
 
 def planted(function, right, wrong):
-    "The same function with a mistake in it."
+    "The function with a mistake in its source."
     source = inspect.getsource(function)
     assert source.count(right) == 1, (source.count(right), right)
     names = dict(function.__globals__)

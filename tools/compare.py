@@ -1,6 +1,8 @@
-"""Two models on the same held-out rows: the loss of the responses, how many answers end by themselves, and some of them side by side.
+"""Compare two models on the same held-out rows: loss of the responses, responses that end, and examples.
 
-    python tools/compare.py runs/demo runs/demo-sft        the second is a fine-tuned run; its configuration says which rows, and how to ask
+    python tools/compare.py runs/demo runs/demo-sft
+
+The second is a fine-tuned run; rows and prompt format are those of its configuration.
 """
 import sys
 from pathlib import Path
@@ -15,22 +17,20 @@ from mlx_pretrain.pretrained import load
 from mlx_pretrain.sft import SFTConfig, SFTTrainer
 from mlx_pretrain.tokenizer import Tokenizer
 
-LONGEST, SHOWN, WIDTH = 64, 6, 100  # tokens of an answer; answers; characters of each
+MAX_TOKENS = 64  # of a response
+N_EXAMPLES, WIDTH = 6, 100  # examples that are printed; characters of each
 
 
 def answers(trainer):
-    "Prompts and likeliest answers on the held-out rows: text, and did it end by itself?"
+    "Instruction and greedy response of each held-out row, and whether the response ended by itself."
     tok, prompts = trainer.tokenizer, trainer.questions
-    out = generate(trainer.model, prompts, LONGEST, eos_ids=[tok.eos_id], pad_id=tok.pad_id, temperature=0)
+    out = generate(trainer.model, prompts, MAX_TOKENS, eos_ids=[tok.eos_id], pad_id=tok.pad_id, temperature=0)
     for ids, tokens, mask in zip(prompts, np.array(out.tokens), np.array(out.response_mask), strict=True):
-        yield (
-            asked(tok, ids, trainer.format.prompt_format),
-            tok.decode(tokens[mask]),
-            bool((tokens == tok.eos_id).any()),
-        )
+        ended = bool((tokens == tok.eos_id).any())
+        yield instruction(tok, ids, trainer.format.prompt_format), tok.decode(tokens[mask]), ended
 
 
-def asked(tok: Tokenizer, ids, template):
+def instruction(tok: Tokenizer, ids, template):
     "The instruction in a prompt."
     before, _, after = template.partition("{instruction}")
     return tok.decode(ids).split(before, 1)[-1].removesuffix(after)
@@ -43,15 +43,16 @@ def main(before, after):
     cfg = load_config(SFTConfig, Path(after) / "config.yaml")
     trainers = [SFTTrainer(cfg, load(path)) for path in (before, after)]
     if trainers[0].held_out is None or trainers[0].format is None:
-        raise ConfigError(f"{after} has no held-out rows to answer")
+        raise ConfigError(f"{after} has no validation_file, or no prompt format")
     losses = [trainer.evaluate()["val_loss"] for trainer in trainers]
-    said = [[*answers(trainer)] for trainer in trainers]
-    ended = [sum(end for *_, end in rows) for rows in said]
-    for (prompt, old, _), (_, new, _) in [*zip(*said, strict=True)][:: max(1, len(said[0]) // SHOWN)][:SHOWN]:
-        print(f"\n  asked   {line(prompt)}\n  before  {line(old)}\n  after   {line(new)}")
+    responses = [[*answers(trainer)] for trainer in trainers]
+    ended = [sum(end for *_, end in rows) for rows in responses]
+    pairs = [*zip(*responses, strict=True)]
+    for (prompt, old, _), (_, new, _) in pairs[::max(1, len(pairs) // N_EXAMPLES)][:N_EXAMPLES]:
+        print(f"\n  prompt  {line(prompt)}\n  before  {line(old)}\n  after   {line(new)}")
     print(f"\nOn {len(trainers[0].held_out)} held-out exchanges        before    after"
           f"\n  loss of the responses        {losses[0]:8.3f} {losses[1]:8.3f}"
-          f"\n  answers that end themselves  {ended[0]:>8} {ended[1]:>8}   of {len(said[0])}")
+          f"\n  responses with an end        {ended[0]:>8} {ended[1]:>8}   of {len(pairs)}")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from mlx_pretrain.reward_model import load_reward
 from mlx_pretrain.run import read_metadata, read_metrics
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from compare import asked  # noqa: E402
+from compare import instruction  # noqa: E402
 from preferences import answers  # noqa: E402
-from report import number, on_the_way, text  # noqa: E402
+from report import number, evaluate_checkpoints, text  # noqa: E402
 
 SFT, REWARD, RL, PAGE = (Path("runs", name) for name in ("demo-sft", "demo-reward", "demo-rl",
                                                          "demo/report.html"))
@@ -118,13 +118,11 @@ def test_the_page_stands_alone_and_shows_what_was_measured():
 
 def test_the_page_shows_what_the_policies_say():
     "Both are asked again: the first of the ten answers, and the means that the table shows."
-    page, (way, fmt) = PAGE.read_text(encoding="utf-8"), on_the_way(SFT, RL)
+    page, (evaluations, fmt) = PAGE.read_text(encoding="utf-8"), evaluate_checkpoints(SFT, RL)
     tok = load(SFT).tokenizer
-    for one in (way[0], way[-1]):
-        assert text(one.sampled.response_texts[0]) in page and number(one.gold.mean()) in page
-    assert text(asked(tok, way[0].sampled.prompts[0],
-                      fmt.prompt_format)) in page and way[-1].step == read_metrics(RL)[-1]["step"]
-    assert (
-        way[0].kl.mean() == 0 < way[-1].kl.mean()
-        and (friendly(way[-1].sampled.response_texts) == way[-1].gold.astype(float).round(4)).all()
-    )
+    first, last = evaluations[0], evaluations[-1]
+    for evaluation in (first, last):
+        assert text(evaluation.sampled.response_texts[0]) in page and number(evaluation.gold.mean()) in page
+    assert text(instruction(tok, first.sampled.prompts[0], fmt.prompt_format)) in page
+    assert last.step == read_metrics(RL)[-1]["step"] and first.kl.mean() == 0 < last.kl.mean()
+    assert (friendly(last.sampled.response_texts) == last.gold.astype(float).round(4)).all()

@@ -1,4 +1,4 @@
-"The pictures of `views` in a real browser: what they compute is what trains, and no text of a model becomes part of the page."
+"`views` in a real browser: the scripts compute what trains, and texts of a model are escaped."
 import math
 from itertools import product
 
@@ -9,13 +9,13 @@ import mlx_pretrain  # noqa: F401, I001 (before MLX)
 import mlx.core as mx
 import numpy as np
 
-from mlx_pretrain.ppo import Rollout, Samples, policy_loss
+from mlx_pretrain.rollout import Rollout, Samples, policy_loss
 from mlx_pretrain.views import PPOExplorer, RolloutView, SampledView
 
 
 @pytest.fixture
 def page(browser):
-    "A page that keeps what was asked of the network and what went wrong in its scripts."
+    "A page that records its network requests and script errors."
     page = browser.new_page(viewport={"width": 1100, "height": 800})
     page.asked, page.wrong = [], []
     page.on("request", lambda request: page.asked.append(request.url))
@@ -29,7 +29,7 @@ def show(page, *views, style=""):
 
 
 def drag(page, name, part, root=".ppo-explorer"):
-    "Take a slider's handle with the mouse, and carry it to a part of its way, 0 to 1; returns where it then stands."
+    "Drag a slider with the mouse to a part of its range, 0 to 1; returns its value."
     slider = page.locator(f"{root} [name={name}]")
     low, high, now = (float(slider.evaluate(f"s => s.{key}")) for key in ("min", "max", "value"))
     box = slider.bounding_box()  # half a handle, which never leaves the slider
@@ -47,7 +47,7 @@ def drag(page, name, part, root=".ppo-explorer"):
 
 
 def found(page, root=".ppo-explorer"):
-    "What the page says it computed."
+    "The numbers that the page computed."
     values = page.locator(root).evaluate("r => [r.dataset.objective, r.dataset.gradient, r.dataset.bestKl]")
     return [float(value) for value in values]
 
@@ -60,7 +60,7 @@ def trained(r, A, clip):
 
 
 def farthest(price):
-    "Where the most reward is left, by looking everywhere: policies that weigh responses by exp(m · reward), m in steps of 0.001."
+    "The KL of the highest penalized reward, by search over policies ∝ exp(m · reward), m in steps of 0.001."
     kl = np.square(np.arange(0, 20, 0.001)) / 2
     return kl[np.argmax(np.sqrt(2 * kl) - price * kl)]
 
@@ -69,7 +69,7 @@ def pressed(page, A): page.get_by_role("button", name="+1" if A > 0 else "−1")
 
 
 def compare(page):
-    "Move everything to places all over, and compare; returns the places."
+    "Move the sliders to many values, and compare; returns the values."
     places = []
     for A, clip_part, ratio_part in product((1.0, -1.0), (0.1, 0.9), (0.07, 0.33, 0.52, 0.74, 0.97)):
         pressed(page, A)
@@ -82,7 +82,7 @@ def compare(page):
 
 
 def test_objective_and_gradient_are_those_of_the_loss(page):
-    "Wherever the mouse puts the sliders, the page has the numbers of `policy_loss`; both held and free tokens are among them."
+    "At any values of the sliders the page has the numbers of `policy_loss`, clipped or not."
     show(page, PPOExplorer()._repr_html_())
     places = compare(page)
     slopes = [trained(r, A, clip)[1] for A, clip, r in places]
@@ -94,47 +94,48 @@ def test_objective_and_gradient_are_those_of_the_loss(page):
     ("=> Math.min(r * A, clipTo(r, clip) * A)", "=> Math.max(r * A, clipTo(r, clip) * A)"),
     ("? A : 0;", "? A : A;"), ("Math.max(r, 1 - clip)", "Math.max(r, 1)"),
     ('addEventListener("input", draw)', 'addEventListener("inptu", draw)')])
-def test_comparison_sees_a_wrong_script(page, right, wrong):
-    "A page that takes the maximum, has a slope where it is flat, clips on one side only, or ignores its sliders, does not pass."
+def test_a_wrong_script_is_detected(page, right, wrong):
+    "The maximum, a slope where it is flat, clipping on one side only, or sliders without effect."
     html = PPOExplorer()._repr_html_()
     assert html.count(right) == 1
     show(page, html.replace(right, wrong))
     with pytest.raises(AssertionError, match="ratio "): compare(page)
 
 
-def test_best_distance_is_the_best(page):
-    "Whatever a nat costs, the marked distance is the one where the most reward is left."
+def test_the_marked_kl_is_the_optimum(page):
+    "At any kl_coef."
     show(page, PPOExplorer()._repr_html_())
     for part in (0.13, 0.25, 0.5, 1.0):
         price = drag(page, "kl_coef", part)
         assert abs(found(page)[2] - farthest(price)) < 0.01 * farthest(price) + 1e-3
-        assert f"kl_coef {price:.2f}: going " in page.locator(".said").last.inner_text()
+        assert f"kl_coef {price:.2f}: the optimum is " in page.locator(".sentence").last.inner_text()
     drag(page, "kl_coef", 0.0)
-    assert (
-        found(page)[2] == math.inf and "nothing holds the policy" in page.locator(".said").last.inner_text()
-    )
+    assert found(page)[2] == math.inf
+    assert "nothing holds the policy" in page.locator(".sentence").last.inner_text()
     show(page, PPOExplorer(kl_coef=0.1)._repr_html_())
-    assert (
-        abs(found(page)[2] - 50) < 1e-9 and "beyond the right edge" in page.locator(".said").last.inner_text()
-    )
+    assert abs(found(page)[2] - 50) < 1e-9
+    assert "beyond the right edge" in page.locator(".sentence").last.inner_text()
     assert not page.locator(".distance circle").is_visible()
 
 
 READ = """svg => {
-  const ticks = kind => [...svg.querySelectorAll("text." + kind)].map(t => [parseFloat(t.textContent.replace("\\u2212", "-")),
+  const ticks = kind => [...svg.querySelectorAll("text." + kind)].map(t => [
+    parseFloat(t.textContent.replace("\\u2212", "-")),
     +t.getAttribute(kind) - (kind === "y" ? 4 : 0)]);
-  const inverse = ([[a, at], [b, bt]]) => v => a + (b - a) * (v - at) / (bt - at), x = inverse(ticks("x")), y = inverse(ticks("y"));
-  const points = path => (path.getAttribute("d") || "").split(/[ML]/).slice(1).map(p => p.split(" ").map(Number))
-    .map(([u, v]) => [x(u), y(v)]);
+  const inverse = ([[a, at], [b, bt]]) => v => a + (b - a) * (v - at) / (bt - at);
+  const x = inverse(ticks("x")), y = inverse(ticks("y"));
+  const points = path => (path.getAttribute("d") || "").split(/[ML]/).slice(1)
+    .map(p => p.split(" ").map(Number)).map(([u, v]) => [x(u), y(v)]);
   const dot = svg.querySelector("circle");
   return {live: points(svg.querySelector(".live")), faint: points(svg.querySelector(".faint")),
-    flat: svg.querySelector(".flat") && points(svg.querySelector(".flat")), dot: [x(+dot.getAttribute("cx")), y(+dot.getAttribute("cy"))]};
+    flat: svg.querySelector(".flat") && points(svg.querySelector(".flat")),
+    dot: [x(+dot.getAttribute("cx")), y(+dot.getAttribute("cy"))]};
 }"""
 
 
 @pytest.mark.parametrize("A", [1.0, -1.0])
-def test_lines_are_drawn_where_the_numbers_are(page, A):
-    "Read off the picture with its own ticks: the live and the flat part are the objective, the faint line is the ratio times A."
+def test_the_drawn_objective_is_correct(page, A):
+    "By the ticks of the picture: the objective is live and flat part, the faint line ratio times A."
     show(page, PPOExplorer(clip_range=0.3)._repr_html_())
     pressed(page, A)
     r = drag(page, "ratio", 0.4)
@@ -146,8 +147,8 @@ def test_lines_are_drawn_where_the_numbers_are(page, A):
     np.testing.assert_allclose(seen["dot"], [r, trained(r, A, 0.3)[0]], atol=1e-3)
 
 
-def test_reward_is_drawn_where_the_numbers_are(page):
-    "The faint line is √(2 KL), the full one what is left of it, and the dot stands on its top."
+def test_the_drawn_reward_is_correct(page):
+    "The faint line is √(2 KL), the full one minus the penalty, and the dot is at its maximum."
     show(page, PPOExplorer(kl_coef=0.5)._repr_html_())
     seen = page.locator(".distance").evaluate(READ)
     for x, y in seen["faint"]: assert abs(y - math.sqrt(2 * max(0, x))) < 0.03
@@ -156,8 +157,8 @@ def test_reward_is_drawn_where_the_numbers_are(page):
     assert abs(max(y for _, y in seen["live"]) - 1) < 0.01 and max(x for x, _ in seen["faint"]) > 11.9
 
 
-def test_keys_do_what_the_mouse_does(page):
-    "All can be reached with the tab key, arrows move the sliders, space presses the buttons, and what was said changes."
+def test_the_keyboard_works(page):
+    "Tab reaches all controls, arrows move the sliders, space presses the buttons, and the sentence changes."
     show(page, PPOExplorer()._repr_html_())
     order = []
     for _ in range(5):
@@ -166,19 +167,19 @@ def test_keys_do_what_the_mouse_does(page):
     assert order == ["ratio", "1", "-1", "clip_range", "kl_coef"]
     page.locator("[name=ratio]").focus()
     for _ in range(25): page.keyboard.press("ArrowLeft")                  # 1.35 → 1.10
-    assert page.locator(".said").first.inner_text() == "ratio 1.10: gradient +1.00, makes it likelier"
+    assert page.locator(".sentence").first.inner_text() == "ratio 1.10: gradient +1.00, makes it more likely"
     page.keyboard.press("End")
-    assert page.locator(".said").first.inner_text().startswith("ratio 2.00: clipped, gradient 0")
+    assert page.locator(".sentence").first.inner_text().startswith("ratio 2.00: clipped, gradient 0")
     page.keyboard.press("Tab"); page.keyboard.press("Tab"); page.keyboard.press("Space")
-    assert page.locator(".said").first.inner_text() == "ratio 2.00: gradient −1.00, makes it less likely"
+    assert page.locator(".sentence").first.inner_text() == "ratio 2.00: gradient −1.00, makes it less likely"
     assert page.get_by_role("button", pressed=True).inner_text() == "worse: −1"
     page.locator("[name=clip_range]").focus(); page.keyboard.press("Home")
     assert page.locator("output").first.inner_text() == "0.05"
     assert all(page.locator("input").nth(i).get_attribute("aria-label") for i in range(3))
 
 
-def test_pictures_do_not_disturb_each_other(page):
-    "Two renderings on a page, and the same name twice as from two notebooks: each has its own numbers."
+def test_pictures_are_independent(page):
+    "Two renderings on a page, and the same id twice as from two notebooks: each has its own numbers."
     explorer = PPOExplorer()
     twice = explorer._repr_html_()
     show(page, twice, twice, explorer._repr_html_())
@@ -193,21 +194,21 @@ EVIL = ["<script>window.hit = 1</script>", "<img src=x onerror='window.hit = 1'>
 
 
 class Tokens:
-    "A tokenizer whose tokens are what one gives it."
+    "A tokenizer with given pieces."
     def __init__(self, *pieces): self.pieces = pieces
     def piece(self, id): return self.pieces[id]
 
 
 def rollout(tokens, prompt=1):
-    "A rollout of one response; the numbers are the places of the tokens, alternating in sign."
+    "A rollout of one response; the numbers are the positions of the tokens, alternating in sign."
     n = len(tokens.pieces) - prompt
     numbers = mx.array([[(-1.0) ** i * i for i in range(n)]])
     ids, mask, zero = mx.arange(n + prompt)[None], mx.ones((1, n), dtype=mx.bool_), mx.zeros((1, n))
     return Rollout(ids, mx.array([0]), mask, numbers, zero, 2 * numbers, 3 * numbers, 4 * numbers, zero)
 
 
-def test_texts_stay_texts(page):
-    "Whatever prompts, responses and tokens hold is shown as it is: nothing runs, nothing is asked of the network, nothing is lost."
+def test_texts_are_escaped(page):
+    "Prompts, responses and tokens appear unchanged: nothing runs, nothing is requested, nothing is lost."
     tokens = Tokens(*EVIL, *EVIL)
     said = Samples([], [], EVIL, EVIL[::-1], np.arange(5.0))
     show(page, RolloutView(tokens, rollout(tokens, 5), 0)._repr_html_(), SampledView(said)._repr_html_())
@@ -219,8 +220,8 @@ def test_texts_stay_texts(page):
     assert page.asked == [] and page.wrong == []
 
 
-def test_nothing_is_asked_of_the_network(page, tmp_path):
-    "An explorer in a file works where there is nothing but the file."
+def test_no_network_requests(page, tmp_path):
+    "An explorer works from a single file."
     file = tmp_path / "page.html"
     file.write_text(f"<!doctype html><meta charset=utf-8>{PPOExplorer()._repr_html_()}", encoding="utf-8")
     page.goto(file.as_uri())
@@ -228,8 +229,8 @@ def test_nothing_is_asked_of_the_network(page, tmp_path):
 
 
 @pytest.mark.parametrize("width", [1100, 420])
-def test_box_of_a_token_is_seen(page, width):
-    "Pointing at a token, or going to it with the tab key, opens its box with all four numbers; no box leaves the page, nothing overflows."
+def test_the_box_of_a_token_is_visible(page, width):
+    "It opens on hover and on focus, with all four numbers, and within the page."
     tokens = Tokens("p", *("word " * 60).split(" "))
     page.set_viewport_size({"width": width, "height": 700})
     show(page, RolloutView(tokens, rollout(tokens), 0)._repr_html_())
@@ -249,8 +250,8 @@ def test_box_of_a_token_is_seen(page, width):
 
 
 @pytest.mark.parametrize("width", [1100, 420])
-def test_halves_stand_beside_each_other_where_there_is_room(page, width):
-    "On a wide page two columns, on a narrow one two rows, and never wider than the page."
+def test_layout_follows_the_width(page, width):
+    "Two columns on a wide page, two rows on a narrow one, never wider than the page."
     page.set_viewport_size({"width": width, "height": 700})
     show(page, PPOExplorer()._repr_html_())
     left, right = (page.locator(".half").nth(i).bounding_box() for i in range(2))

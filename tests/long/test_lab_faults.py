@@ -291,9 +291,9 @@ def test_stop_in_the_middle_of_a_step(tmp_path, jupyter):
     "A step cut short between its updates, then Stop: the step is ended and saved, and Run goes on as if nothing had been."
     async def main():
         trainer = make("ppo", tmp_path, steps=6)
-        update = trainer._one_update
-        cut = once(lambda now: now.number == 3 and len(now.updates) == 2, lambda: hit(2))
-        trainer._one_update = lambda now, *args: (update(now, *args), cut(now))
+        update = trainer.apply_update
+        cut = once(lambda step: step.number == 3 and len(step.updates) == 2, lambda: hit(2))
+        trainer.apply_update = lambda step, *args: (update(step, *args), cut(step))
         live = Live(trainer, tmp_path / "runs")
         live.start()
         await until(lambda: trainer.steps_done == 3 and at_rest(live))

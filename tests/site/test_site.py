@@ -78,7 +78,7 @@ def test_explorer_lives_without_a_kernel(site, page):
     page.goto(f"{site}/ppo.html")
     explorer = page.locator(".ppo-explorer").first
     explorer.scroll_into_view_if_needed()
-    said = explorer.locator(".said").first
+    said = explorer.locator(".sentence").first
     ratio = explorer.locator("[name=ratio]")
     assert "gradient 0" in said.inner_text() and explorer.get_attribute("data-gradient") == "0"
     ratio.focus()

@@ -33,17 +33,17 @@ def count(what):
 class Reward(RewardModel):
     def compute_reward(self, prompts, responses):
         count("sample")
-        with open(folder / "said.txt", "a") as f: f.write(json.dumps([prompts, responses]) + "\n")
+        with open(folder / "scored.txt", "a") as f: f.write(json.dumps([prompts, responses]) + "\n")
         return [sum(map(ord, r)) % 97 / 97 for r in responses]
 
 
-update = PPOTrainer._one_update
+update = PPOTrainer.apply_update
 def counted(self, *args):
     count("update")
     return update(self, *args)
 
 
-PPOTrainer._one_update = counted
+PPOTrainer.apply_update = counted
 ppo(
     PPOConfig.model_validate_json(
         json.dumps(
