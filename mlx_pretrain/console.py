@@ -78,7 +78,7 @@ def safe_output() -> Iterator[None]:
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
 
-# %% ../nbs/10_console.ipynb #b9ea0c11
+# %% ../nbs/10_console.ipynb #679a6f4f
 caught: list[int] = [] # numbers of the signals received, oldest first
 
 
@@ -93,13 +93,13 @@ def _exit_now():
         os.write(2, b"\nStopped.\n" if os.isatty(2) else b"Stopped.\n")
     os._exit(stop_code())
 
-
+# %% ../nbs/10_console.ipynb #e2f5b021
 def _importing(frame) -> bool:
     "Whether a module is being imported."
     while frame and not frame.f_code.co_filename.startswith("<frozen importlib"): frame = frame.f_back
     return frame is not None
 
-
+# %% ../nbs/10_console.ipynb #8d013b89
 def _on_signal(number, frame):
     caught.append(number)
     if len(caught) > 1 or _importing(frame):
@@ -113,7 +113,7 @@ def _on_ignored_exception(about):
         _exit_now()
     sys.__unraisablehook__(about)
 
-
+# %% ../nbs/10_console.ipynb #937c157e
 def _is_interrupt(error: BaseException | None) -> bool:
     "Whether an exception is a `KeyboardInterrupt`, or was raised from one."
     while error and not isinstance(error, KeyboardInterrupt): error = error.__cause__ or error.__context__

@@ -323,11 +323,7 @@ def init_weights(
 # %% ../nbs/00_model.ipynb #f3996b88
 class Llama(nn.Module):
     "Tokens to logits. Parameter names are those of Hugging Face's `LlamaForCausalLM`."
-    def __init__(
-        self,
-        args: LlamaArgs,
-        seed: int = 0, # of the initial weights
-    ):
+    def __init__(self, args: LlamaArgs, seed: int = 0):
         super().__init__()
         self.args, self.model = args, Decoder(args)
         if not args.tie_word_embeddings: self.lm_head = Linear(args.hidden_size, args.vocab_size)
@@ -352,12 +348,9 @@ class Llama(nn.Module):
         return self.model(ids, cache, pad)
 
     def __call__(
-        self,
-        ids: mx.array, # all as for `hidden`
-        cache: list[KVCache] | None = None,
-        pad: mx.array | None = None,
+        self, ids: mx.array, cache: list[KVCache] | None = None, pad: mx.array | None = None
     ) -> mx.array: # (B, T, V)
-        "Logits of the next token, at every position."
+        "Logits of the next token at every position; arguments as for `hidden`."
         return linears(self.hidden(ids, cache, pad), self.head_weight)[0]
 
     def loss(
