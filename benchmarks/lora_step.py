@@ -1,17 +1,19 @@
-"""LoRA on SmolLM2-135M-Instruct, here and with mlx-lm's own trainer: same rows, adapters, optimizer and BLAS, in fresh processes by turns.
+"""LoRA on SmolLM2-135M-Instruct, here and with mlx-lm's own trainer, in fresh processes that alternate.
 
-    python benchmarks/lora_step.py                    medians, ratios, held-out losses, and the curves in runs/lora_step.png
-    python benchmarks/lora_step.py --rounds 4         more turns, each with other rows; an even number, as both begin equally often
-    python benchmarks/lora_step.py --steps 100        longer turns
+    python benchmarks/lora_step.py              medians, ratios, held-out losses, curves in runs/lora_step.png
+    python benchmarks/lora_step.py --rounds 4   more rounds with other rows; an even number, for a fair order
+    python benchmarks/lora_step.py --steps 100  longer rounds
 
-It needs `pip install mlx-lm chatterbot-corpus`, and what tools/smollm2.py and tools/exchanges.py write. A turn is one epoch.
+Both train the same rows, with the same adapters, optimizer and BLAS; a round is one epoch. It needs
+`pip install mlx-lm chatterbot-corpus`, and the files written by tools/smollm2.py and tools/exchanges.py.
 
-The training losses are means over different tokens: ours counts the response and `<|im_end|>`, mlx-lm in each row also the line break that
-the template writes then, and one token of padding behind it. The held-out loss is measured by our function for both, with what each
-trainer has saved. Ours puts rows of like length together. mlx-lm means to, but takes chat rows to be of one length, so that they stay in
-the order of the file. Both trace a new graph for each new shape of a batch, which the total shows. On a CPU, MLX compiles new kernels as
-well, half a minute in all, and keeps them in the folder for temporary files; a few steps of each trainer beforehand see to that. Leave the
-machine alone meanwhile: the threads of a BLAS wait for each other.
+The training losses are means over different tokens: ours counts the response and `<|im_end|>`, mlx-lm in each
+row also the line break that the template writes next, and one token of padding after it. The held-out loss is
+computed by our function for both, from the adapters that each trainer has saved. Ours groups rows of similar
+length. mlx-lm intends to, but treats all chat rows as equally long, so that they stay in the order of the
+file. Both trace a new graph for each new shape of a batch, which is included in the total. On a CPU, MLX also
+compiles new kernels, half a minute in all, and caches them in the folder for temporary files; a few steps of
+each trainer beforehand do that. Leave the machine idle meanwhile: the threads of a BLAS wait for each other.
 """
 import argparse
 import json
@@ -33,9 +35,9 @@ MODEL = DATA / "SmolLM2-135M-Instruct"
 TRAIN = DATA / "exchanges" / "train.jsonl"
 HELD_OUT = DATA / "exchanges" / "val.jsonl"
 RANK, SCALE, BATCH, RATE = 8, 2.0, 4, 5e-4  # mlx-lm's rank and batch size
-WARM_UP = 3  # steps that only the total counts
-# and digits
-UNITS = {"s a step": 3, "s in all": 1, "rows/s": 2, "tokens/s": 1, "GB in MLX": 2, "GB of process": 2,
+WARM_UP = 3  # steps that are in the total only
+# metric → digits
+UNITS = {"s per step": 3, "s in total": 1, "rows/s": 2, "tokens/s": 1, "GB in MLX": 2, "GB of process": 2,
          "held-out loss": 4}
 
 
@@ -81,7 +83,8 @@ def mlx_lm(folder, seed, record):
     class Recorder(TrainingCallback):
         def on_train_loss_report(self, info): record(info["train_loss"], info["trained_tokens"])
 
-    np.random.seed(seed); mx.random.seed(seed)
+    np.random.seed(seed)
+    mx.random.seed(seed)
     model, tokenizer = load(str(MODEL))
     lora = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
     about = {"fine_tune_type": "lora", "num_layers": len(model.layers), "lora_parameters": lora}
@@ -89,8 +92,8 @@ def mlx_lm(folder, seed, record):
     linear_to_lora_layers(model, len(model.layers), lora)
     save_config(about, folder / "adapter_config.json")
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    said = [(("user", row["instruction"]), ("assistant", row["response"])) for row in rows]
-    chats = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in said]
+    chats = [(("user", row["instruction"]), ("assistant", row["response"])) for row in rows]
+    chats = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in chats]
     args = TrainingArgs(BATCH, len(rows) // BATCH, steps_per_report=1,
                         adapter_file=folder / "adapters.safetensors")
     record.start()
@@ -99,13 +102,18 @@ def mlx_lm(folder, seed, record):
 
 
 class Record:
-    "Of each step the seconds, with all that happens between steps, the loss, and how many tokens have counted up to then."
+    "For each step the seconds (including what happens between steps), the loss, and the tokens so far."
     def __init__(self): self.seconds, self.losses, self.tokens = [], [], []
-    def start(self): mx.reset_peak_memory(); self.last = time.perf_counter()
+
+    def start(self):
+        mx.reset_peak_memory()
+        self.last = time.perf_counter()
 
     def __call__(self, loss, tokens):
         now = time.perf_counter()
-        self.seconds.append(now - self.last); self.losses.append(loss); self.tokens.append(tokens)
+        self.seconds.append(now - self.last)
+        self.losses.append(loss)
+        self.tokens.append(tokens)
         self.last = now
 
     def summary(self):
@@ -122,7 +130,7 @@ class Record:
 
 
 def take_turn(who, lines, seed, measure):
-    "One trainer in a fresh process, with some rows drawn by the seed; then what it has saved is measured."
+    "Run one trainer in a fresh process on these rows; then measure the held-out loss of its adapters."
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         done = run([sys.executable, __file__, "--turn", who, folder, str(seed)], capture_output=True,
@@ -132,7 +140,7 @@ def take_turn(who, lines, seed, measure):
 
 
 def draw(made, before):
-    "Training losses, thin as they are and thick smoothed, and held-out losses before and after."
+    "Plot training losses, raw (thin) and smoothed (thick), and held-out losses before and after."
     from matplotlib.figure import Figure
 
     from mlx_pretrain.plot import _smooth, save_figure
@@ -147,12 +155,13 @@ def draw(made, before):
         axes.plot(at, _smooth(losses.mean(axis=1), 9), color=color, label=f"{who}: training, as it counts")
         axes.plot([0, at[-1]], [before, after], "o--", color=color, markersize=4,
                   label=f"{who}: held out, {before:.3f} → {after:.3f}")
-    axes.grid(alpha=0.3); axes.legend()
+    axes.grid(alpha=0.3)
+    axes.legend()
     return save_figure(figure, DATA.parent / "runs" / "lora_step.png")
 
 
 def compare(rounds, steps):
-    "Take turns, and print each one, then the medians and ratios."
+    "Run both trainers alternately; print each result, then medians and ratios."
     from mlx_pretrain.lora import load_adapters
     from mlx_pretrain.pretrained import load
     from mlx_pretrain.step import evaluate_loss
@@ -167,7 +176,7 @@ def compare(rounds, steps):
                                      trainer.held_out_batches())
         return total / count
 
-    before = trainer.evaluate()["val_loss"]  # with adapters that say nothing yet
+    before = trainer.evaluate()["val_loss"]  # with adapters of zero
     for who in made: take_turn(who, lines[:BATCH * (WARM_UP + 1)], 0, measure)
     for n in range(rounds):
         drawn = [lines[i] for i in np.random.default_rng(n).choice(len(lines), steps * BATCH, replace=False)]
@@ -176,12 +185,14 @@ def compare(rounds, steps):
             print(f"round {n + 1}, {who}:",
                   ", ".join(f"{turn[key]:.{digits}f} {key}" for key, digits in UNITS.items()), flush=True)
     print(
-        f"{steps} steps of {BATCH} rows, {mx.default_device()}, medians of {rounds} rounds; held-out loss before: {before:.4f}"
+        f"{steps} steps of {BATCH} rows, {mx.default_device()}, medians of {rounds} rounds; "
+        f"held-out loss before: {before:.4f}"
     )
     for key, digits in UNITS.items():
         a, b = ([turn[key] for turn in turns] for turns in made.values())
         print(
-            f"{key:14}  ours {median(a):8.{digits}f}   mlx-lm {median(b):8.{digits}f}   ratio {median(y / x for x, y in zip(a, b)):.3f}"
+            f"{key:14}  ours {median(a):8.{digits}f}   mlx-lm {median(b):8.{digits}f}   "
+            f"ratio {median(y / x for x, y in zip(a, b)):.3f}"
         )
     print(draw(made, before))
 
@@ -189,8 +200,8 @@ def compare(rounds, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="how often the trainers take turns")
-    parser.add_argument("--steps", type=int, default=40, help="steps of each turn, more than 3")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds per trainer")
+    parser.add_argument("--steps", type=int, default=40, help="steps per round, more than 3")
     parser.add_argument("--turn", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.turn:

@@ -102,7 +102,7 @@ def _scaling_from_hf(rope: dict[str, Any]) -> dict[str, Any]: # as `RopeScaling`
 
 # %% ../nbs/32_pretrained.ipynb #3464e85d
 class _Rope(NamedTuple):
-    "What one section of a config.json says about RoPE; None where it says nothing."
+    "RoPE in one section of a config.json; None for what it omits."
     theta: float | None
     scaling: dict[str, Any] | None
 

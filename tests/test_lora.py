@@ -413,7 +413,7 @@ def test_resume_cannot_add_adapters(place):
 @pytest.mark.parametrize("source", ["base", "turned", "turned/checkpoints/step_000001", "turned/model"])
 @PLANTED
 def test_exported_model_equals_exported_adapters(place, monkeypatch, source, planted):
-    if planted and "checkpoints" not in source: return                    # only checkpoints keep interleaved RoPE
+    if planted and "checkpoints" not in source: return                    # only they keep interleaved RoPE
     if planted: monkeypatch.setattr(lora_module, "half_split", lambda rows, head_dim: rows)
     lora = {"targets": ["q_proj", "k_proj", "up_proj"], "num_layers": 1}
     path = sft(config(pretrained_model=f"runs/{source}", training={"epochs": 3, "lora": lora}))
@@ -458,7 +458,8 @@ def test_config_reaches_the_adapters(place, capsys, way):
     (["dropout", "1"], "training.lora.dropout"),
     (["dropout", "-0.1"], "training.lora.dropout"), (["num_layers", "0"], "training.lora.num_layers"),
     (["targets", "1"], "training.lora.targets"), (["rnk", "4"], 'did you mean "training.lora.rank"?'),
-    (["targets", "w_pack"], "\"training.lora.targets\": a block has no projection 'w_pack'; it has q_proj, k_proj"),
+    (["targets", "w_pack"],
+     "\"training.lora.targets\": a block has no projection 'w_pack'; it has q_proj, k_proj"),
     (["targets", "q_proj", "lm_head"], "no projection 'lm_head'; it has q_proj"),
     (["num_layers", "3"], '"training.lora.num_layers" is 3, but the model has only 2 layers'),
     (["rank", "0", "--training.lora.alpha", "16"], "rank is 0, so there are no adapters"),

@@ -132,8 +132,8 @@ def test_without_overwrite_nothing_changes(tmp_path):
     lambda p: (p.mkdir(), (p / "metadata.json").write_text("[1]")),
     lambda p: p.symlink_to(old_run(p.parent, "y")),
     lambda p: p.symlink_to(p.parent / "nowhere"),
-], ids=["folder", "empty folder", "file", "metadata of others", "versions is a list", "metadata is a list", "link to a run",
-        "dangling link"])
+], ids=["folder", "empty folder", "file", "metadata of others", "versions is a list", "metadata is a list",
+        "link to a run",         "dangling link"])
 def test_overwrite_refuses_what_is_not_a_run(make, tmp_path):
     place = tmp_path / "x"
     make(place)
@@ -366,7 +366,8 @@ import mlx_pretrain
 import mlx.core as mx
 from mlx_pretrain.checkpoint import RunError, write_checkpoint, load_checkpoint
 one = write_checkpoint(sys.argv[1], 1, {"model": {"w": mx.zeros(10)}}, {})
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)                # files may not grow beyond 1 MB: as if the disk were full
+# files may not grow beyond 1 MB: as if the disk were full
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
 try: write_checkpoint(sys.argv[1], 2, {"model": {"w": mx.zeros(1_000_000)}}, {})
 except RunError as e: print(e)
@@ -390,7 +391,7 @@ import mlx_pretrain
 import mlx.core as mx
 from mlx_pretrain import checkpoint as C
 how, root, first = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-if how == "in place":                                        # planted bug: the files get their final names from the start
+if how == "in place":                                        # planted bug: written to the final path
     def write(folder, step, arrays, state):
         C.write_checkpoint_files(folder / f"step_{step:06d}", arrays, {**state, "step": step})
 else: write = C.write_checkpoint
@@ -558,7 +559,9 @@ run = Run("x", "theirs", root=sys.argv[1])
 if sys.argv[2] == "fork":
     child = os.fork()
     if child == 0: time.sleep(60); os._exit(0)
-else: child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False, stdout=subprocess.DEVNULL).pid
+else:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False,
+                             stdout=subprocess.DEVNULL).pid
 time.sleep(0.2)
 print("ready", child, flush=True)
 sys.stdin.read()
@@ -901,7 +904,8 @@ def test_resume_never_loses_later_checkpoints(tmp_path):
     flip_bit(path / "checkpoints" / "step_000300")
     with pytest.raises(
         RunError,
-        match="later checkpoints than step 100, up to step_000200; resume from `latest`, or give another `name`",
+        match="later checkpoints than step 100, up to step_000200; "
+        "resume from `latest`, or give another `name`",
     ):
         Run.resume(saved, "x", "", root=tmp_path)
     flip_bit(path / "checkpoints" / "step_000300")               # back
@@ -1082,10 +1086,14 @@ def test_run_written_by_another_process_is_running(tmp_path):
 @pytest.mark.parametrize("damage", [
     lambda p: (p / "metrics.jsonl").write_bytes(b"\0\0\n[]\n{\n\xff\n" + b"[" * 10**5 + b"\n"),
     lambda p: (p / "metrics.jsonl").mkdir(),
-    lambda p: (p / "metrics.jsonl").write_text('{"step": "x", "loss": [1], "val_loss": "low", "val_bits_per_byte": {}}\n'),
-    lambda p: (p / "metadata.json").write_text('{"versions": {"mlx_pretrain": 1}, "outcome": 7, "created": 7, "parameters": "many"}'),
-    lambda p: (p / "metadata.json").write_text('{"versions": {"mlx_pretrain": 1}, "total_steps": {}, "checkpoint_dir": 3}'),
-    lambda p: (p / "metadata.json").write_text('{"versions": {"mlx_pretrain": 1}, "outcome": "running", "checkpoint_dir": "/etc"}'),
+    lambda p: (p / "metrics.jsonl").write_text(
+        '{"step": "x", "loss": [1], "val_loss": "low", "val_bits_per_byte": {}}\n'),
+    lambda p: (p / "metadata.json").write_text(
+        '{"versions": {"mlx_pretrain": 1}, "outcome": 7, "created": 7, "parameters": "many"}'),
+    lambda p: (p / "metadata.json").write_text(
+        '{"versions": {"mlx_pretrain": 1}, "total_steps": {}, "checkpoint_dir": 3}'),
+    lambda p: (p / "metadata.json").write_text(
+        '{"versions": {"mlx_pretrain": 1}, "outcome": "running", "checkpoint_dir": "/etc"}'),
     lambda p: (p / "dangling").symlink_to("nowhere"),
     lambda p: shutil.rmtree(p / "logs"),
 ])
@@ -1115,7 +1123,7 @@ class PowerCut(BaseException): "Nothing after it reaches the disk."
 
 @contextmanager
 def power_cut(after: int):
-    "Allow `after` changes of the disk, and none after that; the file being written then keeps half of its bytes."
+    "Allow `after` changes of the disk and no more; the file being written then keeps half of its bytes."
     count = 0
     def cut(change, half=None):
         def changed(*args, **kwargs):
@@ -1171,7 +1179,7 @@ def dead(root: Path):
 
 
 def survive(act, root: Path) -> int:
-    "Cut the power in `act` after 0, 1, 2, … changes; after each, the run must be valid and resume. Returns their number."
+    "Cut the power after each change by `act`: the run must be valid and resume. Returns their number."
     for after in range(1000):
         shutil.rmtree(root, ignore_errors=True)
         path = saved_run(root)
@@ -1244,8 +1252,8 @@ def replace_without_renaming(new, final, replace=True):
     ("replace_dir", replace_without_renaming, save_again, "200 >= 300"),
     ("replace_dir", replace_without_renaming, overwrite, "step_000.00/.* is missing"),
     ("remove_leftovers", lambda folder, names: None, save_again, r"\.step_000300\.new-"),
-], ids=["written in place", "deleted in place", "deleted before the new one exists", "same step deleted first",
-        "old run deleted first", "leftovers not removed"])
+], ids=["written in place", "deleted in place", "deleted before the new one exists",
+        "same step deleted first", "old run deleted first", "leftovers not removed"])
 def test_planted_power_loss_bugs_are_detected(name, bug, act, why, tmp_path, monkeypatch):
     for module in (R, C):
         if hasattr(module, name): monkeypatch.setattr(module, name, bug)
@@ -1271,7 +1279,7 @@ step = saved.state["step"] if saved else 0
 while True:
     step += 1
     run.log({"step": step})
-    for again in (0, 1):                                         # each step twice: the second one replaces the first
+    for again in (0, 1):                                         # the second save replaces the first
         arrays = {"model": {"w": mx.full((50_000,), step)}, "optimizer": {"m": mx.full((50_000,), again)}}
         run.save_checkpoint(step, arrays, {"again": again}, best=step // 10 * 10 or None)
         print(step, flush=True)

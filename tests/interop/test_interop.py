@@ -25,7 +25,8 @@ from mlx_pretrain.tokenizer import ByteTokenizer, train_sentencepiece
 
 transformers.logging.set_verbosity_error()
 TEXTS = ["", " ", "  ", "   \n", "\n", "\n\n", " a", "a ", "a  b", "Hello, world!", "tabs\tand\r\nlines",
-         "Zürich, naïve café", "🦙", "👩\u200d👩\u200d👧 family", "你好，世界", "a\u0301", "\u2028 and \u00a0",
+         "Zürich, naïve café", "🦙", "👩\u200d👩\u200d👧 family",
+         "你好，世界", "a\u0301", "\u2028 and \u00a0",
          "zero\x00byte", "def f(x):\n    return x ** 2\n", "1234567890", "…“quotes”…",
          "The state of the union is strong.\n\nMy fellow citizens:", "İstanbul ﬁne ㎏", "\ufeffmark",
          "x" * 300]
@@ -57,7 +58,8 @@ def lively(**sizes):
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     lines = [
-        "My fellow citizens: the state of the union is strong.\n\nThe llama  eats 1,234 blades of grass; naïve café, Zürich."
+        "My fellow citizens: the state of the union is strong.\n\n"
+        "The llama  eats 1,234 blades of grass; naïve café, Zürich."
     ] * 30
     return {"byte": ByteTokenizer(),
             "sentencepiece": train_sentencepiece(lines, 350, tmp_path_factory.mktemp("sp"))}
@@ -133,7 +135,10 @@ def test_ids(ours):
 
 
 def test_ids_of_any_text(ours):
-    "Text from everywhere, and from the words the tokenizer knows. transformers reads SentencePiece's ▁ as a space; here it is kept."
+    """Random characters, and words of the training text.
+
+    transformers reads SentencePiece's ▁ as a space; here it is kept.
+    """
     _, tokenizer, directory = ours
     theirs = AutoTokenizer.from_pretrained(directory)
     letters = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
@@ -158,7 +163,7 @@ def stopper(request, tokenizers, tmp_path_factory):
         generated = np.array(generate(model, [prompt], **how).tokens)[0].tolist()
         if generated[5] not in generated[:5] and tokenizer.eos_id not in generated[:6]: break
     order = np.arange(tokenizer.vocab_size)
-    order[[generated[5], tokenizer.eos_id]] = tokenizer.eos_id, generated[5]        # the sixth token becomes EOS
+    order[[generated[5], tokenizer.eos_id]] = tokenizer.eos_id, generated[5]     # the sixth token becomes EOS
     model.lm_head.weight = model.lm_head.weight[mx.array(order)]
     directory = tmp_path_factory.mktemp("stopper")
     export(model, tokenizer, directory)
@@ -330,7 +335,8 @@ MUON = dict(momentum=0.95, adjust_lr_fn="match_rms_adamw")
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5), (64, 160)])
 def test_muon_steps_alike(shape, monkeypatch):
-    """Torch orthogonalises in bfloat16, with about three digits; ours are as close as that allows, and to float32's rounding where it
+    """Torch orthogonalises in bfloat16, with about three digits; ours are as close as that allows, and to
+    float32's rounding where it
     is made to use float32."""
     w, grads = optimizer_example(shape, steps=5)
     ours, still = walk_ours(Muon(0.01, 0.95, 0.1), w, grads), w * (1 - 0.01 * 0.1) ** 5

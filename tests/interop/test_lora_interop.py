@@ -1,4 +1,4 @@
-"Adapters and conversations adapted mlx-lm, transformers and torch: the same files, the same tokens, the same gradients, the same answers."
+"Adapters and chats in mlx-lm, transformers and torch: equal files, tokens, gradients and responses."
 import json
 import subprocess
 import sys
@@ -65,7 +65,9 @@ def write(rows): Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" fo
 
 
 @pytest.mark.parametrize("cfg, sizes", [
-    ({}, {}), ({"targets": ["q_proj", "k_proj", "mlp.down_proj"], "num_layers": 2, "alpha": 3}, {"attention_bias": True, "mlp_bias": True}),
+    ({}, {}),
+    ({"targets": ["q_proj", "k_proj", "mlp.down_proj"], "num_layers": 2, "alpha": 3},
+     {"attention_bias": True, "mlp_bias": True}),
     ({"targets": ["q_proj", "k_proj"]}, {"rope_traditional": True, "tie_word_embeddings": False})],
     ids=["all", "some", "neighbours"])
 def test_ours_in_mlx_lm_and_merged_in_transformers(tmp_path, cfg, sizes):
@@ -213,14 +215,19 @@ def say(what):
 
 
 CHATML = ("{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-          "{{ '<|im_start|>system\nYou are a gull<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+          "{{ '<|im_start|>system\nYou are a gull<|im_end|>\n' }}{% endif %}"
+          "{{ '<|im_start|>' + message['role'] + '\n' }}"
           + say("message['content'] + '<|im_end|>'") +
           "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 LLAMA3 = ("{% for message in messages %}{% if loop.index0 == 0 %}{{ bos_token }}{% endif %}"
-          "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}" + say("message['content'] | trim + '<|eot_id|>'") +
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-ZEPHYR = ("{% for message in messages %}\n{{ '<|' + message['role'] + '|>\n' }}" + say("message['content'] + eos_token") +
-          "{{ '\n' }}{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
+          "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+          + say("message['content'] | trim + '<|eot_id|>'") +
+          "{% endfor %}{% if add_generation_prompt %}"
+          "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+ZEPHYR = ("{% for message in messages %}\n{{ '<|' + message['role'] + '|>\n' }}"
+          + say("message['content'] + eos_token") +
+          "{{ '\n' }}{% if loop.last and add_generation_prompt %}"
+          "\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
 IM, HEADER, S = ["<|im_start|>", "<|im_end|>"], ["<|start_header_id|>", "<|end_header_id|>"], ["<s>", "</s>"]
 EOT, BARS = ["<|begin_of_text|>", "<|eot_id|>"], ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
 KINDS = {  # template, tokenizer, beginning and end, other control tokens
@@ -241,7 +248,7 @@ TALKS = [[{"role": role, "content": text} for role, text in zip(roles, texts)]
 
 
 def make_tokenizer(folder, template, kind, ends, others):
-    "A small tokenizer of a published kind: bytes as Llama 3 has them, or with a blank in front of a text, as Llama 2."
+    "A small tokenizer: byte-level as Llama 3's, or with a space in front of a text as Llama 2's."
     made = Tokenizer(models.BPE(byte_fallback=kind != "bytes",
                                 unk_token=None if kind == "bytes" else "<unk>"))
     more = {}
