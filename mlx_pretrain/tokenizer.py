@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 
 from .config import ConfigSection, UserError
 from .core import rng_for, atomic_write
-from .hf_tokenizer import UnsupportedTokenizer, read_backend, sealed, special_tokens, token_text
+from .hf_tokenizer import UnsupportedTokenizer, read_backend, mark_special_tokens, special_tokens, token_text
 
 # %% ../nbs/22_tokenizer.ipynb #dc13ad50
 logger = logging.getLogger("mlx_pretrain")
@@ -676,7 +676,7 @@ class HFTokenizer(Tokenizer):
         self._suffix = tuple(backend.suffix)
         self.vocab_size = max(self._tok.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         def listed(text):
-            return i if (i := self._tok.token_to_id(text)) is not None and i < backend.listed else None
+            return i if (i := self._tok.token_to_id(text)) is not None and i < backend.num_listed else None
         _set_special(self, path, self._names, listed, self.vocab_size)
         self._control_names = {
             i: token.content for i, token in self._tok.get_added_tokens_decoder().items() if token.special
@@ -731,7 +731,7 @@ class HFTokenizer(Tokenizer):
             )
         if mark not in self._copies:
             with _foreign(f"{self._path} cannot be read"):
-                self._copies[mark] = sealed(self._tok, mark)
+                self._copies[mark] = mark_special_tokens(self._tok, mark)
         return self._copies[mark]
 
     def _encoded(self, tok, texts: list[str], encode: str = "encode_batch"):
