@@ -43,7 +43,7 @@ from pydantic import Field, field_validator, model_validator
 from .config import ConfigSection, where_from
 from .core import fsync, rng_for
 from .tokenizer import (
-    ByteTokenizer, DataError, Tokenizer, TokenizerConfig, _groups, _utf8, load_tokenizer)
+    ByteTokenizer, DataError, Tokenizer, TokenizerConfig, encode_utf8, group_by_size, load_tokenizer)
 
 # %% ../nbs/01_data.ipynb #4e4a3509
 logger = logging.getLogger("mlx_pretrain")
@@ -447,7 +447,7 @@ def _document(row: Row, preprocess: _Preprocess | None) -> str | None:
     if preprocess is None: return row.text()
     if (value := preprocess(row)) is None: return None
     try:
-        _utf8(text := _field(value, "text"))
+        encode_utf8(text := _field(value, "text"))
         return text
     except DataError as e:
         raise DataError(f"{row.file}, line {row.line}: after preprocess {preprocess.name}, {e}") from None
@@ -591,7 +591,7 @@ def _stream(texts: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
     """Tokens of some documents end to end, in the smallest type for the vocabulary; and UTF-8 bytes of the texts. A document begins as the
     tokenizer begins texts, and ends with eos.
     """
-    n_bytes = sum(len(_utf8(text)) for text in texts)
+    n_bytes = sum(len(encode_utf8(text)) for text in texts)
     behind = (
         tokenizer.suffix_ids
         if tokenizer.eos_id in tokenizer.suffix_ids
@@ -621,7 +621,7 @@ def _tokenise(
 ) -> Iterator[tuple[np.ndarray, int]]: # tokens and UTF-8 bytes
     "Tokenise documents, group by group."
     names = _control_names(tokenizer)
-    for group in _groups(documents, length=lambda document: len(document[1])):
+    for group in group_by_size(documents, length=lambda document: len(document[1])):
         try: yield _stream([text for _, text in group], tokenizer)
         except DataError:
             for n, text in group:

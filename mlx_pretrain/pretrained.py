@@ -29,7 +29,7 @@ from .run import (
     _HASHES, Checkpoint, _hash_problem, _not_utf8, replace_dir, _write_hashes, _writing, checkpoints, is_run,
     load_checkpoint, read_metadata)
 from .tokenizer import (
-    DataError, Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer)
+    DataError, Tokenizer, load_tokenizer, read_json_object)
 
 # %% ../nbs/32_pretrained.ipynb #f95ed538
 class PretrainedError(UserError):
@@ -214,7 +214,7 @@ def export(
             template = fmt and chat_template(fmt, tokenizer)
             # the template that came along asks in another form
             if template or fmt and fmt.prompt_format is not None:
-                _write_files(new, _without_chat(tokenizer._files))
+                tokenizer.save(new, chat_template=False)
             if template: (new / "chat_template.jinja").write_text(template, encoding="utf-8")
             _write_hashes(new, [path.name for path in new.iterdir()])
             for path in [*new.iterdir(), new]:
@@ -233,7 +233,7 @@ def _weight_files(directory: Path) -> list[Path]:
     "The files with a model's weights."
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = set((_read_object(index).get("weight_map") or {"": ""}).values())
+        names = set((read_json_object(index).get("weight_map") or {"": ""}).values())
         if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
             raise PretrainedError(f"{index} does not name the files with the weights; download it again")
         if missing := sorted(name for name in names if not (directory / name).is_file()):
@@ -370,7 +370,7 @@ def _check_kind(found: str | None, kind: type, path: Path):
 
 def _load_hf(directory: Path, kind: type = Llama) -> Pretrained:
     "A directory in Hugging Face's layout."
-    config = _read_object(directory / "config.json")
+    config = read_json_object(directory / "config.json")
     if problem := _hash_problem(directory):
         raise PretrainedError(problem)
     files = _weight_files(directory)
@@ -485,7 +485,7 @@ def _adapters_alone(path: Path) -> PretrainedError:
         return PretrainedError(
             f"{path} holds adapters alone; give the run that they belong to, {path.parent}"
         )
-    about, new = _read_object(path / "adapter_config.json"), path.with_name(f"{path.name}-merged")
+    about, new = read_json_object(path / "adapter_config.json"), path.with_name(f"{path.name}-merged")
     base = about.get("base_model_name_or_path") or about.get("model") or "BASE"
     if "peft_type" not in about:
         return PretrainedError(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .chat import ask_pieces, asked_messages, row_pieces
-from .data import Row, _groups, _hash_file, _Preprocess
+from .data import Row, group_by_size, _hash_file, _Preprocess
 from .prompt import Example, Piece, PromptFormat
 from .rows import _encoded, _grid, _none_left, _number, _size, RowCounts, _values
 from .tokenizer import DataError, Tokenizer
@@ -178,7 +178,7 @@ def read_prompts(
             known[row.line] = reward, row.value
             yield row.line, pieces
 
-    for group in _groups(laid_out(), length=_size):
+    for group in group_by_size(laid_out(), length=_size):
         for line, example in _encoded(path, group, tokenizer, tally):
             prompt, response = (
                 (example.ids, [])

@@ -214,8 +214,8 @@ def test_ids_are_checked_before_mlx_sees_them():
 def test_grouping_changes_nothing(monkeypatch):
     documents = [f"document {i} " * (i % 4) for i in range(30)]
     whole = pack(documents, tokenizer("sentencepiece"), 16, 4)
-    groups = data._groups
-    monkeypatch.setattr(data, "_groups", lambda texts, **length: groups(texts, size=20, **length))
+    groups = data.group_by_size
+    monkeypatch.setattr(data, "group_by_size", lambda texts, **length: groups(texts, size=20, **length))
     assert np.array_equal(pack(documents, tokenizer("sentencepiece"), 16, 4).tokens, whole.tokens)
 
 
