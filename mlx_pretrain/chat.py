@@ -326,8 +326,8 @@ def _reasoning_answer(
     answer = content.rpartition(close)[2].strip()
     if close not in content or not answer or answer not in rendered:
         raise DataError(
-            f"the chat template opens each answer with {tag}, and this answer has no reasoning; write "
-            f"{tag}…{close} in front of it, or {_INSTEAD}"
+            f"the chat template opens each answer with {tag}, and this one is not reasoning followed by an "
+            f"answer; write {tag}…{close} in front of it, or {_INSTEAD}"
         )
     end = rendered[opening.start():].rpartition(answer)[2]
     return content + end

@@ -389,11 +389,9 @@ def test_template_that_opens_reasoning_trains_it(tmp_path, answer):
 def test_template_that_opens_reasoning_refuses_answers_without(tmp_path):
     tok = make_tokenizer(tmp_path, R1)
     talk = [message("user", "Who?", trained=False), message("assistant", "Gulls.", trained=True)]
-    with pytest.raises(
-        DataError,
-        match="answer with <think>, and this answer has no reasoning; write <think>…</think> in front",
-    ):
-        template_pieces(tok, talk)
+    for content in ("Gulls.", "<think>Hm.</think>"):
+        with pytest.raises(DataError, match="not reasoning followed by an answer; write <think>…</"):
+            template_pieces(tok, [talk[0], {**talk[1], "content": content}])
     followed = [talk[0], {**talk[1], "content": "<think>…</think>Gulls."}]               # the remedy works
     assert template_pieces(tok, followed)[-1] == (tok.eos_id, True, False)
 
