@@ -87,7 +87,8 @@ def _message(value: Any, position: int) -> dict[str, Any]:
         raise DataError(f"message {position + 1} is not an object with a role and a content")
     entry = _entry(value, position)
     for applies, problem in _PROBLEMS:
-        if applies(entry): raise DataError(f"message {position + 1} {problem(entry)}")
+        if applies(entry):
+            raise DataError(f"message {position + 1} {problem(entry)}")
     other = {key: v for key, v in value.items() if key not in _OF_MESSAGES and v is not None}
     trained = entry.role == "assistant" and bool(entry.weight)
     return {"role": entry.role, "content": entry.content, "trained": trained, **other}
@@ -301,7 +302,8 @@ def template_pieces(
     def run(messages, ask): return render(tokenizer, messages, ask, date)
     def split(text): return _split(tokenizer, text, mark)
     segments, rest = _answer_segments(escaped, run)
-    if not segments and any(m["trained"] for m in escaped): raise _not_continued()
+    if not segments and any(m["trained"] for m in escaped):
+        raise _not_continued()
     pieces = []
     for context, answer in segments:
         pieces += [Piece(part) for part in split(context)]
@@ -320,7 +322,8 @@ def _reasoning_answer(
     Raises `DataError` if the answer has no reasoning.
     """
     opening = re.search(r"<(\w+)>\s*$", prompt)
-    if not opening or not rendered.startswith(prompt[:opening.start()]): raise _not_continued()
+    if not opening or not rendered.startswith(prompt[:opening.start()]):
+        raise _not_continued()
     tag, close = f"<{opening[1]}>", f"</{opening[1]}>"
     content = _with_reasoning(message, close).strip().removeprefix(tag).lstrip()
     answer = content.rpartition(close)[2].strip()

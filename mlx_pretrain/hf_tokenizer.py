@@ -192,7 +192,8 @@ def _missing_tokens(
     missing = [token for _, token in sorted(added.items()) if repr(token) not in same]
     known = {token.content for token in [*present, *missing]}
     for token in [*names.values(), *extra]:
-        if not isinstance(token, AddedToken): token = AddedToken(token_text(token), special=True)
+        if not isinstance(token, AddedToken):
+            token = AddedToken(token_text(token), special=True)
         if token.content and token.content not in known: missing.append(token)
         known.add(token.content)
     for token in missing:

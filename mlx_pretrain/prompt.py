@@ -270,7 +270,9 @@ class TokenView:
         example: Example,
         cut: range = range(0), # positions of truncated tokens
     ):
-        self.tokenizer, self.example, self.cut = tokenizer, example, cut
+        self.tokenizer = tokenizer
+        self.example = example
+        self.cut = cut
 
     def _repr_html_(self) -> str:
         n, half = len(self.example.ids), MAX_SHOWN // 2

@@ -302,7 +302,8 @@ class Tokenizer(SpecialTokenIds):
         "Token ids of rows, each encoded as one text, as transformers does if no text spells a control token."
         for row in rows:
             for part in row:
-                if isinstance(part, str): encode_utf8(part)
+                if isinstance(part, str):
+                    encode_utf8(part)
         return self._encode_parts(rows)
 
     def _encode_parts(self, rows): return _encode_separately(self.encode_batch, rows)
@@ -310,7 +311,8 @@ class Tokenizer(SpecialTokenIds):
     def decode(self, ids: Iterable[int]) -> str:
         "The text of token ids, without control tokens and ids from `vocab_size` on; invalid UTF-8 becomes �."
         ids, control = [*map(int, ids)], {self.pad_id, self.bos_id, *self.eos_ids}
-        if min(ids, default=0) < 0: raise DataError(f"there is no token {min(ids)}; ids count from 0")
+        if min(ids, default=0) < 0:
+            raise DataError(f"there is no token {min(ids)}; ids count from 0")
         return self._decode([i for i in ids if i < self.vocab_size and i not in control])
 
     def piece(self, id: int) -> str:
@@ -659,15 +661,24 @@ def _library_errors(problem: str):
     except BaseException as e:
         raise DataError(f"{problem} ({' '.join(str(e).split())[:200]}); copy it again") from None
 
-# %% ../nbs/22_tokenizer.ipynb #1a2ef5c3
+# %% ../nbs/22_tokenizer.ipynb #e4ea6ab4
 # ancient Greek musical notation: rare, and no normalizer changes it
 _MARKS = [*map(chr, range(0x1D200, 0x1D242))]
 
 
+def _unused_mark(texts: list[str]) -> str:
+    "A mark that occurs in none of the texts. Raises `DataError` if there is none."
+    for mark in _MARKS:
+        if not any(mark in text for text in texts): return mark
+    raise DataError(f"a text holds all of {_MARKS[0]} to {_MARKS[-1]}; leave one of these characters out")
+
+# %% ../nbs/22_tokenizer.ipynb #1a2ef5c3
 class _SafeEncoder:
     "A tokenizer of the package `tokenizers`; no text becomes a control token, errors are `DataError`s."
     def __init__(self, tokenizer, path: str):
-        self.tokenizer, self.path, self._copies = tokenizer, path, {}
+        self.tokenizer = tokenizer
+        self.path = path
+        self._copies = {}
         added = tokenizer.get_added_tokens_decoder()
         self.control_names = {i: token.content for i, token in added.items() if token.special}
 
@@ -703,11 +714,7 @@ class _SafeEncoder:
 
     def _marked_copy(self, texts: list[str]):
         "A copy with control tokens under names that occur in none of the texts, and these names by id."
-        mark = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
-        if mark is None:
-            raise DataError(
-                f"a text holds all of {_MARKS[0]} to {_MARKS[-1]}; leave one of these characters out"
-            )
+        mark = _unused_mark(texts)
         if mark not in self._copies:
             with _library_errors(f"{self.path} cannot be read"):
                 self._copies[mark] = mark_special_tokens(self.tokenizer, mark)
@@ -760,7 +767,8 @@ class HFTokenizer(Tokenizer):
         if self.vocab_size <= vocab_size: return
         added = self._tok.get_added_tokens_decoder()
         missing = {i: token.content for i, token in added.items() if i >= vocab_size}
-        if self.vocab_size > vocab_size + len(missing): super().fit_to(vocab_size, path)
+        if self.vocab_size > vocab_size + len(missing):
+            super().fit_to(vocab_size, path)
         _check_not_needed(missing, [*self._prefix, *self._suffix, self.eos_id], vocab_size, path)
         if self.pad_id in missing:
             logger.info("The padding token %s (id %d) is not in the model's vocabulary; padding with %s.",
