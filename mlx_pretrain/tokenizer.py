@@ -69,7 +69,7 @@ class SpecialTokens(ConfigSection):
 def _check_name(name: str) -> None:
     if len(name) >= 2 and not re.search(r"\s|▁", name) and not re.fullmatch(r"<unk>|<0x..>", name): return
     raise ValueError(
-        f"{name!r} cannot name a special token: use at least two characters without blanks, "
+        f"{name!r} cannot name a special token: use at least two characters without white space, "
         "not <unk> or <0x41>"
     )
 

@@ -155,7 +155,7 @@ def byte_level(folder, kind, norm=None, pre=None, post=None, **more):
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(True),
                                   pre_tokenizers.ByteLevel(add_prefix_space=False)])
 family("ByteLevel", "PreTrainedTokenizerFast")(byte_level)
-family("ByteLevel with a blank in front", "PreTrainedTokenizerFast",
+family("ByteLevel with a space in front", "PreTrainedTokenizerFast",
        pre=pre_tokenizers.ByteLevel(add_prefix_space=True))(byte_level)
 family("ByteLevel as LlamaTokenizer", "LlamaTokenizer")(byte_level)
 family(

@@ -42,8 +42,8 @@ def talk(*texts, system=None):
 TALKS = {"one turn": talk("name a bird", "gull"),
          "a system turn": talk("Who counts?", "the old gull", system="You are a small boat."),
          "two turns": talk("name a bird", "gull", "who counts", "the old gull"),
-         "blanks": talk("  name  a bird ", " gull", "\twho\n", "the old gull\n\n"),
-         "no blank": talk("a", "b", "c", "d"),
+         "spaces": talk("  name  a bird ", " gull", "\twho\n", "the old gull\n\n"),
+         "no space": talk("a", "b", "c", "d"),
          "characters": talk("é ☕ 漢字 e\u0301 ﬁ", "À gauche, 1234", system="İ"),
          "marks of tokenizers": talk("▁x ▁ Ġ <0x41>", "##s ▁"),
          "three turns": talk("the", "gull", "flies", "over", "the", "harbour", system=" "),
@@ -248,7 +248,7 @@ UNUSUAL = {  # family, change, text in front of the template
     "unk in the template": (FIRST, in_config(unk_token="<unk>"), "{{ unk_token }}"),
     "a token without a name": ("ByteLevel", in_config(), "{{ pad_token }}{{ mask_token }}"),
     "add_bos_token with tokenizer.json": ("ByteLevel", in_config(add_bos_token=True), ""),
-    "a blank in front as GPT2": ("GPT2Tokenizer", in_config(add_prefix_space=True), ""),
+    "a space in front as GPT2": ("GPT2Tokenizer", in_config(add_prefix_space=True), ""),
     "a control token that is not special": (
         FIRST,
         in_json(
