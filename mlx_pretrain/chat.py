@@ -25,11 +25,11 @@ from .data import _kind
 from .prompt import Piece, PromptFormat, encode_pieces, field_names, pair_pieces, split_format
 from .tokenizer import DataError, Tokenizer
 
-# %% ../nbs/24_chat.ipynb #d5d1b87b
+# %% ../nbs/24_chat.ipynb #7fa8681d
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 _OF_MESSAGES = {"role", "content", "from", "value", "weight", "trained"} # keys that are read here
 
-
+# %% ../nbs/24_chat.ipynb #d5d1b87b
 class _Entry(NamedTuple):
     "A message of a row, before it is checked."
     value: dict[str, Any]
@@ -93,7 +93,7 @@ def _message(value: Any, position: int) -> dict[str, Any]:
     trained = entry.role == "assistant" and bool(entry.weight)
     return {"role": entry.role, "content": entry.content, "trained": trained, **other}
 
-# %% ../nbs/24_chat.ipynb #2f798cd5
+# %% ../nbs/24_chat.ipynb #49ae9572
 def _check_messages(value: Any) -> list[dict[str, Any]]:
     "All messages of a conversation, checked."
     if not isinstance(value, list):
@@ -108,7 +108,7 @@ def _check_messages(value: Any) -> list[dict[str, Any]]:
         raise DataError("the conversation begins with an answer; start with a message of the user")
     return messages
 
-
+# %% ../nbs/24_chat.ipynb #76ead088
 def read_messages(
     value: Any, # the conversation as a row has it
 ) -> list[dict[str, Any]]: # each with `role`, `content`, and `trained`; the last one is trained
@@ -139,7 +139,7 @@ def _raise(message: str): raise TemplateError(message)
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-
+# %% ../nbs/24_chat.ipynb #39b28459
 @lru_cache(8)
 def _compile(source: str) -> Template:
     "Compile a template. Raises `DataError` if it is not a Jinja program."
@@ -181,7 +181,7 @@ def dated(fmt: PromptFormat, tokenizer: Tokenizer) -> PromptFormat:
     if not uses_date or fmt.date is not None: return fmt
     return fmt.model_copy(update={"date": datetime.now().date().isoformat()})
 
-# %% ../nbs/24_chat.ipynb #49ae9572
+# %% ../nbs/24_chat.ipynb #9fed83dc
 class _ControlTokens(NamedTuple):
     "`ids`: by name; `pattern`: finds a name; `prefixes`: all incomplete names."
     ids: dict[str, int]
@@ -196,7 +196,7 @@ def _control_tokens(tokenizer: Tokenizer) -> _ControlTokens:
     prefixes = {name[:n] for name in ids for n in range(1, len(name))}
     return _ControlTokens(ids, re.compile("(" + "|".join(map(re.escape, names)) + ")"), tuple(prefixes))
 
-
+# %% ../nbs/24_chat.ipynb #2026eeda
 def _escape(text: str, control: _ControlTokens, mark: str) -> str:
     "Break up the names of control tokens in a text, and an incomplete one at its end."
     while control.pattern.search(text):
@@ -242,7 +242,7 @@ def _split(tokenizer: Tokenizer, text: str, mark: str) -> list[str | int]:
     parts = control.pattern.split(text)                             # text, control token, text, …
     return [control.ids[part] if n % 2 else part.replace(mark, "") for n, part in enumerate(parts) if part]
 
-# %% ../nbs/24_chat.ipynb #76ead088
+# %% ../nbs/24_chat.ipynb #87155ac6
 logger = logging.getLogger("mlx_pretrain")
 
 
@@ -256,7 +256,7 @@ def _answer_pieces(tokenizer: Tokenizer, parts: list[str | int]) -> list[Piece]:
         f'token that it writes to "eos_token_id" in generation_config.json, or {_INSTEAD}'
     )
 
-
+# %% ../nbs/24_chat.ipynb #11b99f89
 @cache
 def _warn_untrained():
     logger.warning(
@@ -264,7 +264,7 @@ def _warn_untrained():
         "reasoning models do: of such conversations only the last answer is trained."
     )
 
-# %% ../nbs/24_chat.ipynb #87155ac6
+# %% ../nbs/24_chat.ipynb #8376a932
 def _answer_segments(
     messages: list[dict[str, Any]], # escaped
     run: Callable[[list[dict], bool], str], # renders messages, with a generation prompt or without
@@ -285,7 +285,7 @@ def _answer_segments(
         else: _warn_untrained()
     return segments, text[done:]
 
-
+# %% ../nbs/24_chat.ipynb #9936566b
 def _not_continued() -> DataError:
     return DataError(
         f"the chat template renders answers that do not continue its generation prompt; {_INSTEAD}"
@@ -310,7 +310,7 @@ def template_pieces(
         pieces += _answer_pieces(tokenizer, split(answer))
     return pieces + [Piece(part) for part in split(rest)]
 
-# %% ../nbs/24_chat.ipynb #8376a932
+# %% ../nbs/24_chat.ipynb #2e480f01
 def _reasoning_answer(
     prompt: str, # rendered, ends with an opening tag such as `<think>`
     rendered: str, # with the answer, without its reasoning
@@ -335,7 +335,7 @@ def _reasoning_answer(
     end = rendered[opening.start():].rpartition(answer)[2]
     return content + end
 
-
+# %% ../nbs/24_chat.ipynb #9056843a
 def _with_reasoning(message: dict[str, Any], close: str) -> str:
     reasoning = message.get("reasoning_content")
     return f"{reasoning.strip()}\n{close}\n\n{message['content']}" if reasoning else message["content"]
@@ -383,7 +383,7 @@ def _rename_key(message: dict, target: str) -> dict:
     if source in (None, target): return message
     return {**{key: value for key, value in message.items() if key != source}, target: message[source]}
 
-# %% ../nbs/24_chat.ipynb #2e480f01
+# %% ../nbs/24_chat.ipynb #d33a6865
 def _format_pieces(fmt: PromptFormat, tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[Piece]:
     "A conversation in a prompt format, or a last question. Raises `DataError` unless roles alternate."
     system = messages[0]["content"] if messages[0]["role"] == "system" else fmt.system_prompt
@@ -403,7 +403,7 @@ def _format_pieces(fmt: PromptFormat, tokenizer: Tokenizer, messages: list[dict[
         pieces += [Piece(response, answer["trained"], cut=True), Piece(tokenizer.eos_id, answer["trained"])]
     return pieces
 
-
+# %% ../nbs/24_chat.ipynb #1445bfab
 def _turn_format(fmt: PromptFormat, turn: int) -> PromptFormat:
     "The format of a turn: the system prompt appears once, unless the template has a place for it."
     if turn == 0 or "{system_prompt}" in fmt.prompt_format: return fmt
@@ -427,11 +427,11 @@ def row_conversation(
         _check_messages(value) # raises
     return value if isinstance(value, list) else None
 
-# %% ../nbs/24_chat.ipynb #db15add2
+# %% ../nbs/24_chat.ipynb #9a72cfd7
 def _untrained(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content, "trained": False}
 
-
+# %% ../nbs/24_chat.ipynb #db15add2
 def row_pieces(
     fmt: PromptFormat,
     tokenizer: Tokenizer,
@@ -480,7 +480,7 @@ def _with_system(fmt: PromptFormat, messages: list[dict]) -> list[dict]:
     if not fmt.system_prompt or messages[0]["role"] == "system": return messages
     return [_untrained("system", fmt.system_prompt), *messages]
 
-
+# %% ../nbs/24_chat.ipynb #0103cabe
 def _check_fields(key: str, template: str, allowed: set[str]) -> None:
     "Raise `DataError` if a template needs more than messages can fill in."
     if other := sorted(field_names(template, f"data.{key}") - allowed):
@@ -489,7 +489,7 @@ def _check_fields(key: str, template: str, allowed: set[str]) -> None:
             "take it out, and put what belongs there into the messages"
         )
 
-# %% ../nbs/24_chat.ipynb #d33a6865
+# %% ../nbs/24_chat.ipynb #e69baf16
 def _prompt_turns(fmt: PromptFormat, row: dict[str, Any], conversation: Any) -> list[dict[str, Any]]:
     "The messages of a row up to the user's last one."
     if conversation is None: messages = [_untrained("user", fmt.instruction(row))]
@@ -498,7 +498,7 @@ def _prompt_turns(fmt: PromptFormat, row: dict[str, Any], conversation: Any) -> 
     if not messages: raise DataError("the conversation has no message of the user; add one")
     return messages
 
-
+# %% ../nbs/24_chat.ipynb #33a16003
 def ask_pieces(
     fmt: PromptFormat,
     tokenizer: Tokenizer,
@@ -566,7 +566,7 @@ def render_chat(
     else: pieces = _chat_pieces(fmt, tokenizer, turns, instruction)
     return encode_pieces(tokenizer, [pieces])[0].ids
 
-
+# %% ../nbs/24_chat.ipynb #b6d91a6d
 def _chat_pieces(
     fmt: PromptFormat, tokenizer: Tokenizer, turns: list[tuple[str, str]], instruction: str,
 ) -> list[Piece]:
@@ -588,7 +588,7 @@ def _jinja_expression(pieces: list[tuple[str, str | None]], variables: dict[str,
         if name in variables: parts.append(variables[name])
     return " + ".join(parts) or '""'
 
-# %% ../nbs/24_chat.ipynb #9c75fdc9
+# %% ../nbs/24_chat.ipynb #ed5b9949
 def _with_default_system(fmt: PromptFormat, tokenizer: Tokenizer) -> str | None:
     "A tokenizer's template with our system prompt as its default; `None` if it can stay as it is."
     if not fmt.system_prompt or tokenizer.chat_template is None: return None
@@ -596,7 +596,7 @@ def _with_default_system(fmt: PromptFormat, tokenizer: Tokenizer) -> str | None:
     return ("{%- if messages[0]['role'] != 'system' -%}"
             f"{{%- set messages = [{message}] + messages -%}}{{%- endif -%}}{tokenizer.chat_template}")
 
-
+# %% ../nbs/24_chat.ipynb #9c75fdc9
 def _template_of(fmt: PromptFormat, prompt: str, response: str, prefix: str) -> str:
     "A chat template from Jinja expressions of a question and an answer."
     default = _json(fmt.system_prompt or "")
@@ -631,7 +631,7 @@ def chat_template(
     prefix = "".join(f"{{{{- {_control_expression(tokenizer, i)} -}}}}" for i in tokenizer.prefix_ids)
     return _template_of(fmt, prompt, response, prefix)
 
-
+# %% ../nbs/24_chat.ipynb #29158d87
 def _control_expression(tokenizer: Tokenizer, i: int) -> str:
     "A control token as a Jinja expression: its variable, such as `eos_token`, or its text."
     variables = {text: name for name, text in reversed(tokenizer.special_tokens_map.items())}

@@ -104,7 +104,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             pos += size
         yield number, value
 
-# %% ../nbs/21_hf_tokenizer.ipynb #fa90abb7
+# %% ../nbs/21_hf_tokenizer.ipynb #c5b1037f
 CONTROL, USER_DEFINED = 3, 4 # types of pieces
 
 
@@ -113,7 +113,7 @@ class SentencePieceModel(NamedTuple):
     pieces: list[tuple[str, int]]
     is_bpe: bool
 
-
+# %% ../nbs/21_hf_tokenizer.ipynb #fa90abb7
 def read_sentencepiece(data: bytes) -> SentencePieceModel:
     """Parse the content of a `tokenizer.model`.
 
@@ -213,7 +213,7 @@ def _add_tokens(
     tokenizer.add_tokens(missing)
     return num_listed
 
-# %% ../nbs/21_hf_tokenizer.ipynb #faddb139
+# %% ../nbs/21_hf_tokenizer.ipynb #e9a6b76c
 def _prefix_and_suffix(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     "The ids that the post-processor puts before and after a text."
     if tokenizer.num_special_tokens_to_add(False) == 0: return [], []
@@ -222,7 +222,7 @@ def _prefix_and_suffix(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     start = next(n for n in range(len(processed) + 1) if processed[n:n + len(text)] == text)
     return processed[:start], processed[start + len(text):]
 
-
+# %% ../nbs/21_hf_tokenizer.ipynb #faddb139
 def _post_processor(
     tokenizer: Tokenizer, names: dict[str, str], config: dict[str, Any],
 ) -> processors.TemplateProcessing:
@@ -232,7 +232,7 @@ def _post_processor(
     ids = [(token, tokenizer.token_to_id(token)) for token in bos + eos]
     return processors.TemplateProcessing(single=" ".join([*bos, "$A", *eos]), special_tokens=ids)
 
-# %% ../nbs/21_hf_tokenizer.ipynb #e588cc98
+# %% ../nbs/21_hf_tokenizer.ipynb #39f690f4
 class _Loaded(NamedTuple):
     "A tokenizer from its file, the default special tokens of its class, and the model's own special tokens."
     tokenizer: Tokenizer
@@ -247,7 +247,7 @@ def _check_bpe(class_name: str, model: dict[str, Any]) -> None:
         f'{model["type"]}; set "tokenizer_class" to "PreTrainedTokenizerFast" in tokenizer_config.json'
     )
 
-
+# %% ../nbs/21_hf_tokenizer.ipynb #e588cc98
 def _from_json(raw: bytes, class_name: str, config: dict[str, Any]) -> _Loaded:
     "Load a `tokenizer.json` as its class does."
     stored, recipe = Tokenizer.from_buffer(raw), RECIPES.get(class_name)
@@ -260,7 +260,7 @@ def _from_json(raw: bytes, class_name: str, config: dict[str, Any]) -> _Loaded:
     if stored.post_processor is not None: tokenizer.post_processor = stored.post_processor
     return _Loaded(tokenizer, recipe.defaults, [])
 
-# %% ../nbs/21_hf_tokenizer.ipynb #39f690f4
+# %% ../nbs/21_hf_tokenizer.ipynb #48e8b552
 def _check_llama_bpe(class_name: str, is_bpe: bool) -> None:
     if class_name == "LlamaTokenizer" and is_bpe: return
     reason = f'"tokenizer_class" is {class_name or "not given"}' if is_bpe else "it is a Unigram model"
@@ -269,7 +269,7 @@ def _check_llama_bpe(class_name: str, is_bpe: bool) -> None:
         "tokenizer.json of it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
     )
 
-
+# %% ../nbs/21_hf_tokenizer.ipynb #9d453d4b
 def _from_sentencepiece(raw: bytes, class_name: str, config: dict[str, Any]) -> _Loaded:
     "Load a `tokenizer.model` as its class does."
     pieces, is_bpe = read_sentencepiece(raw)
@@ -280,7 +280,7 @@ def _from_sentencepiece(raw: bytes, class_name: str, config: dict[str, Any]) -> 
            for piece, piece_type in pieces if piece_type in (CONTROL, USER_DEFINED)]
     return _Loaded(recipe.build(vocab, bpe_merges(vocab), config), recipe.defaults, own)
 
-# %% ../nbs/21_hf_tokenizer.ipynb #e9a6b76c
+# %% ../nbs/21_hf_tokenizer.ipynb #a1a3e37e
 class Backend(NamedTuple):
     """A tokenizer as transformers loads it.
 
@@ -294,7 +294,7 @@ class Backend(NamedTuple):
     prefix: list[int]
     suffix: list[int]
 
-
+# %% ../nbs/21_hf_tokenizer.ipynb #546d7195
 def _check_supported(config: dict[str, Any]) -> None:
     if not config.get("split_special_tokens"): return
     raise UnsupportedTokenizer(

@@ -36,7 +36,7 @@ def split_format(
         text = ""
     return [*pieces, (text, None)] if text else pieces
 
-
+# %% ../nbs/23_prompt.ipynb #8a3e86f2
 def _is_plain(name: str) -> bool: return name.strip() == name != "" and not re.search(r"[.\[\]{}]", name)
 
 
@@ -52,10 +52,10 @@ def fill_format(
     "Fill a template. Raises `DataError` if a field is missing or not a text."
     return "".join(text + ("" if name is None else _field(row, name)) for text, name in pieces)
 
-# %% ../nbs/23_prompt.ipynb #7668f5fc
+# %% ../nbs/23_prompt.ipynb #be08fb05
 INSTRUCTION, VERBATIM = "### Instruction:\n{instruction}\n\n### Response:", "{instruction}"
 
-
+# %% ../nbs/23_prompt.ipynb #7668f5fc
 class PromptFormat(ConfigSection):
     "How a row becomes a prompt and a response."
     prompt_format: str | None = INSTRUCTION
@@ -113,13 +113,13 @@ class PromptFormat(ConfigSection):
         "The columns of a row with a prompt and a response that are read."
         return _columns(self)
 
-# %% ../nbs/23_prompt.ipynb #7b4be5fc
+# %% ../nbs/23_prompt.ipynb #40fb4947
 def _optional_input(fmt: PromptFormat, row: dict[str, Any]) -> dict[str, str]:
     "The optional column, if the format has one."
     key = fmt.input_field_optional
     return {} if key is None else {key: "" if row.get(key) is None else _field(row, key)}
 
-
+# %% ../nbs/23_prompt.ipynb #68b1fc34
 def _fill_prompt(fmt: PromptFormat, row: dict[str, Any]) -> str:
     if fmt.prompt_format is None:
         raise DataError("prompts are made by the chat template; see `mlx_pretrain.chat`")
@@ -133,7 +133,7 @@ def _fill_prompt(fmt: PromptFormat, row: dict[str, Any]) -> str:
     in_front = f"{system}\n\n" if system and "system_prompt" not in names else ""
     return in_front + fill_format(pieces, values)
 
-
+# %% ../nbs/23_prompt.ipynb #ca284b5b
 def _require_system(system: str | None) -> str:
     if system is not None: return system
     raise DataError('"data.prompt_format" has {system_prompt}; set "data.system_prompt", or name the column '
@@ -157,7 +157,7 @@ def _around_response(fmt: PromptFormat) -> tuple[str, str]:
     if name not in ("response", fmt.output_field): return "", ""
     return before, rest[0][0] if rest and rest[0][1] is None else ""
 
-# %% ../nbs/23_prompt.ipynb #68b1fc34
+# %% ../nbs/23_prompt.ipynb #805930a6
 def _fill_question(fmt: PromptFormat, instruction: str) -> str:
     if fmt.prompt_format is None: return fmt.prompt({})             # raises
     names = field_names(fmt.prompt_format, "data.prompt_format")
@@ -169,7 +169,7 @@ def _fill_question(fmt: PromptFormat, instruction: str) -> str:
         "write the whole prompt yourself"
     )
 
-
+# %% ../nbs/23_prompt.ipynb #7b4be5fc
 def _columns(fmt: PromptFormat) -> set[str]:
     by_template = fmt.prompt_format is None
     prompt = {"instruction"} if by_template else field_names(fmt.prompt_format, "data.prompt_format")
@@ -180,7 +180,7 @@ def _columns(fmt: PromptFormat) -> set[str]:
     columns = {renamed.get(name, name) for name in names} | {fmt.output_field, fmt.system_field, optional}
     return columns - {None, ""}
 
-# %% ../nbs/23_prompt.ipynb #805930a6
+# %% ../nbs/23_prompt.ipynb #6844d51d
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     "A prompt's tokens, with the tokenizer's prefix, as transformers and mlx-lm encode it for generation."
     return tokenizer.prefix_ids + tokenizer.encode(prompt)
@@ -197,7 +197,7 @@ class Piece(NamedTuple):
     trained: bool = False
     cut: bool = False
 
-
+# %% ../nbs/23_prompt.ipynb #623168de
 class Example(NamedTuple):
     "A row in tokens. `ids`: its token ids; `loss_mask`: for each, whether it is trained."
     ids: list[int]
@@ -216,7 +216,7 @@ def pair_pieces(tokenizer: Tokenizer, prompt: str, response: str) -> list[Piece]
         return prefix + [Piece(i, True) for i in [*tokenizer.encode(response), tokenizer.eos_id]]
     return [*prefix, Piece(prompt), Piece(response, True, cut=True), Piece(tokenizer.eos_id, True)]
 
-# %% ../nbs/23_prompt.ipynb #9eb1a9dd
+# %% ../nbs/23_prompt.ipynb #a869cf3e
 def encode_pieces(
     tokenizer: Tokenizer,
     rows: list[list[Piece]],
@@ -230,7 +230,7 @@ def encode_pieces(
     return [_encode_in_segments(tokenizer, row) if r in crossed else _masked(row, *encoded[r])
             for r, row in enumerate(rows)]
 
-
+# %% ../nbs/23_prompt.ipynb #967f542e
 def _masked(row: list[Piece], ids: list[int], parts: list[range]) -> Example:
     "`parts`: the pieces that each token covers."
     return Example(ids, [any(row[n].trained for n in covered) for covered in parts])
@@ -240,7 +240,7 @@ def _encode_one(tokenizer: Tokenizer, row: list[Piece]) -> Example:
     [encoded] = tokenizer.encode_parts([[piece.content for piece in row]])
     return _masked(row, *encoded)
 
-
+# %% ../nbs/23_prompt.ipynb #0fdd2189
 def _encode_in_segments(tokenizer: Tokenizer, row: list[Piece]) -> Example:
     "Encode a row such that no token spans a cut: what follows such a cut is encoded by itself."
     done, start = Example([], []), 0
@@ -257,11 +257,11 @@ def make_example(tokenizer: Tokenizer, prompt: str, response: str) -> Example:
     "Tokenize a prompt and its response."
     return encode_pieces(tokenizer, [pair_pieces(tokenizer, prompt, response)])[0]
 
-# %% ../nbs/23_prompt.ipynb #39d65311
+# %% ../nbs/23_prompt.ipynb #9fa64940
 MAX_SHOWN = 2000 # tokens; of longer rows, half of them from each end
 _TRAINED, _MASKED = "background:#b7e4c7;color:#081c15", "background:#e9ecef;color:#6c757d"
 
-
+# %% ../nbs/23_prompt.ipynb #39d65311
 class TokenView:
     "Tokens in colours, for a notebook: green is trained, grey is masked, what is truncated is struck out."
     def __init__(
