@@ -19,7 +19,7 @@ from .data import make_tokenizer
 from .jsonl import Row
 from .lab import kernel_loop
 from .pretrained import Pretrained, load
-from .prompt import Example, PromptFormat, TokenView, _begin, encode_pieces
+from .prompt import Example, PromptFormat, TokenView, encode_pieces
 from .rows import RowCounts, _values, check_format, read_first_row, resolve_format, truncate
 from .sft import SFTConfig
 from .stage import resolve_config, data_file
@@ -35,7 +35,7 @@ def tokenize_row(
 ) -> tuple[Example, range, str]: # the whole row; the places that are cut off; what is to be said about it
     "A row in tokens. Raises `DataError`, in one sentence, if it cannot be used."
     data = cfg.data
-    bos = len(_begin(tokenizer))
+    bos = len(tokenizer.prefix_ids)
     context = cfg.data.preprocessing.max_context_size
     try:
         whole = encode_pieces(tokenizer, [row_pieces(fmt, tokenizer, row.value)])[0]

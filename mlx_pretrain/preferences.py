@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .chat import (
-    _conversation, ask_pieces, asked_messages, by_instruction, judged_pieces, read_messages, template_pieces)
+from mlx_pretrain.chat import (
+    ask_pieces, asked_messages, by_instruction, judged_pieces, read_messages, row_conversation,
+    template_pieces)
 from .config import DataError
 from .jsonl import Row, hash_file
 from .prompt import Piece, PromptFormat, encode_pieces, pair_pieces
-from .rows import _grid, _none_left, _number, RowCounts, _values
-from .tokenizer import Tokenizer, _groups
+from .rows import RowCounts, _grid, _none_left, _number, _values
+from .tokenizer import Tokenizer, group_by_size
 from .user_code import Preprocess
 
 # %% ../nbs/50_preferences.ipynb #83f26ffb
@@ -69,9 +70,9 @@ def encode_prompt_response(
 def _joined(pieces: list[Piece]) -> list[Piece]:
     "Texts that follow each other as one, as transformers encodes what stands between two control tokens."
     joined = []
-    for what in (piece.what for piece in pieces):
-        if joined and isinstance(what, str) and isinstance(joined[-1].what, str):
-            what = joined.pop().what + what
+    for what in (piece.content for piece in pieces):
+        if joined and isinstance(what, str) and isinstance(joined[-1].content, str):
+            what = joined.pop().content + what
         joined.append(Piece(what))
     return joined
 
@@ -220,7 +221,7 @@ def has_pairs(
 
 def _conversed(fmt: PromptFormat, row: Row) -> tuple[Row, str]:
     "A row that asks what stands before the last answer of its conversation, and that answer."
-    try: *asked, answer = read_messages(_conversation(fmt, row.value))
+    try: *asked, answer = read_messages(row_conversation(fmt, row.value))
     except DataError as e: raise DataError(f"{row.file}, line {row.line}: {e}") from None
     return row._replace(
         value={**row.value, fmt.output_field: answer["content"], fmt.input_field: asked}
@@ -302,7 +303,7 @@ def read_preferences(
     sha256 = hash_file(path)
     kept = []
     rows = _judged(path, fmt, tokenizer, columns, pairs, edit, tally)
-    for group in _groups(rows, length=lambda row: len(row.prompt) + sum(map(len, row.said))):
+    for group in group_by_size(rows, length=lambda row: len(row.prompt) + sum(map(len, row.said))):
         for row, texts in _read(path, fmt, tokenizer, group, tally):
             if max(map(len, texts)) > context: tally["dropped"] += 1
             else: kept.append((row.prompt, row.asked, row.value, *texts))

@@ -31,7 +31,7 @@ from .lora import LoRAConfig, apply_lora, base_identity, fill_adapters, half_spl
 from .model import Llama, LlamaArgs, ScalarLlama
 from .prompt import PromptFormat
 from .run import checkpoints, is_run, read_metadata
-from .tokenizer import Tokenizer, _read_object, _without_chat, _write_files, load_tokenizer
+from .tokenizer import Tokenizer, load_tokenizer, read_json_object
 
 # %% ../nbs/32_pretrained.ipynb #f95ed538
 class PretrainedError(UserError):
@@ -220,7 +220,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, fmt: PromptFormat | Non
     tokenizer.save(folder)
     template = fmt and chat_template(fmt, tokenizer)
     if template or fmt and fmt.prompt_format is not None:
-        _write_files(folder, _without_chat(tokenizer._files))
+        tokenizer.save(folder, chat_template=False)
     if template: (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 # %% ../nbs/32_pretrained.ipynb #0fc71b8a
@@ -268,7 +268,7 @@ def export(
 def _shard_files(index: Path) -> list[Path]:
     "The files that an index lists."
     directory = index.parent
-    names = set((_read_object(index).get("weight_map") or {"": ""}).values())
+    names = set((read_json_object(index).get("weight_map") or {"": ""}).values())
     if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
         raise PretrainedError(f"{index} does not name the files with the weights; download it again")
     missing = sorted(name for name in names if not (directory / name).is_file())
@@ -422,7 +422,7 @@ def _check_kind(architecture: str | None, kind: type, path: Path):
 def _load_hf(directory: Path, kind: type = Llama) -> Pretrained:
     "Load a directory in Hugging Face's layout."
     config_file = directory / "config.json"
-    config = _read_object(config_file)
+    config = read_json_object(config_file)
     if problem := hash_problem(directory): raise PretrainedError(problem)
     files = _weight_files(directory)
     _check_kind((config.get("architectures") or [None])[0], kind, directory)
@@ -548,7 +548,7 @@ def _only_adapters(path: Path) -> PretrainedError:
         return PretrainedError(
             f"{path} holds only adapters; give the run that they belong to, {path.parent}"
         )
-    config, new = _read_object(path / "adapter_config.json"), path.with_name(f"{path.name}-merged")
+    config, new = read_json_object(path / "adapter_config.json"), path.with_name(f"{path.name}-merged")
     base = config.get("base_model_name_or_path") or config.get("model") or "BASE"
     adapters, base, merged = (shlex.quote(str(argument)) for argument in (path, base, new))
     if "peft_type" in config:

@@ -20,8 +20,8 @@ from .chat import ask_pieces, asked_messages, row_pieces
 from .config import DataError
 from .jsonl import Row, hash_file
 from .prompt import Example, Piece, PromptFormat
-from .rows import _encoded, _grid, _none_left, _number, _size, RowCounts, _values
-from .tokenizer import Tokenizer, _groups
+from .rows import RowCounts, _encoded, _grid, _none_left, _number, _size, _values
+from .tokenizer import Tokenizer, group_by_size
 from .user_code import Preprocess
 
 # %% ../nbs/27_prompts.ipynb #daca7d4f
@@ -180,7 +180,7 @@ def read_prompts(
             known[row.line] = reward, row.value
             yield row.line, pieces
 
-    for group in _groups(laid_out(), length=_size):
+    for group in group_by_size(laid_out(), length=_size):
         for line, example in _encoded(path, group, tokenizer, tally):
             prompt, response = (
                 (example.ids, [])

@@ -18,9 +18,9 @@ from .chat import by_instruction, judged_pieces
 from .config import DataError
 from .core import RewardModel, logger
 from .model import ScalarLlama
-from .preferences import pad_right, encode_prompt_response
-from .pretrained import PretrainedError, _read_object, export, find_model, load
-from .prompt import PromptFormat, _begin
+from .preferences import encode_prompt_response, pad_right
+from .pretrained import PretrainedError, export, find_model, load, read_json_object
+from .prompt import PromptFormat
 from .tokenizer import Tokenizer
 
 # %% ../nbs/51_reward_model.ipynb #033d85c5
@@ -96,7 +96,7 @@ class TrainedReward(RewardModel):
 
     def _newest(self, ids: list[int]) -> list[int]:
         "As many tokens as the model reads: the one that begins a text, if there is one, and the last."
-        longest, begin = self.model.args.max_position_embeddings, _begin(self.tokenizer)
+        longest, begin = self.model.args.max_position_embeddings, self.tokenizer.prefix_ids
         n = len(begin) if ids[:len(begin)] == begin else 0
         return ids if len(ids) <= longest else ids[:n] + ids[n - longest:]
 
@@ -172,9 +172,9 @@ def load_reward(
 ) -> TrainedReward: # ready to be asked
     "Open a reward model. Raises `PretrainedError` and others as `load` does."
     for place in (find_model(path), find_model(path) / "model"):
-        _check_labels(_read_object(place / "config.json"), place)
+        _check_labels(read_json_object(place / "config.json"), place)
     model, tokenizer, place, fmt = load(path, ScalarLlama)
-    norm = _read_object(place / "config.json").get(_NORM) or {}
+    norm = read_json_object(place / "config.json").get(_NORM) or {}
     mean, std = (norm.get("mean", 0.0), norm.get("std", 1.0)) if isinstance(norm, dict) else (None, None)
     if not (
         isinstance(mean, int | float) and isinstance(std, int | float) and 0 < std < 1e15 and abs(mean) < 1e15

@@ -32,9 +32,9 @@ from .core import logger, rng_for
 from .data import DataConfig, batch_indices
 from .jsonl import Row, hash_file, kind_name, parse_row, quote, read_lines
 from .prompt import (
-    INSTRUCTION, VERBATIM, Example, Piece, PromptFormat, _begin, _names, encode_pieces)
+    INSTRUCTION, VERBATIM, Example, Piece, PromptFormat, encode_pieces, field_names)
 from .token_cache import check_token_ids, control_token_pattern, token_dtype
-from .tokenizer import Tokenizer, _groups
+from .tokenizer import Tokenizer, group_by_size
 from .user_code import Preprocess
 
 # %% ../nbs/26_rows.ipynb #67b5b864
@@ -101,7 +101,7 @@ class PromptConfig(DataConfig):
     @classmethod
     def _can_be_filled(cls, template: str | None, info) -> str | None:
         if template is None: return None
-        try: names = _names(template, f"data.{info.field_name}")
+        try: names = field_names(template, f"data.{info.field_name}")
         except ConfigError as e: raise ValueError(str(e)) from None
         if info.field_name == "prompt_format" and "response" in names:
             raise ValueError("the prompt cannot hold {response}; take it out")
@@ -143,7 +143,7 @@ def _named_columns(cfg: PromptConfig, row: Row, answered: bool) -> tuple[str, st
         asked = (
             key == "output_field"
             or cfg.prompt_format is None
-            or "instruction" in _names(cfg.prompt_format, "data.prompt_format")
+            or "instruction" in field_names(cfg.prompt_format, "data.prompt_format")
         )
         if not asked or (name := getattr(cfg, key)) is None or name in row.value: continue
         has = ", ".join(map(quote, list(row.value)[:8]))
@@ -176,7 +176,7 @@ def check_format(
         )
     if template is None and question == answer and "response_format" in given:
         raise ConfigError('"data.response_format" is of no use for messages in a chat template; take it out')
-    if template and answer != question and answer in _names(template, "data.prompt_format"):
+    if template and answer != question and answer in field_names(template, "data.prompt_format"):
         raise ConfigError(f'"data.prompt_format" holds {{{answer}}}, which is the response; take it out')
 
 
@@ -315,7 +315,7 @@ class _Unread:
             asks = (
                 {"instruction"}
                 if fmt.prompt_format is None
-                else _names(fmt.prompt_format, "data.prompt_format")
+                else field_names(fmt.prompt_format, "data.prompt_format")
             )
             free = "instruction" in asks and not self.found[fmt.input_field_optional]
             ways = [f'set "data.input_field_optional: {name}"'] if free else []
@@ -511,9 +511,9 @@ def _size(row: tuple[int, list[Piece]]) -> int:
 
 def _fitting(path, tokenizer: Tokenizer, fmt: PromptFormat, context: int, truncation: Truncation, edit, tally: RowCounts) -> Iterator[Example]:
     "The rows of a file that can be used, in tokens, none longer than the context."
-    for group in _groups(_iter_pieces(path, fmt, tokenizer, edit, tally), length=_size):
+    for group in group_by_size(_iter_pieces(path, fmt, tokenizer, edit, tally), length=_size):
         for line, example in _encoded(path, group, tokenizer, tally):
-            try: fits = truncate(example, context, truncation, len(_begin(tokenizer)))
+            try: fits = truncate(example, context, truncation, len(tokenizer.prefix_ids))
             except DataError as e: tally.bad(DataError(f"{path}, line {line}: {e}"))
             else:
                 if fits is None: tally["dropped"] += 1

@@ -28,7 +28,7 @@ import numpy as np
 from .config import DataError
 from .core import fsync, logger
 from .jsonl import Row, get_field, hash_file, parse_row, read_lines
-from .tokenizer import Tokenizer, _groups, _utf8
+from .tokenizer import Tokenizer, encode_utf8, group_by_size
 from .user_code import Preprocess
 
 # %% ../nbs/25_token_cache.ipynb #429b74a9
@@ -38,7 +38,7 @@ def _document_text(row: Row, preprocess: Preprocess | None) -> str | None:
     if (value := preprocess(row)) is None: return None
     try:
         text = get_field(value, "text")
-        _utf8(text)
+        encode_utf8(text)
         return text
     except DataError as e:
         raise DataError(f"{row.file}, line {row.line}: after preprocess {preprocess.name}, {e}") from None
@@ -83,7 +83,7 @@ def check_token_ids(
 # %% ../nbs/25_token_cache.ipynb #912db4a9
 def _token_stream(texts: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
     "Tokens of some documents end to end, (N,), and the UTF-8 bytes of their texts."
-    n_bytes = sum(len(_utf8(text)) for text in texts)
+    n_bytes = sum(len(encode_utf8(text)) for text in texts)
     dtype, suffix = token_dtype(tokenizer.vocab_size), tokenizer.suffix_ids
     if tokenizer.eos_id not in suffix: suffix = [*suffix, tokenizer.eos_id]
     start, end = np.array(tokenizer.prefix_ids, dtype), np.array(suffix, dtype)
@@ -116,7 +116,7 @@ def tokenize_documents(
 ) -> Iterator[tuple[np.ndarray, int]]: # tokens and UTF-8 bytes of each group
     "Tokenize documents, group by group. Raises `DataError` if the tokenizer cannot encode a document."
     pattern = control_token_pattern(tokenizer)
-    for group in _groups(documents, length=lambda document: len(document[1])):
+    for group in group_by_size(documents, length=lambda document: len(document[1])):
         try: yield _token_stream([text for _, text in group], tokenizer)
         except DataError:
             for n, text in group:

@@ -1,4 +1,4 @@
-"What several tests need: texts that like to get lost, the three kinds of tokenizers, and the form that a message must have."
+"Shared by tests: texts that are easily lost, the kinds of tokenizers, and the form of error messages."
 import json
 from functools import cache
 from tempfile import mkdtemp
@@ -31,7 +31,7 @@ TEXT = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
 
 @cache
 def tokenizer(kind):
-    "A tokenizer of each kind, made once."
+    "A tokenizer of each kind, cached."
     home = mkdtemp()
     if kind == "bytes": return ByteTokenizer()
     if kind == "sentencepiece": return train_sentencepiece(ENGLISH, 290, home)
@@ -43,14 +43,14 @@ KINDS = pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface"
 
 
 def saved(tok):
-    "A directory that holds a tokenizer."
+    "A directory with a saved tokenizer."
     home = mkdtemp()
     tok.save(home)
     return home
 
 
 def write_documents(path, documents):
-    "A JSON Lines file of some texts."
+    "A JSON Lines file of texts."
     path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     return path
 
@@ -61,7 +61,7 @@ REMEDY = ("write", "save", "keep", "remove", "fix", "convert", "give", "check", 
 
 
 def check_sentence(sentence, *parts):
-    "One sentence: no line break, no second sentence, a remedy after the last semicolon, and what the case asks for."
+    "One sentence: no line break, a remedy after the last semicolon, and the given parts."
     assert "\n" not in sentence and ". " not in sentence and not sentence.endswith("."), sentence
     assert "Traceback" not in sentence and len(sentence) < 600, sentence
     assert sentence.rpartition("; ")[2].startswith(REMEDY), sentence
@@ -76,6 +76,6 @@ def equal(a, b):
 
 
 def lines_of(run_dir):
-    "Metrics without the speed; events without the resuming."
+    "Lines of metrics.jsonl without speeds and resume events."
     lines = [line for line in read_metrics(run_dir) if line.get("event") != "resume"]
     return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]

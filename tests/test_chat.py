@@ -1,4 +1,4 @@
-"Conversations: which tokens a row of messages is made of, which of them are trained, and that nobody's text becomes a control token."
+"Conversations: the tokens and the loss mask of messages, and that no text becomes a control token."
 import json
 from pathlib import Path
 
@@ -35,17 +35,17 @@ BY_TEMPLATE = PromptFormat(prompt_format=None)
 FORM = pytest.mark.parametrize("form", ["chat_template.jinja", "string", "list"])
 
 
-def said(role, content, **more): return {"role": role, "content": content, **more}
+def message(role, content, **more): return {"role": role, "content": content, **more}
 
 
-TALK = [said("system", "Be brief."), said("user", "Who is there?"), said("assistant", "The gulls."),
-        said("user", "And?"), said("assistant", "Boats & <|im_end|>"), said("user", "Thanks!")]
+TALK = [message("system", "Be brief."), message("user", "Who is there?"), message("assistant", "The gulls."),
+        message("user", "And?"), message("assistant", "Boats & <|im_end|>"), message("user", "Thanks!")]
 TALKS = [TALK, TALK[1:3], [*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:]],
-         [*TALK[:3], said("assistant", "Many."), TALK[1]]]
+         [*TALK[:3], message("assistant", "Many."), TALK[1]]]
 
 
 def make_tokenizer(folder, template=CHATML, form="chat_template.jinja", more=(), **names):
-    "A tokenizer as Hugging Face has it, in which each byte is a token, with a chat template in one of its three places."
+    "A byte tokenizer in Hugging Face's format, with a chat template in one of its three places."
     special = SpecialTokens(**{"pad": "<pad>", "bos": "<|im_start|>", "eos": "<|im_end|>", **names})
     ByteTokenizer(special_tokens=special).save(folder)
     about = {"tokenizer_class": "PreTrainedTokenizerFast",
@@ -71,7 +71,7 @@ def place(tmp_path, monkeypatch):
 
 
 def make_base(template=CHATML, form="chat_template.jinja"):
-    "A chat model that has learned nothing, as somebody else would publish it: hf/."
+    "A randomly initialized chat model in Hugging Face's format: hf/."
     tokenizer = make_tokenizer("tokens", template, form)
     args = LlamaArgs(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                      num_attention_heads=2, num_key_value_heads=2, head_dim=16, max_position_embeddings=256)
@@ -97,31 +97,31 @@ def config(data={}, training={}, **sections):  # noqa: B006 (read only)
     )
 
 
-def read_or_learn(messages):
-    "The messages up to the last answer that is trained, and for each whether it is one."
-    learn = [m["role"] == "assistant" and m.get("weight", 1) == 1 for m in messages]
-    return [*zip(messages, learn)][:len(messages) - learn[::-1].index(True)]
+def with_mask(messages):
+    "The messages up to the last trained answer, and for each whether it is trained."
+    trained = [m["role"] == "assistant" and m.get("weight", 1) == 1 for m in messages]
+    return [*zip(messages, trained)][:len(messages) - trained[::-1].index(True)]
 
 
 def in_chatml(messages):
     "Each token of a conversation, and whether it is trained, by hand."
-    for m, learn in read_or_learn(messages):
+    for m, trained in with_mask(messages):
         yield from [(START, False), *((byte, False) for byte in f"{m['role']}\n".encode())]
-        yield from [*((byte, learn) for byte in m["content"].encode()), (END, learn), (10, False)]
+        yield from [*((byte, trained) for byte in m["content"].encode()), (END, trained), (10, False)]
 
 
-def asked_in_chatml(messages):
-    "The tokens of a question, by hand."
-    answer = list(in_chatml([*messages, said("assistant", "")]))
+def prompt_in_chatml(messages):
+    "The tokens of a prompt, by hand."
+    answer = list(in_chatml([*messages, message("assistant", "")]))
     return [i for i, _ in answer[:-2]]
 
 
 def in_format(messages):
     "The same in the default prompt format."
     yield START, False
-    for m, learn in read_or_learn(messages):
+    for m, trained in with_mask(messages):
         if m["role"] == "assistant":
-            yield from [*((byte, learn) for byte in m["content"].encode()), (END, learn)]
+            yield from [*((byte, trained) for byte in m["content"].encode()), (END, trained)]
         else:
             yield from ((byte, False)
                         for byte in (f"{m['content']}\n\n" if m["role"] == "system"
@@ -136,7 +136,7 @@ def rows_of(trainer): return [[*zip(*trainer.data[i])] for i in range(len(traine
 
 @FORM
 @pytest.mark.parametrize("lora", [0, 2])
-def test_every_answer_and_its_end_are_trained_and_nothing_else(place, form, lora):
+def test_exactly_the_answers_and_their_eos_are_trained(place, form, lora):
     make_base(form=form)
     write([{"messages": talk} for talk in TALKS])
     trainer = SFTTrainer(config(pretrained_model="hf", training={"lora": {"rank": lora}}))
@@ -144,7 +144,7 @@ def test_every_answer_and_its_end_are_trained_and_nothing_else(place, form, lora
     assert trainer.step()["tokens"] == sum(trained for talk in TALKS for _, trained in in_chatml(talk))
 
 
-def test_without_a_template_in_the_prompt_format(place):
+def test_without_chat_template_the_prompt_format_is_used(place):
     make_base(form="none")
     write([{"messages": talk} for talk in TALKS[:3]])
     for name in ("hf", None):
@@ -154,15 +154,16 @@ def test_without_a_template_in_the_prompt_format(place):
 
 
 def header_trained(monkeypatch):
-    monkeypatch.setattr(chat, "render",
-                        lambda tokenizer, messages, ask=False, date=None: render(tokenizer, messages))
+    def without_header(tokenizer, messages, add_generation_prompt=False, date=None):
+        return render(tokenizer, messages)
+    monkeypatch.setattr(chat, "render", without_header)
 
 
 def answers(monkeypatch, trained):
-    "Choose what of an answer is trained, from its parts and the place of its end."
+    "Choose what of an answer is trained, by the positions of a part and of EOS."
     def answer(tokenizer, parts):
-        return [Piece(what, trained(n, parts.index(tokenizer.eos_id))) for n, what in enumerate(parts)]
-    monkeypatch.setattr(chat, "_answer", answer)
+        return [Piece(part, trained(n, parts.index(tokenizer.eos_id))) for n, part in enumerate(parts)]
+    monkeypatch.setattr(chat, "_answer_pieces", answer)
 
 
 def end_only_read(monkeypatch): answers(monkeypatch, lambda n, end: n < end)
@@ -182,38 +183,38 @@ def weight_ignored(monkeypatch): messages_with(monkeypatch, lambda m, last: m["r
 
 
 def text_becomes_control(monkeypatch):
-    monkeypatch.setattr(chat, "_marked", lambda tokenizer, messages: (messages, "\ue000"))
+    monkeypatch.setattr(chat, "_escape_control_tokens", lambda tokenizer, messages: (messages, "\ue000"))
 
 
 BUGS = [header_trained, end_only_read, end_alone, line_break_trained, only_the_last, weight_ignored,
         text_becomes_control]
 
 
-def made(tok, messages):
+def encoded(tok, messages):
     return [*zip(*encode_pieces(tok, [row_pieces(BY_TEMPLATE, tok, {"instruction": messages})])[0])]
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_seen(tok, monkeypatch, bug):
+def test_planted_mask_bugs_are_detected(tok, monkeypatch, bug):
     right = [[*in_chatml(talk)] for talk in TALKS]
-    assert [made(tok, talk) for talk in TALKS] == right
+    assert [encoded(tok, talk) for talk in TALKS] == right
     bug(monkeypatch)
-    assert [made(tok, talk) for talk in TALKS] != right
+    assert [encoded(tok, talk) for talk in TALKS] != right
 
 
-def test_a_pair_is_a_short_conversation(place):
+def test_pair_equals_conversation_of_two_messages(place):
     make_base()
     write([{"instruction": "Who?", "response": "Gulls."}, {"instruction": "And?", "response": "Boats."}])
-    talks = [[said("user", "Who?"), said("assistant", "Gulls.")],
-             [said("user", "And?"), said("assistant", "Boats.")]]
+    talks = [[message("user", "Who?"), message("assistant", "Gulls.")],
+             [message("user", "And?"), message("assistant", "Boats.")]]
     assert rows_of(SFTTrainer(config(pretrained_model="hf"))) == [[*in_chatml(talk)] for talk in talks]
 
 
 @pytest.mark.parametrize("how", ["keep_start", "keep_end"])
-def test_a_conversation_that_is_cut(place, how):
+def test_truncated_conversation(place, how):
     make_base()
-    talk = [said("user", "Who?"), said("assistant", "The old gulls."), said("user", "And?"),
-            said("assistant", "Boats.")]
+    talk = [message("user", "Who?"), message("assistant", "The old gulls."), message("user", "And?"),
+            message("assistant", "Boats.")]
     write([{"messages": talk}])
     whole = [*in_chatml(talk)]
     answers = [n for n, (_, trained) in enumerate(whole) if trained]
@@ -233,8 +234,9 @@ def test_a_conversation_that_is_cut(place, how):
 # Text stays text
 
 
-NASTY = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "<|im_<|im_end|>end|>", "<|im_", "end|>", "<pad>", "<", "|>", " ",
-         "\n", "\t", "\ue000", "\ue001", "<\ue000|im_end|>", "{{ bos_token }}", "é", "\u2028"]
+NASTY = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "<|im_<|im_end|>end|>", "<|im_", "end|>",
+         "<pad>", "<", "|>", " ", "\n", "\t", "\ue000", "\ue001", "<\ue000|im_end|>", "{{ bos_token }}", "é",
+         "\u2028"]
 CONTENT = st.lists(st.sampled_from(NASTY), min_size=1, max_size=8).map("".join)
 
 
@@ -244,27 +246,30 @@ def test_no_text_becomes_a_control_token(tmp_path, template, left):
 
     @forall(contents=st.tuples(CONTENT, CONTENT, CONTENT, CONTENT.filter(str.strip)))
     def check(contents):
-        talk = [said(role, content)
+        talk = [message(role, content)
                 for role, content in zip(["system", "user", "user", "assistant"], contents)]
         first, second, third, last = clean = [{**m, "content": left(m["content"])} for m in talk]
-        assert made(tok, talk) == [*in_chatml(clean)]
+        assert encoded(tok, talk) == [*in_chatml(clean)]
         fmt = PromptFormat(prompt_format=None, system_prompt=contents[0])
         assert render_chat(fmt, tok, [(contents[1], contents[3])],
-                           contents[2]) == asked_in_chatml([first, second, last, third])
+                           contents[2]) == prompt_in_chatml([first, second, last, third])
     check()
 
 
-SHORT = "{% for m in messages %}{{ m.role[0] + m.content }}##{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+SHORT = ("{% for m in messages %}{{ m.role[0] + m.content }}##{% endfor %}"
+         "{% if add_generation_prompt %}a{% endif %}")
 PRIVATE = "".join(map(chr, range(0xE000, 0xF900)))
 
 
 @pytest.mark.parametrize("before, text", [
-    pytest.param("", "### x", id="names that overlap"), pytest.param("", "#", id="a name that the template would complete"),
+    pytest.param("", "### x", id="names that overlap"),
+    pytest.param("", "#", id="a name that the template would complete"),
     pytest.param("", PRIVATE + "##", id="many private characters in the text"),
-    pytest.param("\ue000", "##", id="one in the template"), pytest.param("", "\ue000##", id="one in the text")])
-def test_odd_characters(tmp_path, before, text):
+    pytest.param("\ue000", "##", id="one in the template"),
+    pytest.param("", "\ue000##", id="one in the text")])
+def test_escaping_of_unusual_characters(tmp_path, before, text):
     tok = make_tokenizer(tmp_path, before + SHORT, eos="##")
-    assert [i for i, _ in made(tok, [said("user", text), said("assistant", "x")])] == [
+    assert [i for i, _ in encoded(tok, [message("user", text), message("assistant", "x")])] == [
         *f"{before}u{text}".encode(),
         END,
         *b"ax",
@@ -275,11 +280,11 @@ def test_odd_characters(tmp_path, before, text):
 # Other forms of the same
 
 
-def test_other_forms_of_a_conversation(tok):
-    "Content in parts; and TRL's way, in which a prompt is a conversation and its completion goes on."
+def test_content_parts_and_trl_prompt_completion(tok):
+    "Content in parts; and TRL's format, in which prompt and completion are parts of a conversation."
     parts = [{**m, "content": [{"type": "text", "text": m["content"][:3]},
                                {"type": "text", "text": m["content"][3:]}]} for m in TALK[1:3]]
-    assert made(tok, parts) == made(tok, TALK[1:3])
+    assert encoded(tok, parts) == encoded(tok, TALK[1:3])
     trl = PromptFormat(prompt_format=None, input_field="prompt", output_field="completion")
     assert row_pieces(trl, tok,
                       {"prompt": TALK[1:2],
@@ -288,7 +293,7 @@ def test_other_forms_of_a_conversation(tok):
         row_pieces(BY_TEMPLATE, tok, {"instruction": TALK[1:3], "tools": [{}]})
 
 
-def test_what_a_file_says_is_not_lost_in_silence(place, caplog):
+def test_unread_columns_and_settings_are_reported(place, caplog):
     make_base()
     write([{"instruction": "Add.", "input": "1, 2", "output": "3"}])
     trainer = SFTTrainer(config(pretrained_model="hf"))
@@ -302,92 +307,96 @@ def test_what_a_file_says_is_not_lost_in_silence(place, caplog):
     with pytest.raises(ConfigError, match="of no use for messages"): SFTTrainer(formatted)
 
 
-# Other people's programs
+# Other people's chat templates
 
 
 HOSTILE = {
-    "{{ ''.__class__.__mro__ }}": "is unsafe", "{{ messages.append(1) }}": "is unsafe", "{{ messages[0].update(role='x') }}": "is unsafe",
-    "{{ cycler.__init__.__globals__.os.system('x') }}": "is unsafe", "{{ (messages | attr('append'))(1) }}": "is unsafe",
-    "{% for i in range(10**9) %}x{% endfor %}": "Range too big", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
-    "{{ 'x' * 10**18 }}": "refuses these messages", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}": "recursion",
-    "{{ messages[9].content }}": "refuses these messages", "{{ messages[0].content.no.such }}": "refuses these messages",
-    "{% include '/etc/passwd' %}": "refuses these messages", "{% import 'os' as os %}": "refuses these messages",
+    "{{ ''.__class__.__mro__ }}": "is unsafe",
+    "{{ messages.append(1) }}": "is unsafe",
+    "{{ messages[0].update(role='x') }}": "is unsafe",
+    "{{ cycler.__init__.__globals__.os.system('x') }}": "is unsafe",
+    "{{ (messages | attr('append'))(1) }}": "is unsafe",
+    "{% for i in range(10**9) %}x{% endfor %}": "Range too big",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
+    "{{ 'x' * 10**18 }}": "refuses these messages",
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}": "recursion",
+    "{{ messages[9].content }}": "refuses these messages",
+    "{{ messages[0].content.no.such }}": "refuses these messages",
+    "{% include '/etc/passwd' %}": "refuses these messages",
+    "{% import 'os' as os %}": "refuses these messages",
     "{{ raise_exception('roles\nmust\nalternate') }}": "(roles must alternate)",
-    "{% for %}": "is no Jinja program", "{% nonsense %}": "is no Jinja program",
-    "{{ 1 / 0 }}": "division", "{{ '%d' % 'x' }}": "refuses these messages", "": "does not end answers with <|im_end|>",
+    "{% for %}": "is not a Jinja program", "{% nonsense %}": "is not a Jinja program",
+    "{{ 1 / 0 }}": "division",
+    "{{ '%d' % 'x' }}": "refuses these messages",
+    "": "does not end answers with <|im_end|>",
     CHATML.replace("+ '<|im_end|>' +", "+"): "does not end answers with <|im_end|>",
-    CHATML.replace("<|im_start|>assistant", "<|im_start|>assistant (thinks)"): "in another form than the one in which it asks",
+    CHATML.replace("assistant\n'", "assistant (thinks)\n'"): "do not continue its generation prompt",
 }
 
 
 @pytest.mark.parametrize("template", HOSTILE)
-def test_a_hostile_template_is_one_sentence(tmp_path, template):
+def test_hostile_template_gives_one_sentence(tmp_path, template):
     tok = make_tokenizer(tmp_path, template)
     with pytest.raises(DataError) as error: template_pieces(tok, read_messages(TALK))
-    said = str(error.value)
-    assert (
-        HOSTILE[template] in said
-        and "\n" not in said
-        and len(said) < 500
-        and said.endswith('say how to ask in "data.prompt_format"')
-    )
+    sentence = str(error.value)
+    assert HOSTILE[template] in sentence and "\n" not in sentence and len(sentence) < 500
+    assert sentence.endswith('set "data.prompt_format" instead')
 
 
-THOUGHTS = [said("user", "Who?"), said("assistant", "<think>Hm.</think>Gulls."), said("user", "And?"),
-            said("assistant", "<think>Ah.</think>Boats.")]
-FORGOTTEN = [THOUGHTS[0], said("assistant", "Gulls."), *THOUGHTS[2:]]
+REASONED = [message("user", "Who?"), message("assistant", "<think>Hm.</think>Gulls."),
+            message("user", "And?"), message("assistant", "<think>Ah.</think>Boats.")]
+DROPPED = [REASONED[0], message("assistant", "Gulls."), *REASONED[2:]]
 
 
 @pytest.fixture
 def thinker(tmp_path):
-    "A template that leaves out what was thought before."
-    left = "(message.content if loop.last else message.content.split('</think>')[-1])"
-    return make_tokenizer(tmp_path, CHATML.replace("message['content']", left))
+    "A tokenizer whose template drops earlier reasoning."
+    content = "(message.content if loop.last else message.content.split('</think>')[-1])"
+    return make_tokenizer(tmp_path, CHATML.replace("message['content']", content))
 
 
-def test_templates_that_drop_thoughts_train_the_last_answer(thinker, caplog):
-    chat._tell_untrained.cache_clear()
-    unlike = [FORGOTTEN[0], {**FORGOTTEN[1], "weight": 0}, *FORGOTTEN[2:]]
-    assert made(thinker, THOUGHTS) == made(thinker, THOUGHTS) == [*in_chatml(unlike)]
-    assert caplog.text.count("only the last answer is trained") == 1      # said once
-    # an answer without thoughts stays as it was asked for
-    assert made(thinker, FORGOTTEN) == [*in_chatml(FORGOTTEN)]
+def test_template_that_drops_reasoning_trains_the_last_answer(thinker, caplog):
+    chat._warn_untrained.cache_clear()
+    last_only = [DROPPED[0], {**DROPPED[1], "weight": 0}, *DROPPED[2:]]
+    assert encoded(thinker, REASONED) == encoded(thinker, REASONED) == [*in_chatml(last_only)]
+    assert caplog.text.count("only the last answer is trained") == 1      # logged once
+    # an earlier answer without reasoning continues its generation prompt
+    assert encoded(thinker, DROPPED) == [*in_chatml(DROPPED)]
 
 
-R1 = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}"
+R1 = ("{{ bos_token }}{% for m in messages %}"
+      "{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}"
       "{% set c = m['content'] %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
       "{{ '<|assistant|>' + c + '<|im_end|>' }}{% endif %}{% endfor %}"
       "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}")
 
 
 @pytest.mark.parametrize("answer", [
-    said("assistant", "<think>\nHm.\n</think>\n\nGulls."), said("assistant", "Hm.\n</think>\n\nGulls."),
-    said("assistant", "Gulls.", reasoning_content="Hm."), said("assistant", " <think>\nHm.\n</think>\n\nGulls.")])
-def test_templates_that_open_a_thought_train_it(tmp_path, answer):
+    message("assistant", "<think>\nHm.\n</think>\n\nGulls."),
+    message("assistant", "Hm.\n</think>\n\nGulls."),
+    message("assistant", "Gulls.", reasoning_content="Hm."),
+    message("assistant", " <think>\nHm.\n</think>\n\nGulls.")])
+def test_template_that_opens_reasoning_trains_it(tmp_path, answer):
     tok = make_tokenizer(tmp_path, R1)
-    [example] = encode_pieces(tok,
-                              [template_pieces(tok,
-                                               [said("user", "Who?", trained=False),
-                                                {**answer, "trained": True}])])
-    asked = render_chat(BY_TEMPLATE, tok, [], "Who?")
-    # trained as it is asked for
-    assert example.ids[:example.start] == asked and bytes(asked[-8:]) == b"<think>\n"
+    messages = [message("user", "Who?", trained=False), {**answer, "trained": True}]
+    [example] = encode_pieces(tok, [template_pieces(tok, messages)])
+    prompt = render_chat(BY_TEMPLATE, tok, [], "Who?")
+    # trained after the generation prompt
+    assert example.ids[:example.start] == prompt and bytes(prompt[-8:]) == b"<think>\n"
     assert example.ids[example.start:] == [*b"Hm.\n</think>\n\nGulls.", END]
 
 
-def test_templates_that_open_a_thought_refuse_answers_without_one(tmp_path):
+def test_template_that_opens_reasoning_refuses_answers_without(tmp_path):
     tok = make_tokenizer(tmp_path, R1)
-    talk = [said("user", "Who?", trained=False), said("assistant", "Gulls.", trained=True)]
-    with pytest.raises(
-        DataError,
-        match="opens each answer with <think>, and this answer has no thought; write <think>…</think> in front",
-    ):
-        template_pieces(tok, talk)
+    talk = [message("user", "Who?", trained=False), message("assistant", "Gulls.", trained=True)]
+    for content in ("Gulls.", "<think>Hm.</think>"):
+        with pytest.raises(DataError, match="not reasoning followed by an answer; write <think>…</"):
+            template_pieces(tok, [talk[0], {**talk[1], "content": content}])
     followed = [talk[0], {**talk[1], "content": "<think>…</think>Gulls."}]               # the remedy works
     assert template_pieces(tok, followed)[-1] == (tok.eos_id, True, False)
 
 
-def test_the_date_of_a_template_is_that_of_the_run(tmp_path):
+def test_template_uses_the_date_of_the_run(tmp_path):
     tok = make_tokenizer(tmp_path, "{{ strftime_now('%d %b %Y') }}" + CHATML)
     assert chat.render(tok, TALK[:2], date="2024-07-26").startswith("26 Jul 2024")
     assert render_chat(BY_TEMPLATE.model_copy(update={"date": "2024-07-26"}), tok, [],
@@ -418,7 +427,7 @@ def test_a_resumed_run_keeps_its_date(place, monkeypatch, caplog, lora):
         config(data={"date": "tomorrow"})
 
 
-def test_rewards_and_ppo_have_a_date_too(place):
+def test_reward_and_ppo_trainers_fix_the_date(place):
     make_base("{{ strftime_now('%Y-%m-%d') }}" + CHATML)
     write([{"prompt": "Who?", "chosen": "Gulls.", "rejected": "Boats."}])
     data, today = {"input_file": "rows.jsonl", "response_length": 8}, chat.datetime.now().date().isoformat()
@@ -439,47 +448,47 @@ def test_several_stop_tokens_end_answers(tmp_path):
         json.dumps({"eos_token_id": [END, tok.control["<|eot|>"]]})
     )
     again = type(tok)(tmp_path)                                           # the remedy works
-    ends = [what for what, trained, _ in template_pieces(again, read_messages(TALK)) if trained
-            and isinstance(what, int)]
+    ends = [piece.content for piece in template_pieces(again, read_messages(TALK)) if piece.trained
+            and isinstance(piece.content, int)]
     assert set(ends) == {tok.control["<|eot|>"]} and again.eos_ids == (END, tok.control["<|eot|>"])
 
 
-def test_thoughts_of_an_answer_that_is_not_trained(thinker):
-    silent, forgotten = ([talk[0], {**talk[1], "weight": 0}, *talk[2:]] for talk in (THOUGHTS, FORGOTTEN))
-    assert made(thinker, silent) == [*in_chatml(forgotten)]
+def test_reasoning_of_an_untrained_answer_is_dropped(thinker):
+    untrained, expected = ([talk[0], {**talk[1], "weight": 0}, *talk[2:]] for talk in (REASONED, DROPPED))
+    assert encoded(thinker, untrained) == [*in_chatml(expected)]
 
 
-def test_a_talk_with_a_model_that_thinks(thinker):
-    assert render_chat(BY_TEMPLATE, thinker, [("Who?", THOUGHTS[1]["content"])],
-                       "And?") == asked_in_chatml(FORGOTTEN[:3])
+def test_generation_prompt_drops_earlier_reasoning(thinker):
+    assert render_chat(BY_TEMPLATE, thinker, [("Who?", REASONED[1]["content"])],
+                       "And?") == prompt_in_chatml(DROPPED[:3])
 
 
 # Rows that cannot be used
 
 
-FIRST = [("hi", "message 1 is no object with a role and a content"),
+FIRST = [("hi", "message 1 is not an object with a role and a content"),
          ({"from": "bird", "value": "x"}, "message 1 has the role 'bird'"),
-         (said("tool", "4"), "message 1 has the role 'tool'; it must be system, user or assistant"),
-         (said(["user"], "x"), "message 1 has the role ['user']"),
-         (said("user", None), "message 1 has no text as its content"),
-         (said("user", [{"type": "image_url", "image_url": "x"}]),
+         (message("tool", "4"), "message 1 has the role 'tool'; it must be system, user or assistant"),
+         (message(["user"], "x"), "message 1 has the role ['user']"),
+         (message("user", None), "message 1 has no text as its content"),
+         (message("user", [{"type": "image_url", "image_url": "x"}]),
           "message 1 has a part of the type 'image_url', and"),
-         (said("assistant", " \n"), "message 1 is an empty answer"),
-         (said("assistant", "x", weight=0.5), "message 1 has the weight 0.5; it must be 0 or 1"),
-         (said("assistant", "", tool_calls=[1]), "message 1 calls a tool"),
-         (said("user", "half \ud83d"), "half a character"), ]
+         (message("assistant", " \n"), "message 1 is an empty answer"),
+         (message("assistant", "x", weight=0.5), "message 1 has the weight 0.5; it must be 0 or 1"),
+         (message("assistant", "", tool_calls=[1]), "message 1 calls a tool"),
+         (message("user", "half \ud83d"), "half a character"), ]
 WHOLE = [([], "no message is an answer to be trained"), (TALK[:2], "no message is an answer"),
-         ([TALK[1], said("assistant", "x", weight=0)], "no message is an answer"),
+         ([TALK[1], message("assistant", "x", weight=0)], "no message is an answer"),
          (TALK[2:3], "the conversation begins with an answer"), (None, "messages"),
          ({"role": "user"}, "messages"),
-         ([TALK[1], TALK[0], TALK[2]], "message 2 is of the system, which speaks first or not at all"),
-         ([said("user", "long " * 60), TALK[2]], "the prompt has 3"), ]
+         ([TALK[1], TALK[0], TALK[2]], "message 2 is a system message, which is only allowed first"),
+         ([message("user", "long " * 60), TALK[2]], "the prompt has 3"), ]
 FORMATTED = [([TALK[1], TALK[1], TALK[2]], "user and assistant must take turns")]
 ALL = [([first, *TALK[1:3]], sentence) for first, sentence in FIRST] + WHOLE
 
 
 @pytest.mark.parametrize("form", ["chat_template.jinja", "none"])
-def test_a_bad_row_has_its_line(place, form):
+def test_invalid_row_is_reported_with_its_line(place, form):
     make_base(form=form)
     for messages, sentence in ALL + (FORMATTED if form == "none" else []):
         write([{"messages": TALK}, {"messages": messages}])
@@ -494,15 +503,15 @@ def test_a_bad_row_has_its_line(place, form):
 
 
 @pytest.mark.parametrize("form", ["chat_template.jinja", "none"])
-def test_messages_that_are_a_text(place, form):
-    "Nobody learns to say again what was asked."
+def test_messages_that_are_a_text_are_refused(place, form):
+    "Otherwise the model would be trained to repeat its prompt."
     make_base(form=form)
     write([{"messages": TALK}, {"messages": "hello"}])
     with pytest.raises(DataError, match="rows.jsonl, line 2: .*messages"):
         SFTTrainer(config(pretrained_model="hf"))
 
 
-def test_a_template_that_refuses_a_row_says_so(place, capsys):
+def test_message_of_a_refusing_template_is_shown(place, capsys):
     make_base(
         "{% if messages[0].role != 'user' %}{{ raise_exception('Only users begin') }}{% endif %}" + CHATML
     )
@@ -510,53 +519,54 @@ def test_a_template_that_refuses_a_row_says_so(place, capsys):
     Path("run.yaml").write_text(json.dumps({"pretrained_model": "hf", "data": {"input_file": "rows.jsonl"}}))
     assert main(["sft", "--config", "run.yaml"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "mlx-pretrain: rows.jsonl, line 2: the chat template refuses these messages (Only users begin); change them, "
-        'or say how to ask in "data.prompt_format"')
+        "mlx-pretrain: rows.jsonl, line 2: the chat template refuses these messages (Only users begin); "
+        'change them, or set "data.prompt_format" instead')
 
 
-# From rows to a model that talks
+# From rows to a chat model
 
 
 @pytest.fixture
 def tuned(place):
-    "A chat model that has learned three short talks, with adapters."
+    "A chat model fine-tuned on two short conversations, with LoRA."
     make_base(form="string")
-    talks = [[said("user", "Who?"), said("assistant", "Gulls."), said("user", "And?"),
-              said("assistant", "Boats & <|im_end|>")], [said("user", "And?"), said("assistant", "Sand.")]]
+    talks = [[message("user", "Who?"), message("assistant", "Gulls."),
+              message("user", "And?"), message("assistant", "Boats & <|im_end|>")],
+             [message("user", "And?"), message("assistant", "Sand.")]]
     write([{"messages": talk} for talk in talks])
     return sft(config(pretrained_model="hf", data={"system_prompt": "Be brief."},
                       training={"epochs": 150, "lora": {"rank": 16, "alpha": 64}}))
 
 
-def test_it_answers_in_the_form_of_its_template(tuned, capsys, monkeypatch):
+def test_generate_and_chat_use_the_chat_template(tuned, capsys, monkeypatch):
     prompts, original = [], chat.render_chat
     monkeypatch.setattr(chat, "render_chat", lambda *args: prompts.append(original(*args)) or prompts[-1])
-    system, greedy = said("system", "Be brief."), ["--temperature", "0", "--max_new_tokens", "40"]
+    system, greedy = message("system", "Be brief."), ["--temperature", "0", "--max_new_tokens", "40"]
     for run in (tuned, checkpoints(tuned)[-1], tuned / "model"):
         assert main(["generate", "--run", str(run), "--instruction", "And?", *greedy]) == 0
-        assert capsys.readouterr().out == "Sand.\n" and prompts[-1] == asked_in_chatml(
-            [system, said("user", "And?")]
+        assert capsys.readouterr().out == "Sand.\n" and prompts[-1] == prompt_in_chatml(
+            [system, message("user", "And?")]
         )
     typed = iter(["Who?", "And?", "/new", "And?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert main(["chat", "--run", str(tuned), "--turns", "2", *greedy]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["Gulls.", "Boats & <|im_end|>", "Sand."]
-    assert asked_in_chatml([system, said("user", "Who?"), said("assistant", "Gulls."),
-                            said("user", "And?")]) in prompts
-    assert main(["generate", "--run", "hf", "--instruction", "And?", *greedy]) == 0      # whoever trained it
-    assert prompts[-1] == asked_in_chatml([said("user", "And?")])
+    assert prompt_in_chatml([system, message("user", "Who?"), message("assistant", "Gulls."),
+                            message("user", "And?")]) in prompts
+    assert main(["generate", "--run", "hf", "--instruction", "And?", *greedy]) == 0      # not trained here
+    assert prompts[-1] == prompt_in_chatml([message("user", "And?")])
 
 
-def test_its_own_template_stays(tuned):
-    "With the system prompt that was trained in front, where the messages have none; for others it is in one place only."
-    tok, asked = load(tuned).tokenizer, [said("user", "Who?")]
+def test_exported_template_adds_the_trained_system_prompt(tuned):
+    "The system prompt of the training is the default of the template, for messages without one."
+    tok, question = load(tuned).tokenizer, [message("user", "Who?")]
     assert (
         tok.chat_template.endswith(CHATML)
         and "chat_template" not in (tuned / "model" / "tokenizer_config.json").read_text()
     )
     own = load_tokenizer("hf")
-    assert render(tok, asked, True) == render(own, [said("system", "Be brief."), *asked],
-                                              True) != render(own, asked, True)
+    with_system = render(own, [message("system", "Be brief."), *question], True)
+    assert render(tok, question, True) == with_system != render(own, question, True)
     assert render(tok, TALK) == render(own, TALK)
     for place in (tuned, checkpoints(tuned)[-1], tuned / "model"):
         assert load(place).format.prompt_format is None
@@ -566,8 +576,9 @@ def test_its_own_template_stays(tuned):
 
 
 @FORM
-@pytest.mark.parametrize("prompt_format, ours", [(None, True), ("Q: {instruction}\nA:", True), ("{topic}: {instruction}", False)])
-def test_which_template_is_exported(place, form, prompt_format, ours):
+@pytest.mark.parametrize("prompt_format, ours", [
+    (None, True), ("Q: {instruction}\nA:", True), ("{topic}: {instruction}", False)])
+def test_exported_chat_template(place, form, prompt_format, ours):
     make_base(form=form)
     write([{"instruction": "Who?", "response": "Gulls.", "topic": "x"}])
     path = sft(config(pretrained_model="hf", data={"prompt_format": prompt_format},
@@ -582,14 +593,14 @@ def test_which_template_is_exported(place, form, prompt_format, ours):
         and load(path).tokenizer.fingerprint == load("hf").tokenizer.fingerprint
     )
     if prompt_format and ours:
-        messages = [said("user", "Who?"), said("assistant", "Gulls."), said("user", "And?")]
+        messages = [message("user", "Who?"), message("assistant", "Gulls."), message("user", "And?")]
         assert render(load(path).tokenizer, messages,
-                      ask=True) == "<|im_start|>Q: Who?\nA:Gulls.<|im_end|>Q: And?\nA:"
+                      add_generation_prompt=True) == "<|im_start|>Q: Who?\nA:Gulls.<|im_end|>Q: And?\nA:"
 
 
 def test_the_system_prompt_is_a_system_turn(place):
     make_base()
     write([{"messages": TALK[1:3]}, {"messages": TALK[:3]}])
     trainer = SFTTrainer(config(pretrained_model="hf", data={"system_prompt": "Be kind <|im_end|>."}))
-    assert rows_of(trainer) == [[*in_chatml([said("system", "Be kind <|im_end|>."), *TALK[1:3]])],
+    assert rows_of(trainer) == [[*in_chatml([message("system", "Be kind <|im_end|>."), *TALK[1:3]])],
                                 [*in_chatml(TALK[:3])]]

@@ -216,8 +216,8 @@ def test_invalid_token_ids_raise():
 def test_tokens_do_not_depend_on_group_size(monkeypatch):
     documents = [f"document {i} " * (i % 4) for i in range(30)]
     whole = pack(documents, tokenizer("sentencepiece"), 16, 4)
-    groups = token_cache._groups
-    monkeypatch.setattr(token_cache, "_groups", lambda texts, **length: groups(texts, size=20, **length))
+    groups = token_cache.group_by_size
+    monkeypatch.setattr(token_cache, "group_by_size", lambda texts, **length: groups(texts, size=20, **length))
     assert np.array_equal(pack(documents, tokenizer("sentencepiece"), 16, 4).tokens, whole.tokens)
 
 

@@ -103,10 +103,10 @@ def laid_out(monkeypatch, change):
 
 
 def loss_on_the_prompt(monkeypatch):
-    laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, Piece(ask.what, True), say, eos])
+    laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, Piece(ask.content, True), say, eos])
 def no_eos(monkeypatch): laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, say])
 def eos_only_read(monkeypatch):
-    laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, say, Piece(eos.what)])
+    laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, say, Piece(eos.content)])
 def bos_twice(monkeypatch): laid_out(monkeypatch, lambda bos, *rest: [bos, bos, *rest])
 def bos_before_the_response(monkeypatch):
     laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, bos, say, eos])

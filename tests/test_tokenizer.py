@@ -1,4 +1,4 @@
-"""Properties of mlx_pretrain.tokenizer: any text survives, control tokens are never made from text, and bad files are one sentence."""
+"""Properties of mlx_pretrain.tokenizer: lossless round trips, no control tokens from text, clear errors."""
 import json
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ from mlx_pretrain.tokenizer import (
 
 @KINDS
 @forall(text=TEXT)
-def test_any_text_survives(kind, text):
+def test_decode_inverts_encode_for_any_text(kind, text):
     tok = tokenizer(kind)
     ids = tok.encode(text)
     assert tok.decode(ids) == text
@@ -29,30 +29,30 @@ def test_any_text_survives(kind, text):
 
 @KINDS
 @forall(texts=st.lists(TEXT, max_size=5))
-def test_a_batch_is_its_texts(kind, texts):
+def test_encode_batch_equals_encode(kind, texts):
     assert tokenizer(kind).encode_batch(texts) == [tokenizer(kind).encode(t) for t in texts]
 
 
 @forall(text=TEXT.filter(lambda t: "▁" not in t))
-def test_cutting_at_line_breaks_changes_no_id(text):
+def test_cutting_at_line_breaks_keeps_ids(text):
     tok = tokenizer("sentencepiece")
     assert tok.encode(text) == tok._sp.encode(text)
 
 
 @KINDS
 @forall(ids=st.lists(st.integers(0, 258), max_size=20))
-def test_any_ids_decode(kind, ids): tokenizer(kind).decode(ids).encode()
+def test_any_ids_decode_to_utf8(kind, ids): tokenizer(kind).decode(ids).encode()
 
 
 @forall(ids=st.lists(st.integers(0, 258), max_size=20))
-def test_byte_and_hugging_face_agree_on_broken_utf8(ids):
+def test_byte_and_hf_tokenizer_agree_on_invalid_utf8(ids):
     assert tokenizer("huggingface").decode(ids) == tokenizer("bytes").decode(ids)
 
 
-def test_negative_controls_for_round_trips():
+def test_round_trips_fail_without_our_additions():
     sp, hf = tokenizer("sentencepiece"), HFTokenizer(saved(ByteTokenizer()))
     assert sp._sp.decode(sp._sp.encode("a▁b")) == "a b"  # what SentencePiece alone would lose
-    # what a text would do if it were not looked at again
+    # the ids without our escaping
     assert hf._tok.encode("<eos>", add_special_tokens=False).ids == [hf.eos_id]
     assert hf.encode("<eos>") == list(b"<eos>")
 
@@ -65,7 +65,7 @@ def test_lone_surrogates_are_refused(kind, text):
 
 @KINDS
 @forall(20, text=TEXT)
-def test_saved_tokenizers_come_back(kind, text):
+def test_saved_tokenizers_load_with_the_same_ids(kind, text):
     tok = tokenizer(kind)
     back = load_tokenizer(saved(tok))
     assert back.encode(text) == tok.encode(text)
@@ -74,7 +74,7 @@ def test_saved_tokenizers_come_back(kind, text):
 
 
 @pytest.mark.parametrize("size", [256, 300, 1000])
-def test_byte_tokenizers_keep_their_ids_in_every_form(size):
+def test_byte_tokenizer_keeps_its_ids_as_tokenizer_json(size):
     tok = ByteTokenizer(size, SpecialTokens(pad="[PAD]", bos="[B]", eos="[E]"))
     home = saved(tok)
     for back in (load_tokenizer(home), HFTokenizer(home)):
@@ -97,20 +97,20 @@ def test_training_is_deterministic_and_quiet(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_training_says_what_to_change(tmp_path):
+def test_training_errors_name_the_remedy(tmp_path):
     with pytest.raises(
         DataError, match=r"too small for a vocabulary of 5000: set data.tokenizer.vocab_size to (\d+) or less"
     ) as error:
         train_sentencepiece(ENGLISH, 5000, tmp_path)
-    most = int(error.value.args[0].split("vocab_size to ")[1].split()[0])
-    assert train_sentencepiece(ENGLISH, most, tmp_path).vocab_size == most   # the remedy works
+    limit = int(error.value.args[0].split("vocab_size to ")[1].split()[0])
+    assert train_sentencepiece(ENGLISH, limit, tmp_path).vocab_size == limit   # the remedy works
     with pytest.raises(DataError, match="vocab_size to more than"):
         train_sentencepiece([str(bytes(range(128)))], 264, tmp_path)
-    for nothing in ([], [""], ["\n\n"]):
-        with pytest.raises(DataError, match="no text"): train_sentencepiece(nothing, 300, tmp_path)
+    for texts in ([], [""], ["\n\n"]):
+        with pytest.raises(DataError, match="no text"): train_sentencepiece(texts, 300, tmp_path)
 
 
-def test_a_mistake_in_a_row_passes_through_training(tmp_path):
+def test_row_errors_pass_through_training(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"text": 7}\n')
     with pytest.raises(DataError, match='rows.jsonl, line 2: "text" must be a string'):
         train_sentencepiece(read_texts(tmp_path / "rows.jsonl"), 300, tmp_path)
@@ -120,7 +120,7 @@ def test_a_mistake_in_a_row_passes_through_training(tmp_path):
     with pytest.raises(KeyboardInterrupt): train_sentencepiece(stopped(), 300, tmp_path)
 
 
-def test_a_directory_holds_the_last_tokenizer_saved(tmp_path):
+def test_directory_holds_the_last_saved_tokenizer(tmp_path):
     ByteTokenizer().save(tmp_path)
     train_sentencepiece(ENGLISH, 290, tmp_path)
     assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
@@ -128,15 +128,15 @@ def test_a_directory_holds_the_last_tokenizer_saved(tmp_path):
     assert load_tokenizer(tmp_path).vocab_size == 303 and not (tmp_path / "tokenizer.model").exists()
 
 
-def test_a_tokenizer_outlives_its_directory(tmp_path):
+def test_tokenizer_does_not_need_its_directory_after_loading(tmp_path):
     tok = train_sentencepiece(ENGLISH, 290, tmp_path / "old")
     for file in (tmp_path / "old").iterdir(): file.unlink()
     tok.save(tmp_path / "new")
     assert load_tokenizer(tmp_path / "new").encode(ENGLISH[0]) == tok.encode(ENGLISH[0])
 
 
-def test_special_tokens_of_published_models(tmp_path):
-    "What the tokenizer says, then config.json, generation_config.json; no pad: eos pads."
+def test_precedence_of_special_tokens_in_published_models(tmp_path):
+    "First the tokenizer's own, then config.json, then generation_config.json; without pad, eos pads."
     ByteTokenizer().save(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     def ids(): return (tok := HFTokenizer(tmp_path)).bos_id, tok.eos_id, tok.pad_id
@@ -144,15 +144,15 @@ def test_special_tokens_of_published_models(tmp_path):
     with pytest.raises(DataError, match='add "eos_token" to its tokenizer_config.json'): ids()
     write("generation_config.json", eos_token_id=[97, 98], bos_token_id=None)
     assert ids() == (None, 97, 97)
-    # an id outside the vocabulary is nobody's
+    # ids outside the vocabulary are ignored
     write("config.json", eos_token_id=99, pad_token_id=5000, bos_token=7)
     assert ids() == (None, 99, 99)
     write("tokenizer_config.json", bos_token="<bos>", eos_token="<pad>", pad_token=None, chat_template="kept")
     assert ids() == (257, 256, 256)
-    # it counts more, as in transformers
+    # it takes precedence, as in transformers
     write("special_tokens_map.json", eos_token={"content": "<eos>"}, pad_token="<pad>")
     assert ids() == (257, 258, 256)
-    assert HFTokenizer(tmp_path).eos_ids == (258, 99, 97, 98)                              # all that stop
+    assert HFTokenizer(tmp_path).eos_ids == (258, 99, 97, 98)                              # all stop tokens
     HFTokenizer(tmp_path).save(tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text()) == {
         "bos_token": "<bos>", "eos_token": "<pad>", "pad_token": None, "chat_template": "kept",
@@ -172,7 +172,7 @@ def test_pieces_of_a_converted_sentencepiece_model(tmp_path):
     assert [HFTokenizer(tmp_path).piece(i) for i in range(3)] == ["</s>", "<0xC3>", " sea"]
 
 
-def test_tokenizers_that_cannot_be_loaded(tmp_path):
+def test_tokenizers_that_cannot_be_loaded_are_refused(tmp_path):
     remedy = "make one with `mlx-pretrain tokenizer --config FILE`"
     with pytest.raises(DataError, match=f"holds no tokenizer.json and no tokenizer.model; {remedy}"):
         load_tokenizer(tmp_path)
@@ -191,7 +191,7 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path):
         ByteTokenizer().save(tmp_path / "tokenizer.json" / "inside")
 
 
-TOKENIZERS = {  # changes a directory with a good tokenizer → what is said
+TOKENIZERS = {  # change to a directory with a valid tokenizer, part of the message
     "damaged JSON": (lambda d: os.truncate(d / "tokenizer.json", 100), "tokenizer.json is not valid JSON"),
     "no eos": (
         lambda d: (d / "tokenizer_config.json").write_text("{}"),
@@ -248,17 +248,17 @@ TOKENIZERS = {  # changes a directory with a good tokenizer → what is said
 }
 
 
-@pytest.mark.parametrize(("change", "says"), TOKENIZERS.values(), ids=TOKENIZERS)
-def test_a_bad_tokenizer_directory_is_one_sentence(tmp_path, change, says):
+@pytest.mark.parametrize(("change", "part"), TOKENIZERS.values(), ids=TOKENIZERS)
+def test_invalid_tokenizer_directory_gives_one_sentence(tmp_path, change, part):
     ByteTokenizer().save(tmp_path / "tok")
     change(tmp_path / "tok")
     with pytest.raises(DataError) as error: load_tokenizer(tmp_path / "tok")
-    check_sentence(str(error.value), str(tmp_path / "tok"), says)
+    check_sentence(str(error.value), str(tmp_path / "tok"), part)
 
 
 @forall(150, cut=st.integers(0, 5000), junk=st.binary(max_size=4), byte=st.booleans(),
         name=st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
-def test_any_damage_to_tokenizer_files_is_a_tokenizer_or_one_sentence(cut, junk, name, byte):
+def test_damaged_tokenizer_files_load_or_give_one_sentence(cut, junk, name, byte):
     home = Path(saved(ByteTokenizer()))
     if not byte: (home / "tokenizer_config.json").write_text('{"eos_token": "<eos>", "pad_token": "<pad>"}')
     content = (home / name).read_bytes()
@@ -270,7 +270,7 @@ def test_any_damage_to_tokenizer_files_is_a_tokenizer_or_one_sentence(cut, junk,
 
 
 def word_level(home, **model):
-    "A tokenizer.json that knows one word, and nothing for all others."
+    "A tokenizer.json with one word, and no token for other words."
     home.mkdir(exist_ok=True)
     model = {"type": "WordLevel", "vocab": {"word": 0, "</s>": 1}, "unk_token": "<unk>", **model}
     content = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
@@ -279,13 +279,13 @@ def word_level(home, **model):
     return load_tokenizer(home)
 
 
-def test_errors_of_hugging_face_do_not_escape(tmp_path):
+def test_errors_of_the_tokenizers_library_become_data_errors(tmp_path):
     tok = word_level(tmp_path / "tok")
     assert tok.encode("word word") == [0, 0]
     with pytest.raises(DataError) as error: tok.encode("another")
     check_sentence(str(error.value), f"{tmp_path}/tok/tokenizer.json cannot encode a text (", "copy it again")
-    with pytest.raises(Exception) as own: tok._tok.encode("another")                  # what would escape
-    assert not isinstance(own.value, DataError)
+    with pytest.raises(Exception) as original: tok._tok.encode("another") # the library's own error
+    assert not isinstance(original.value, DataError)
     file = write_documents(tmp_path / "rows.jsonl", ["word", "word", "another", "word"])
     with pytest.raises(DataError) as error: cached_windows(file, tok, 8)
     check_sentence(str(error.value), f"{file}, line 3: {tmp_path}/tok/tokenizer.json cannot encode a text (")
@@ -294,22 +294,22 @@ def test_errors_of_hugging_face_do_not_escape(tmp_path):
 
 
 @KINDS
-def test_ids_that_are_no_tokens(kind):
+def test_ids_outside_the_vocabulary(kind):
     tok = tokenizer(kind)
     ids = tok.encode("ab")
-    # models may be wider
-    assert tok.decode([*ids, tok.vocab_size,
-                       2**40]) == "ab" and tok.piece(tok.vocab_size) == f"<{tok.vocab_size}>"
+    # models may have more ids
+    assert tok.decode([*ids, tok.vocab_size, 2**40]) == "ab"
+    assert tok.piece(tok.vocab_size) == f"<{tok.vocab_size}>"
     with pytest.raises(DataError, match="there is no token -1; ids count from 0"): tok.decode([97, -1])
     assert tok.piece(-1) == "<-1>"
 
 
 @KINDS
-def test_a_fingerprint_is_that_of_the_files(kind, tmp_path):
+def test_fingerprint_depends_on_files_except_the_chat_template(kind, tmp_path):
     tok = tokenizer(kind)
     tok.save(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint == tok.fingerprint and len(tok.fingerprint) == 64
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")       # makes no tokens
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")       # does not affect token ids
     if kind != "bytes": assert type(tok)(tmp_path).fingerprint == tok.fingerprint
     (tmp_path / "special_tokens_map.json").write_text('{"x": "y"}')
     if kind != "bytes": assert type(tok)(tmp_path).fingerprint != tok.fingerprint
@@ -319,23 +319,22 @@ def test_a_fingerprint_is_that_of_the_files(kind, tmp_path):
 
 
 @forall(text=TEXT.filter(lambda t: "▁" not in t), size=st.integers(1, 4))
-def test_cutting_long_lines_changes_no_id(text, size):
+def test_cutting_long_lines_keeps_ids(text, size):
     tok = tokenizer("sentencepiece")
-    parts = module._parts(text, tok._joined, size)
+    parts = module._cut(text, tok._joined, size)
     assert "".join(parts) == text
     assert [i for n, part in enumerate(parts)
             for i in (tok._cuts[part] if n % 2 else tok._sp.encode(part))] == tok._sp.encode(text)
 
 
-def test_cutting_anywhere_would_change_ids():
+def test_cutting_inside_tokens_changes_ids():
     tok = tokenizer("sentencepiece")
-    parts = module._parts(ENGLISH[0], set(), 2)  # planted bug: no pair of characters is kept together
-    assert [i for part in parts[::2]
-            for i in tok._sp.encode(part)] != [i for line in ENGLISH[0].split("\n")
-                                               for i in tok._sp.encode(line)]
+    parts = module._cut(ENGLISH[0], set(), 2)  # planted bug: tokens are cut
+    cut_ids = [i for part in parts[::2] for i in tok._sp.encode(part)]
+    assert cut_ids != [i for line in ENGLISH[0].split("\n") for i in tok._sp.encode(line)]
 
 
-def test_long_lines_and_documents_survive(tmp_path):
+def test_long_lines_and_documents_decode_unchanged(tmp_path):
     tok = tokenizer("sentencepiece")
     for text in (
         "the old man counts " * 40_000,
@@ -348,26 +347,26 @@ def test_long_lines_and_documents_survive(tmp_path):
         if "▁" not in text: assert tok.encode(text) == tok._sp.encode(text)
 
 
-def test_a_long_text_is_sampled_evenly_and_says_so(tmp_path, monkeypatch, caplog):
+def test_long_training_text_is_sampled_uniformly_with_a_warning(tmp_path, monkeypatch, caplog):
     lines = [f"instruction number {n}" if n % 2 else f"response number {n}" for n in range(20_000)]
     with caplog.at_level("WARNING", logger="mlx_pretrain"):  # about a tenth
-        sample = module._sample(lines, 340_000)
-    assert "learned from" in caplog.text and "% of its lines" in caplog.text
+        sample = module._sample_lines(lines, 340_000)
+    assert "uniform sample of" in caplog.text and "% of its lines" in caplog.text
     numbers = [int(line.split()[-1]) for line in sample]
     assert numbers == sorted(set(numbers)) and 1500 < len(numbers) <= 2000
-    assert 0.44 < np.mean([n % 2 for n in numbers]) < 0.56  # every second line would be one kind only
+    assert 0.44 < np.mean([n % 2 for n in numbers]) < 0.56  # both kinds
     assert all(0.7 < c / (len(numbers) / 4) < 1.3 for c in np.histogram(numbers, 4, (0, 20_000))[0])
-    assert module._sample(lines, 340_000) == sample
+    assert module._sample_lines(lines, 340_000) == sample
     caplog.clear()
-    assert module._sample(lines, 10**8) == lines and not caplog.text
+    assert module._sample_lines(lines, 10**8) == lines and not caplog.text
     monkeypatch.setattr(module, "_MAX_TRAINING", 5000)
     assert train_sentencepiece((line for line in ENGLISH * 100), 290, tmp_path).vocab_size == 290
 
 
 @pytest.mark.parametrize("names", [
-    dict(pad="<x>", bos="<x>"), dict(bos="<eos>"), dict(eos="a"), dict(eos=""), dict(pad="\n\n"), dict(pad="<unk>"), dict(bos="<0x0A>"),
-    dict(bos="a b"), dict(eos="▁▁")])
-def test_special_tokens_that_collide(names, tmp_path):
+    dict(pad="<x>", bos="<x>"), dict(bos="<eos>"), dict(eos="a"), dict(eos=""), dict(pad="\n\n"),
+    dict(pad="<unk>"), dict(bos="<0x0A>"), dict(bos="a b"), dict(eos="▁▁")])
+def test_colliding_special_tokens_are_refused(names, tmp_path):
     with pytest.raises(ValueError): SpecialTokens(**names)
     (tmp_path / "c.yaml").write_text("special_tokens: " + json.dumps(names) + "\n")
     with pytest.raises(ConfigError, match="special token"): load_config(TokenizerConfig, tmp_path / "c.yaml")

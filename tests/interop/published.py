@@ -1,4 +1,4 @@
-"Tokenizers as other people publish them: one directory for each family, made here."
+"Published tokenizers of each family, generated: one directory each."
 import io
 import json
 from pathlib import Path
@@ -10,17 +10,18 @@ from tokenizers import (
 TEXTS = ["the old gull flies over the harbour and counts the boats",
          "a small boat waits for the tide and the wind",
          "user assistant system name a bird: 1234 times\n\nWho? Who counts!"] * 40
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+CHATML = ("{% for m in messages %}"
+          "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 FAMILIES = {}
 
 
 def family(name, *args, **kwargs):
-    "Note down a function that fills a directory."
-    def note(make):
+    "Register a function that fills a directory."
+    def register(make):
         FAMILIES[name] = lambda folder: make(folder, *args, **kwargs)
         return make
-    return note
+    return register
 
 
 def put(folder, name, value): Path(folder, name).write_text(json.dumps(value, ensure_ascii=False))
@@ -31,7 +32,7 @@ def flags(content, special=True, **more):
             "special": special, **more}
 
 
-def about(**more):
+def config(**more):
     return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|im_end|>",
             **more}
 
@@ -40,10 +41,10 @@ def about(**more):
 
 
 def model(**more):
-    written = io.BytesIO()
+    content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
-        model_writer=written,
+        model_writer=content,
         minloglevel=2,
         **{
             **dict(
@@ -61,7 +62,7 @@ def model(**more):
             **more,
         },
     )
-    return written.getvalue()
+    return content.getvalue()
 
 
 def spm(folder, config, added=None, special=None, **more):
@@ -88,24 +89,25 @@ family("spm with user-defined symbols", {"eos_token": "<|im_end|>"}, added={},
        user_defined_symbols=["\n", "<|x|>"], control_symbols=["<|im_start|>", "<|im_end|>"])(spm)
 
 
-# tokenizer.json in the manner of SentencePiece
+# tokenizer.json converted from SentencePiece
 
 
 def metaspace(folder, pre, config, norm=None, post=None, more=()):
-    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    made.pre_tokenizer, made.decoder = pre, decoders.Sequence([
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre, decoders.Sequence([
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    if norm: made.normalizer = norm
-    made.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=360, show_progress=False, special_tokens=[
-        "<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]))
-    plain = json.loads(made.to_str())
+    if norm: tokenizer.normalizer = norm
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=360, show_progress=False, special_tokens=special)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    plain = json.loads(tokenizer.to_str())
     plain["added_tokens"] = [token
                              for token in plain["added_tokens"] if not token["content"].startswith("<0x")]
-    made = Tokenizer.from_str(json.dumps(plain))
-    made.add_tokens([AddedToken("<|im_start|>", normalized=False, special=True),
+    tokenizer = Tokenizer.from_str(json.dumps(plain))
+    tokenizer.add_tokens([AddedToken("<|im_start|>", normalized=False, special=True),
                      AddedToken("<|im_end|>", normalized=False, special=True), *more])
-    if post: made.post_processor = post
-    made.save(str(Path(folder, "tokenizer.json")))
+    if post: tokenizer.post_processor = post
+    tokenizer.save(str(Path(folder, "tokenizer.json")))
     put(folder, "tokenizer_config.json", config)
 
 
@@ -115,37 +117,37 @@ BOTH = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A $B",
 PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 for scheme in ("always", "first", "never"):
     for split in (False, True):
-        family(f"Metaspace {scheme}, split {split}", pre_tokenizers.Metaspace("▁", scheme, split), about(),
+        family(f"Metaspace {scheme}, split {split}", pre_tokenizers.Metaspace("▁", scheme, split), config(),
                post=BOS)(metaspace)
 family("Metaspace as LlamaTokenizer", pre_tokenizers.Metaspace("▁", "always", False),
-       about(tokenizer_class="LlamaTokenizer", add_bos_token=False), post=BOS)(metaspace)
-family("Prepend", None, about(), norm=PREPEND, post=BOS)(metaspace)
-family("Prepend as LlamaTokenizerFast", None, about(tokenizer_class="LlamaTokenizerFast", legacy=False),
+       config(tokenizer_class="LlamaTokenizer", add_bos_token=False), post=BOS)(metaspace)
+family("Prepend", None, config(), norm=PREPEND, post=BOS)(metaspace)
+family("Prepend as LlamaTokenizerFast", None, config(tokenizer_class="LlamaTokenizerFast", legacy=False),
        norm=PREPEND, post=BOTH)(metaspace)
-family("Prepend as legacy LlamaTokenizer", None, about(tokenizer_class="LlamaTokenizer", legacy=True),
+family("Prepend as legacy LlamaTokenizer", None, config(tokenizer_class="LlamaTokenizer", legacy=True),
        norm=PREPEND, post=BOTH)(metaspace)
-family("flags", pre_tokenizers.Metaspace("▁", "first", False), about(),
+family("flags", pre_tokenizers.Metaspace("▁", "first", False), config(),
        more=[AddedToken("<|l|>", lstrip=True, special=True), AddedToken("<|r|>", rstrip=True, special=True),
              AddedToken("<think>", normalized=False), AddedToken("<|w|>", single_word=True, special=True),
              AddedToken("<|N|>", normalized=True, special=True)])(metaspace)
 family("rstrip on the end of a turn", pre_tokenizers.Metaspace("▁", "first", False),
-       about(added_tokens_decoder={"361": flags("<|im_end|>", rstrip=True),
+       config(added_tokens_decoder={"361": flags("<|im_end|>", rstrip=True),
                                    "360": flags("<|im_start|>", lstrip=True)}))(metaspace)
 
 
-# tokenizer.json of bytes, words and pieces
+# tokenizer.json: byte-level BPE, WordPiece, Unigram
 
 
 def byte_level(folder, kind, norm=None, pre=None, post=None, **more):
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    if norm: made.normalizer = norm
-    made.train_from_iterator(TEXTS, trainers.BpeTrainer(
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if norm: tokenizer.normalizer = norm
+    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(
         vocab_size=330, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
-    if post: made.post_processor = post
-    made.save(str(Path(folder, "tokenizer.json")))
+    if post: tokenizer.post_processor = post
+    tokenizer.save(str(Path(folder, "tokenizer.json")))
     put(folder, "tokenizer_config.json", {"tokenizer_class": kind, "bos_token": "<|endoftext|>",
                                           "eos_token": "<|im_end|>", **more})
 
@@ -153,7 +155,7 @@ def byte_level(folder, kind, norm=None, pre=None, post=None, **more):
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(True),
                                   pre_tokenizers.ByteLevel(add_prefix_space=False)])
 family("ByteLevel", "PreTrainedTokenizerFast")(byte_level)
-family("ByteLevel with a blank in front", "PreTrainedTokenizerFast",
+family("ByteLevel with a space in front", "PreTrainedTokenizerFast",
        pre=pre_tokenizers.ByteLevel(add_prefix_space=True))(byte_level)
 family("ByteLevel as LlamaTokenizer", "LlamaTokenizer")(byte_level)
 family(
@@ -174,11 +176,11 @@ family("Qwen2Tokenizer", "Qwen2Tokenizer", norm=normalizers.NFC(), bos_token=Non
 
 @family("WordPiece")
 def word_piece(folder):
-    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer(lowercase=True)
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.decoder = decoders.WordPiece()
-    made.train_from_iterator(
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(
         TEXTS,
         trainers.WordPieceTrainer(
             vocab_size=200,
@@ -186,9 +188,9 @@ def word_piece(folder):
             special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<|im_start|>", "<|im_end|>"],
         ),
     )
-    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]",
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]",
                                                         special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    made.save(str(Path(folder, "tokenizer.json")))
+    tokenizer.save(str(Path(folder, "tokenizer.json")))
     put(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "cls_token": "[CLS]",
                                           "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]",
                                           "eos_token": "<|im_end|>"})
@@ -196,10 +198,11 @@ def word_piece(folder):
 
 @family("Unigram")
 def unigram(folder):
-    made = Tokenizer(models.Unigram())
-    made.normalizer, made.pre_tokenizer = normalizers.Nmt(), pre_tokenizers.Metaspace("▁", "always", True)
-    made.decoder = decoders.Metaspace()
-    made.train_from_iterator(
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Nmt()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always", True)
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(
         TEXTS,
         trainers.UnigramTrainer(
             vocab_size=120,
@@ -208,8 +211,8 @@ def unigram(folder):
             special_tokens=["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"],
         ),
     )
-    made.save(str(Path(folder, "tokenizer.json")))
-    put(folder, "tokenizer_config.json", about())
+    tokenizer.save(str(Path(folder, "tokenizer.json")))
+    put(folder, "tokenizer_config.json", config())
 
 
 def publish(name, folder, template=CHATML):

@@ -1,4 +1,4 @@
-"A chat model of each tokenizer family: fine-tuned here, opened again by transformers and mlx-lm, with the same prompt and answer."
+"Chat models of each tokenizer family, fine-tuned here: transformers and mlx-lm give the same answers."
 import json
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ transformers.logging.set_verbosity_error()
 LLAMA3 = ("{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
           "{{ '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|l|>' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}")
-MODELS = { # family, template, LoRA's rank, names in front of the weights, other stop tokens
+MODELS = { # family, template, LoRA rank, prefix of weight names, other stop tokens
     "SentencePiece": ("spm, legacy False, prefix None", CHATML, 0, "", ()),
     "SentencePiece, legacy": ("spm, legacy True, prefix None", CHATML, 2, "_orig_mod.", ()),
     "Metaspace": ("Metaspace first, split False", CHATML, 0, "module.", ()),
@@ -58,7 +58,7 @@ ROWS = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "con
         for q, a in [("name a bird", "the old gull"), ("who counts", "the boats")]]
 
 
-def test_a_chat_model_keeps_its_ids_on_the_way_through(chat_model):
+def test_fine_tuned_chat_model_agrees_with_transformers_and_mlx_lm(chat_model):
     folder, rank = chat_model
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     values = {"name": "tuned", "pretrained_model": str(folder), "data": {"input_file": "rows.jsonl"},
@@ -68,18 +68,15 @@ def test_a_chat_model_keeps_its_ids_on_the_way_through(chat_model):
     first, lm_tok = AutoTokenizer.from_pretrained(folder), mlx_lm.load(str(path))[1]
     theirs, their_tok = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     for row in ROWS:
-        asked = render_chat(fmt, tokenizer, [], row["messages"][0]["content"])
+        prompt = render_chat(fmt, tokenizer, [], row["messages"][0]["content"])
         for other in (first, their_tok, lm_tok):
-            found = other.apply_chat_template(row["messages"][:1], add_generation_prompt=True)
-            assert asked == (found["input_ids"] if hasattr(found, "keys") else found)
-        out = generate(model, [asked], 24, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, temperature=0)
+            output = other.apply_chat_template(row["messages"][:1], add_generation_prompt=True)
+            assert prompt == (output["input_ids"] if hasattr(output, "keys") else output)
+        out = generate(model, [prompt], 24, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, temperature=0)
         ours = [i for i, counts in zip(out.tokens[0].tolist(), out.response_mask[0].tolist()) if counts]
-        said = theirs.generate(transformers.BatchEncoding({"input_ids": [asked]},
-                                                          tensor_type="pt")["input_ids"], max_new_tokens=24,
-                               do_sample=False)[0, len(asked):].tolist()
-        assert said == ours                                               # and so it stops at the same token
+        input_ids = transformers.BatchEncoding({"input_ids": [prompt]}, tensor_type="pt")["input_ids"]
+        output_ids = theirs.generate(input_ids, max_new_tokens=24, do_sample=False)[0, len(prompt):].tolist()
+        assert output_ids == ours                                         # including the stop token
         if rank == 0:
-            assert (
-                ours[-1] in tokenizer.eos_ids
-                and tokenizer.decode(ours).strip() == row["messages"][1]["content"]
-            )
+            assert ours[-1] in tokenizer.eos_ids
+            assert tokenizer.decode(ours).strip() == row["messages"][1]["content"]
