@@ -13,7 +13,8 @@ from mlx_pretrain.core import rng_for
 from mlx_pretrain.data import Batch
 from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.pretrain import next_token_loss
-from mlx_pretrain.rows import SFTDataset, epoch_batches
+from mlx_pretrain.rows import SFTDataset
+from mlx_pretrain.sampler import epoch_batches
 from mlx_pretrain.sft import response_loss
 from mlx_pretrain.trainer import Trainer
 

@@ -26,7 +26,8 @@ from pydantic import Field, model_validator
 from .chat import dated
 from .config import ConfigError, ConfigSection
 from .core import RewardModel, rng_for
-from .prompts import PromptDataset, pad_prompt_response, no_reward, read_prompts, bucket_size
+from .dataset import bucket_size
+from .prompts import PromptDataset, no_reward, pad_prompt_response, read_prompts
 from .generate import generate, text_after
 from .guards import Guards
 from .lora import _around, add_adapters, merge

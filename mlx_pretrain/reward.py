@@ -32,7 +32,8 @@ from .preferences import (
 from .pretrained import Pretrained, _fill
 from .prompt import PromptFormat, split_format
 from .reward_model import TrainedReward, last_score, make_scorer
-from .rows import LengthGroupedSampler, PromptConfig, read_first_row, resolve_format
+from .rows import PromptConfig, read_first_row, resolve_format
+from .sampler import LengthGroupedSampler
 from .run import Run, _writing, checkpoints, load_checkpoint
 from .stage import (
     StageTrainer, FinetuneConfig, open_base_model, check_not_overwriting_base, resolve_config, data_file,
@@ -342,7 +343,7 @@ class RewardTrainer(StageTrainer):
         "What a reward model says about the held-out rows."
         said, n = self.held_out, len(self.held_out)
         scores = (self.scores(said.texts) - np.float32(reward.mean)) / np.float32(reward.std)
-        lengths = said.said
+        lengths = said.response_lengths
         if self.pairs: scores, lengths = scores.reshape(2, n).T, lengths.reshape(2, n).T
         return RewardEvaluation(scores, lengths, said.values, reward.std)
 
@@ -373,7 +374,7 @@ class RewardTrainer(StageTrainer):
     def normalised(self) -> TrainedReward:
         "The reward model, with mean 0 and standard deviation 1 on what the policy says that it began as."
         reward, tok = TrainedReward(self.model, self.tokenizer, self.format), self.tokenizer
-        prompts, asked = ([column[i] for i in self.asked] for column in (self.data.prompts, self.data.asked))
+        prompts, asked = ([column[i] for i in self.asked] for column in (self.data.prompts, self.data.messages))
         if not prompts: return reward
         texts = generate_text(
             self.policy, tok, prompts, self.cfg.data.response_length, seed=self.seed, batch_size=32

@@ -29,7 +29,7 @@ from .prompt import PromptFormat
 from .run import (
     LoggingConfig, ResumeConfig, Run, RunError, Checkpoint, changed_keys, check_name, check_place,
     find_checkpoint, latest_checkpoint, read_metadata, short)
-from .rows import Sampler, Segment, ShuffledSampler, resume_sampler
+from .sampler import Sampler, Segment, ShuffledSampler, resume_sampler
 from .tokenizer import Tokenizer
 from .trainer import (
     LossFn, SystemConfig, Trainer, TrainingConfig, check_memory, compiles_first, with_precision,

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_pretrain import chat, model as model_module
+from mlx_pretrain import chat, dataset, model as model_module
 from mlx_pretrain import rows as row_files
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import ConfigError
@@ -113,9 +113,11 @@ def bos_before_the_response(monkeypatch):
 
 
 def response_one_late(monkeypatch):
-    original = row_files.encode_pieces
-    late = lambda e: Example(e.ids, [n > e.start for n in range(len(e.ids))])  # noqa: E731
-    monkeypatch.setattr(row_files, "encode_pieces", lambda *args: [*map(late, original(*args))])
+    original = dataset.encode_pieces
+
+    def encode(*args):
+        return [Example(e.ids, [n > e.start for n in range(len(e.ids))]) for e in original(*args)]
+    monkeypatch.setattr(dataset, "encode_pieces", encode)
 
 
 def one_pad_token(monkeypatch):
@@ -407,7 +409,7 @@ def test_the_format_is_inherited(config, base, caplog):
     with caplog.at_level(logging.INFO):
         second = sft(config(name="second", pretrained_model="first", data={"system_prompt": "Be kind."}))
     assert load(second).format.format_question("x") == "Be kind.\n\nQ: x\nA:"
-    assert "As in the pretrained model: data.prompt_format, data.response_format." in caplog.text
+    assert "Inherited from the pretrained model: data.prompt_format, data.response_format." in caplog.text
     assert "Q: {instruction}" in (second / "config.yaml").read_text()
     assert load(base).format is None
     # the chat template in model/ makes no tokens

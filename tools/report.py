@@ -52,9 +52,9 @@ class Judged(NamedTuple):
     kl: np.ndarray
 
 
-def judged(step, policy, first, episodes, reward, seed):
+def judged(step, policy, first, prompts, reward, seed):
     "Let a policy answer, and judge what it says."
-    sampled = sample_responses(policy, episodes, np.arange(len(episodes)), reward, seed=seed, batch_size=128)
+    sampled = sample_responses(policy, prompts, np.arange(len(prompts)), reward, seed=seed, batch_size=128)
     tokens, pad, mask = pad_prompt_response(sampled.prompts, sampled.responses, policy.tokenizer.pad_id)
     now, then = (np.array(log_probs(p.model, mx.array(tokens), mx.array(pad), mask.shape[1])[0])
                  for p in (policy, first))
@@ -68,10 +68,10 @@ def on_the_way(sft, rl):
     cfg, first = load_config(PPOConfig, Path(rl) / "config.yaml"), load(sft)
     reward = load_reward(cfg.reward_model)
     d = cfg.data
-    episodes = read_prompts(d.validation_file, first.tokenizer, first.format,
-                            d.preprocessing.max_context_size, d.response_length)
+    prompts = read_prompts(d.validation_file, first.tokenizer, first.format,
+                           d.preprocessing.max_context_size, d.response_length)
     policies = {0: first, **{int(path.name[5:]): load(path) for path in checkpoints(rl)}}
-    return [judged(step, policy, first, episodes, reward, cfg.system.seed)
+    return [judged(step, policy, first, prompts, reward, cfg.system.seed)
             for step, policy in sorted(policies.items())], first.format
 
 
