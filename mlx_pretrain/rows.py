@@ -88,7 +88,7 @@ class PromptConfig(DataConfig):
     input_field_optional: str | None = None
     "Column that may be missing or empty; appended to the instruction unless the prompt format names it."
     date: str | None = None
-    "Date for chat templates that print one (`strftime_now`), e.g. 2026-11-30; default: the day the run starts."
+    "Date for chat templates that use `strftime_now`, such as 2026-11-30; default: the day the run starts."
     on_bad_row: Literal["error", "skip"] = "error"
     "What to do with a row that cannot be used: raise an error, or skip and count it."
 
@@ -180,8 +180,8 @@ def find_columns(
         remedy = ('name the columns of question and answer in "data.input_field" and "data.output_field", '
                   'or call them "instruction" and "response"')
     else:
-        remedy = ('name the column of the question in "data.input_field", or call it "instruction" or "prompt"'
-                  ', or extract it from another column with "data.preprocess"')
+        remedy = ('name the column of the question in "data.input_field", call it "instruction" or "prompt", '
+                  'or extract it from another column with "data.preprocess"')
     raise DataError(f"{row.file}, line {row.line}: the row has {_list_columns(row)}; {remedy}")
 
 # %% ../nbs/26_rows.ipynb #9645e074
