@@ -2,7 +2,7 @@
 
     python benchmarks/sft_step.py
 
-Three variants train one epoch of the same rows in turns, in one process; prints the fastest epoch of each, and ratios.
+Three variants train the same rows in turns, in one process; prints the fastest epoch of each, and ratios.
 """
 import time
 
@@ -37,7 +37,7 @@ def make_rows():
 def with_full_head(batch):
     "The same batch with the head applied at every position."
     size, shape = batch.inputs.size, batch.inputs.shape
-    positions = mx.where(batch.loss_mask, batch.positions, size)              # padding goes to an extra position
+    positions = mx.where(batch.loss_mask, batch.positions, size)           # padding goes to an extra position
     targets = mx.zeros(size + 1, mx.int32).at[positions].add(batch.targets)[:-1]
     mask = mx.zeros(size + 1, mx.int32).at[positions].add(1)[:-1] > 0
     return Batch(batch.inputs, targets.reshape(shape), mask.reshape(shape))

@@ -296,7 +296,7 @@ def test_what_a_file_says_is_not_lost_in_silence(place, caplog):
     assert b"1, 2" not in bytes(i for i in trainer.data[0].ids if i < 256)
     write([{"text": "<|im_start|>user"}, {"text": "<|im_end|>"}])
     SFTTrainer(config(pretrained_model="hf"))
-    assert caplog.text.count("and it stays text") == 1
+    assert caplog.text.count("which stays text") == 1
     write([{"messages": TALK}])
     formatted = config(pretrained_model="hf", data={"response_format": "{response}!"})
     with pytest.raises(ConfigError, match="has no effect on messages"): SFTTrainer(formatted)

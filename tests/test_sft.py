@@ -77,7 +77,7 @@ def predictions(batches):
 
 
 def expected(rows, context=128):
-    "The same by hand: bytes of the prompt are read, bytes of the response and one end-of-text token are trained."
+    "The same by hand: prompt bytes are read, response bytes and one end-of-text token are trained."
     for row in rows:
         ids = [257, *f"### Instruction:\n{row['instruction']}\n\n### Response:".encode()]
         if len(ids) + len(row["response"]) + 1 > context: continue
@@ -96,7 +96,7 @@ def test_only_the_response_and_its_eos_are_trained(config):
 
 
 def change_pieces(monkeypatch, change):
-    "Change the pieces of each row: the beginning-of-text token, the prompt, the response, the end-of-text token."
+    "Change the pieces of each row: beginning-of-text token, prompt, response, end-of-text token."
     original = row_files.row_pieces
     monkeypatch.setattr(row_files, "row_pieces", lambda *args: change(*original(*args)))
 
@@ -485,10 +485,13 @@ def test_resume_from_another_stage_is_refused(config, base):
 @pytest.mark.parametrize("rows, data, prompt", [
     ([{"prompt": "Hi, ", "completion": "you."}], {}, "Hi, "),
     ([{"prompt": "Hi", "completion": "you."}], {"prompt_format": "<{instruction}>"}, "<Hi>"),
-    ([{"q": "Hi", "a": "you."}], {"input_field": "q", "output_field": "a", "prompt_format": "{instruction}{q}"}, "HiHi"),
+    ([{"q": "Hi", "a": "you."}],
+     {"input_field": "q", "output_field": "a", "prompt_format": "{instruction}{q}"}, "HiHi"),
     ([{"instruction": "Hi", "input": "there", "output": "you."}],
-     {"output_field": "output", "input_field_optional": "input", "prompt_format": "{instruction}"}, "Hi\n\nthere"),
-    ([{"instruction": "Hi", "response": "you.", "topic": "{x}"}], {"prompt_format": "{topic} {{}} {instruction}"}, "{x} {} Hi"),
+     {"output_field": "output", "input_field_optional": "input", "prompt_format": "{instruction}"},
+     "Hi\n\nthere"),
+    ([{"instruction": "Hi", "response": "you.", "topic": "{x}"}],
+     {"prompt_format": "{topic} {{}} {instruction}"}, "{x} {} Hi"),
     ([{"text": "you."}], {}, ""),
 ])
 def test_kinds_of_rows(config, rows, data, prompt):
@@ -547,7 +550,8 @@ def test_a_bad_row_is_an_error_or_counted(config, capsys, row, sentence):
     ({"prompt_format": "{system_prompt} {instruction}"}, 'set "data.system_prompt"'),
     ({"input_field": "q"}, 'rows.jsonl, line 1: there is no field "q"'),
     ({"prompt_format": "{response}"}, "cannot hold {response}"),
-    ({"preprocessing": {"max_context_size": 20}, "on_bad_row": "skip"}, "no row is left of 10 (10 bad, the first: rows.jsonl, line 1"),
+    ({"preprocessing": {"max_context_size": 20}, "on_bad_row": "skip"},
+     "no row is left of 10 (10 bad, the first: rows.jsonl, line 1"),
     ({"input_file": "none.jsonl"}, '"data.input_file": none.jsonl does not exist'),
     ({"prompt_formt": "x"}, 'did you mean "data.prompt_format"?'),
 ])
@@ -566,10 +570,12 @@ def test_columns_that_cannot_be_guessed(config):
 
 
 @pytest.mark.parametrize("flag, sentence", [
-    (["--training.freeze", "9"], "called 9; its layers are 0 to 1"), (["--training.freeze", "lm_head"], "called 'lm_head'"),
+    (["--training.freeze", "9"], "called 9; its layers are 0 to 1"),
+    (["--training.freeze", "lm_head"], "called 'lm_head'"),
     (["--training.freeze", "0", "--training.train_only", "1"], "keep one of them"),
     (["--training.train_only", "1.5"], "training.train_only"),
-    (["--pretrained_model", "nowhere"], "nowhere does not exist"), (["--data.truncation", "middle"], '"drop", "keep_start" or "keep_end"'),
+    (["--pretrained_model", "nowhere"], "nowhere does not exist"),
+    (["--data.truncation", "middle"], '"drop", "keep_start" or "keep_end"'),
 ])
 def test_a_wrong_flag_is_one_line(config, capsys, flag, sentence):
     Path("run.yaml").write_text(json.dumps(config().model_dump(mode="json", exclude_unset=True)))

@@ -78,17 +78,24 @@ def test_an_unread_column_is_reported_once_and_the_remedy_works(caplog):
 
 
 @pytest.mark.parametrize("row, keys, parts", [
-    ({**PAIR, "input": "1, 2", "text": "Below is an instruction."}, {}, ['"input" (1 row), "text"', '"data.input_field_optional: input"']),
+    ({**PAIR, "input": "1, 2", "text": "Below is an instruction."}, {},
+     ['"input" (1 row), "text"', '"data.input_field_optional: input"']),
     ({**PAIR, "history": [["Hi", "Ho"]]}, {}, ['"history" (1 row)', "data.preprocess"]),
     ({**PAIR, "tools": [{"name": "f"}]}, {}, ['"tools" (1 row)']),
-    ({**PAIR, "passage": "p", "input": "i"}, {"input_field_optional": "input"}, ['"passage"', "write {passage} in"]),
-    ({**PAIR, "input": "i"}, {"input_field_optional": "inptu"}, ['"data.input_field_optional: input"', 'no row has the column "inptu"']),
-    ({**PAIR, "system": "s"}, {"system_field": "sytem"}, ['no row has the column "sytem"; check "data.system_field"', '"system" (1 row)']),
+    ({**PAIR, "passage": "p", "input": "i"}, {"input_field_optional": "input"},
+     ['"passage"', "write {passage} in"]),
+    ({**PAIR, "input": "i"}, {"input_field_optional": "inptu"},
+     ['"data.input_field_optional: input"', 'no row has the column "inptu"']),
+    ({**PAIR, "system": "s"}, {"system_field": "sytem"},
+     ['no row has the column "sytem"; check "data.system_field"', '"system" (1 row)']),
     ({"messages": TALK, "context": "c"}, {}, ['"context" (1 row)', "data.preprocess"]),
-    ({"messages": TALK, "context": "c"}, {"input_field_optional": "context"}, ['"context" (1 row)', "data.preprocess"]),
+    ({"messages": TALK, "context": "c"}, {"input_field_optional": "context"},
+     ['"context" (1 row)', "data.preprocess"]),
     ({"messages": TALK, "system": "s"}, {}, ['set "data.system_field: system" if that is a system prompt']),
-    ({"messages": [ASK, {**ANSWER, "thinking": "Hm."}]}, {}, ['keys that the prompt format does not read: "thinking" (1 row)']),
-    ({"question": "q", "context": "c", "answer": "a"}, {"prompt_format": "{question}", "output_field": "answer"}, ['"context" (1 row)']),
+    ({"messages": [ASK, {**ANSWER, "thinking": "Hm."}]}, {},
+     ['keys that the prompt format does not read: "thinking" (1 row)']),
+    ({"question": "q", "context": "c", "answer": "a"},
+     {"prompt_format": "{question}", "output_field": "answer"}, ['"context" (1 row)']),
 ])
 def test_unread_columns_and_keys_are_named(caplog, row, keys, parts):
     trained([row], **keys)
@@ -143,9 +150,12 @@ def test_a_repeated_prompt_contains_no_answer():
 
 
 @pytest.mark.parametrize("row, keys, place", [
-    ({**PAIR, "response": "Me.<eos>"}, {}, '"response"'), ({**PAIR, "instruction": "<eos>?"}, {}, '"instruction"'),
-    ({"messages": [ASK, message("assistant", "Me.<eos>")]}, {}, "a message of the assistant"), ({"text": "<eos>"}, {}, '"text"'),
-    ({"conversations": [{"from": "human", "value": "<eos>?"}, {"from": "gpt", "value": "Me."}]}, {}, "a message of the human"),
+    ({**PAIR, "response": "Me.<eos>"}, {}, '"response"'),
+    ({**PAIR, "instruction": "<eos>?"}, {}, '"instruction"'),
+    ({"messages": [ASK, message("assistant", "Me.<eos>")]}, {}, "a message of the assistant"),
+    ({"text": "<eos>"}, {}, '"text"'),
+    ({"conversations": [{"from": "human", "value": "<eos>?"}, {"from": "gpt", "value": "Me."}]}, {},
+     "a message of the human"),
     ({**PAIR, "context": "<eos>"}, {"input_field_optional": "context"}, '"context"'),
 ])
 def test_control_tokens_in_rows_are_reported_once(caplog, row, keys, place):
@@ -232,8 +242,10 @@ def test_forms_of_conversations():
 @pytest.mark.parametrize("messages, part", [
     ([message("developer", "x"), *TALK], "message 1 has the role 'developer'"),
     ([ASK, message("tool", "4"), ANSWER], "message 2 has the role 'tool'"),
-    ([{"from": "bing", "value": "x"}, *TALK], "has the role 'bing'; it must be system, user or assistant, or human or gpt"),
-    ([message("user", [{"type": "image"}, {"type": "text", "text": "?"}]), ANSWER], "has a part of the type 'image'"),
+    ([{"from": "bing", "value": "x"}, *TALK],
+     "has the role 'bing'; it must be system, user or assistant, or human or gpt"),
+    ([message("user", [{"type": "image"}, {"type": "text", "text": "?"}]), ANSWER],
+     "has a part of the type 'image'"),
     ([ASK, message("assistant", None)], "message 2 has no text as its content, but null"),
     (json.dumps(TALK), "found a text; give each a role and a content, which `json.loads`"),
     ({"role": "user"}, "found an object"),
@@ -374,7 +386,8 @@ def test_binary_files_are_recognized_by_their_first_bytes():
     for name, content, part in (
         ("a.gz", b"\x1f\x8b\x08", "`gunzip < a.gz > a`"), ("a.parquet", b"PAR1\x15", "pandas.read_parquet"),
         ("a.zip", b"PK\x03\x04 x", "`unzip a.zip`"),
-        ("a.xlsx", b"PK\x03\x04 xl/workbook.xml", "pandas.read_excel"), ("a.jsonl", b"<!DOCTYPE html><html>", "is a web page"),
+        ("a.xlsx", b"PK\x03\x04 xl/workbook.xml", "pandas.read_excel"),
+        ("a.jsonl", b"<!DOCTYPE html><html>", "is a web page"),
         ("b.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull`"),
         ("c.csv", b"a,b\ncaf\xe9,x\n", "is not UTF-8 (byte 0xe9)")):
         Path(name).write_bytes(content)
@@ -382,7 +395,8 @@ def test_binary_files_are_recognized_by_their_first_bytes():
         check_sentence(str(error.value), part)
 
 
-@pytest.mark.parametrize("first", ['{"instruction": "cut', "{'instruction': 'x'}", "7", '"text"', "garbage", "[1"])
+@pytest.mark.parametrize("first", ['{"instruction": "cut', "{'instruction': 'x'}", "7", '"text"', "garbage",
+                                   "[1"])
 def test_a_bad_first_row_is_a_bad_row(first):
     Path("rows.jsonl").write_text(first + "\n" + json.dumps(PAIR) + "\n")
     with pytest.raises(DataError, match="^rows.jsonl, line 1: "): list(read_jsonl("rows.jsonl"))

@@ -1,4 +1,4 @@
-"Fine-tuning compared with transformers: the same loss and gradients with labels of -100, and the same prompts."
+"Fine-tuning compared with transformers: same loss and gradients with labels of -100, same prompts."
 import json
 from pathlib import Path
 
