@@ -32,6 +32,11 @@ def split_prompt_response(
     start = next((n + 1 for n in range(end - 2, -1, -1) if not mask[n] or ids[n] in eos_ids), 0)
     return ids[:start], ids[start:end]
 
+# %% ../nbs/27_prompts.ipynb #efd1e4d8
+def _select(values: list | None, indices: list[int]) -> list | None:
+    "Some of the values, if there are any."
+    return values and [values[i] for i in indices]
+
 # %% ../nbs/27_prompts.ipynb #617ffaed
 @dataclass(frozen=True)
 class PromptDataset(RowDataset):
@@ -83,20 +88,14 @@ class PromptDataset(RowDataset):
         if self.rewards is None: return prompts
         return f"{prompts}, with responses and rewards from {self.rewards.min():g} to {self.rewards.max():g}"
 
-    def evenly(
-        self,
-        n: int, # maximum number of rows
-    ) -> "PromptDataset":
+    def evenly(self, n: int) -> "PromptDataset":
         "At most `n` rows, evenly spaced over the file."
         if len(self) <= n: return self
         indices = np.linspace(0, len(self) - 1, n).round().astype(int).tolist()
-        return replace(
-            self,
-            prompts=[self.prompts[i] for i in indices],
-            responses=self.responses and [self.responses[i] for i in indices],
-            rewards=None if self.rewards is None else self.rewards[indices],
-            rows=self.rows and [self.rows[i] for i in indices],
-        )
+        lists = (self.prompts, self.responses, self.rows)
+        prompts, responses, rows = (_select(values, indices) for values in lists)
+        rewards = None if self.rewards is None else self.rewards[indices]
+        return replace(self, prompts=prompts, responses=responses, rewards=rewards, rows=rows)
 
 # %% ../nbs/27_prompts.ipynb #c0c3e291
 def no_reward(

@@ -293,7 +293,14 @@ class SFTBatch(NamedTuple):
     targets: mx.array
     loss_mask: mx.array
 
-# %% ../nbs/26_rows.ipynb #92a3bb76
+# %% ../nbs/26_rows.ipynb #813e3bc8
+def _pad_inputs(rows: list[Example], width: int, pad_id: int) -> np.ndarray: # (B, width)
+    "All tokens but the last of each row, padded on the right."
+    inputs = np.full((len(rows), width), pad_id, np.int32)
+    for padded, (ids, _) in zip(inputs, rows): padded[:len(ids) - 1] = ids[:-1]
+    return inputs
+
+
 def _find_targets(rows: list[Example], width: int) -> tuple[list[int], list[int]]:
     "Positions in the flattened (B · width) inputs that precede a trained token, and these tokens."
     positions, targets = [], []
@@ -353,14 +360,12 @@ class SFTDataset(RowDataset):
         rows = [self[i] for i in np.asarray(indices).tolist()]
         longest = max(len(ids) for ids, _ in rows)
         width = bucket_size(longest - 1, MIN_BUCKET)                      # T: a row's last token is no input
-        inputs = np.full((len(rows), width), self.pad_id, np.int32)       # (B, T)
-        for row, (ids, _) in zip(inputs, rows): row[:len(ids) - 1] = ids[:-1]
         positions, targets = _find_targets(rows, width)
         n = len(positions)
         size = bucket_size(n, MIN_BUCKET)                                 # N
         padding = [0] * (size - n)
         return SFTBatch(
-            mx.array(inputs),
+            mx.array(_pad_inputs(rows, width, self.pad_id)),               # (B, T)
             mx.array(positions + padding, mx.int32),
             mx.array(targets + padding, mx.int32),
             mx.array(np.arange(size) < n),

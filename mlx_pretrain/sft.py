@@ -86,7 +86,12 @@ def base_or_new_model(
     context = cfg.data.preprocessing.max_context_size
     return Llama(cfg.model.args(tokenizer.vocab_size, context), cfg.system.seed), tokenizer
 
-# %% ../nbs/03_sft.ipynb #82113f2d
+# %% ../nbs/03_sft.ipynb #400b2f43
+def _with_format(cfg: SFTConfig, fmt: PromptFormat) -> SFTConfig:
+    "The configuration with a complete prompt format, as it is saved in the run directory."
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())})
+
+
 def _read_examples(cfg: SFTData, key: str, tokenizer: Tokenizer, fmt: PromptFormat) -> SFTDataset | None:
     "The rows of `input_file` or `validation_file`; `None` if there is no such file."
     if (path := data_file(cfg, key)) is None: return None
@@ -116,12 +121,9 @@ class SFTTrainer(StageTrainer):
         cfg = resolve_config(cfg, model)
         if cfg.training.lora.rank: model, self.base = add_lora(cfg, pretrained)
         inherited = pretrained and pretrained.format
-        fmt = resolve_format(cfg.data, read_first_row(path, cfg.data), inherited)
-        fmt = dated(fmt, tokenizer)
+        fmt = dated(resolve_format(cfg.data, read_first_row(path, cfg.data), inherited), tokenizer)
         self.format = fmt if fmt.input_field else inherited               # plain texts teach no format
-        if fmt.input_field:
-            data_cfg = cfg.data.model_copy(update=fmt.model_dump())
-            cfg = cfg.model_copy(update={"data": data_cfg})
+        if fmt.input_field: cfg = _with_format(cfg, fmt)
         data = _read_examples(cfg.data, "input_file", tokenizer, fmt)
         held_out = _read_examples(cfg.data, "validation_file", tokenizer, fmt)
         super().__init__(cfg, model, tokenizer, response_loss, data, held_out, **kwargs)
@@ -145,12 +147,8 @@ class SFTTrainer(StageTrainer):
         prompts = [tuple(rows.prompt(i)) for i in range(len(rows))]
         return [*map(list, dict.fromkeys(prompts))]
 
-    def answers(
-        self,
-        n: int = 3, # number of prompts
-        max_new_tokens: int = 64,
-    ) -> list[tuple[str, str]]: # (prompt, completion)
-        "Greedy completions of held-out prompts, the same prompts each time."
+    def answers(self, n: int = 3, max_new_tokens: int = 64) -> list[tuple[str, str]]:
+        "`n` held-out prompts, the same ones each time, with greedy completions."
         room = self.model.args.max_position_embeddings - max_new_tokens
         prompts = [ids for ids in self.questions if 0 < len(ids) <= room]
         prompts = prompts[::max(1, len(prompts) // n)][:n]
