@@ -1,6 +1,8 @@
-"""What rows of like length, and a head at trained places only, are worth in fine-tuning: one epoch of the same rows in three ways.
+"""Speedup of fine-tuning by length-grouped batches, and by applying the head at trained positions only.
 
-    python benchmarks/sft_step.py       the three take turns in one process, epoch by epoch; the fastest of each, and ratios
+    python benchmarks/sft_step.py
+
+Three variants train the same rows in turns, in one process; prints the fastest epoch of each, and ratios.
 """
 import time
 
@@ -13,7 +15,8 @@ from mlx_pretrain.core import rng_for
 from mlx_pretrain.data import Batch
 from mlx_pretrain.model import Llama, LlamaArgs
 from mlx_pretrain.pretrain import next_token_loss
-from mlx_pretrain.rows import SFTDataset, epoch_batches
+from mlx_pretrain.rows import SFTDataset
+from mlx_pretrain.sampler import epoch_batches
 from mlx_pretrain.sft import response_loss
 from mlx_pretrain.trainer import Trainer
 
@@ -22,8 +25,8 @@ SIZES = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_
 ROWS, BATCH, ROUNDS = 128, 8, 3
 
 
-def rows_of_many_lengths():
-    "Prompts and responses of some 40 tokens each, a few of hundreds, as instruction data have them."
+def make_rows():
+    "Prompts and responses of about 40 tokens, some with hundreds, as in instruction data."
     rng = rng_for(0, 0, "lengths")
     prompts, responses = (np.minimum(rng.lognormal(3.5, 0.8, ROWS).astype(int) + 2, 400) for _ in range(2))
     ends = np.cumsum([0, *(prompts + responses)])
@@ -31,36 +34,37 @@ def rows_of_many_lengths():
     return SFTDataset(rng.integers(0, SIZES["vocab_size"], ends[-1]), trained, ends, prompts, pad_id=0)
 
 
-def whole(batch):
-    "The same batch with a head at every place."
+def with_full_head(batch):
+    "The same batch with the head applied at every position."
     size, shape = batch.inputs.size, batch.inputs.shape
-    spots = mx.where(batch.loss_mask, batch.positions, size)  # what fills up goes to a place that is cut off
-    targets = mx.zeros(size + 1, mx.int32).at[spots].add(batch.targets)[:-1]
-    mask = mx.zeros(size + 1, mx.int32).at[spots].add(1)[:-1] > 0
+    positions = mx.where(batch.loss_mask, batch.positions, size)           # padding goes to an extra position
+    targets = mx.zeros(size + 1, mx.int32).at[positions].add(batch.targets)[:-1]
+    mask = mx.zeros(size + 1, mx.int32).at[positions].add(1)[:-1] > 0
     return Batch(batch.inputs, targets.reshape(shape), mask.reshape(shape))
 
 
 def main():
-    rows = rows_of_many_lengths()
-    drawn = rng_for(0, 0, "order").permutation(ROWS).reshape(-1, BATCH)
-    steps, alike = len(drawn), [epoch_batches(rows.lengths, BATCH, 0, epoch) for epoch in range(ROUNDS + 1)]
-    def of_like_length(step): return rows.batch(alike[step // steps][step % steps])
-    ways = {"as they come, head everywhere": (next_token_loss,
-                                              lambda step: whole(rows.batch(drawn[step % steps]))),
-            "like length, head everywhere": (next_token_loss, lambda step: whole(of_like_length(step))),
-            "like length, head where trained": (response_loss, of_like_length), }
-    trainers = {name: Trainer(Llama(LlamaArgs(**SIZES)), loss, draw, (ROUNDS + 1) * steps)
-                for name, (loss, draw) in ways.items()}
-    seconds = {name: [] for name in ways}
+    rows = make_rows()
+    order = rng_for(0, 0, "order").permutation(ROWS).reshape(-1, BATCH)
+    steps = len(order)
+    grouped = [epoch_batches(rows.lengths, BATCH, 0, epoch) for epoch in range(ROUNDS + 1)]
+    def shuffled_batch(step): return with_full_head(rows.batch(order[step % steps]))
+    def grouped_batch(step): return rows.batch(grouped[step // steps][step % steps])
+    variants = {"shuffled, full head": (next_token_loss, shuffled_batch),
+                "grouped, full head": (next_token_loss, lambda step: with_full_head(grouped_batch(step))),
+                "grouped, head where trained": (response_loss, grouped_batch)}
+    trainers = {name: Trainer(Llama(LlamaArgs(**SIZES)), loss, batches_at, (ROUNDS + 1) * steps)
+                for name, (loss, batches_at) in variants.items()}
+    seconds = {name: [] for name in variants}
     for turn in range(ROUNDS + 1):
-        for name in (*ways,) if turn % 2 else (*ways,)[::-1]:
+        for name in (*variants,) if turn % 2 else (*variants,)[::-1]:
             start = time.perf_counter()
             for _ in range(steps): trainers[name].step()
             if turn: seconds[name].append(time.perf_counter() - start)       # the first epoch compiles
     fastest = {name: min(times) for name, times in seconds.items()}
-    ours = fastest["like length, head where trained"]
+    ours = fastest["grouped, head where trained"]
     for name, time_taken in fastest.items():
-        print(f"{name:32} {time_taken:6.2f} s an epoch, {time_taken / ours:.2f} times ours")
+        print(f"{name:32} {time_taken:6.2f} s per epoch, {time_taken / ours:.2f}×")
 
 
 if __name__ == "__main__": main()

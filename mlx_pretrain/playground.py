@@ -16,13 +16,14 @@ from pydantic import ValidationError
 from .chat import row_pieces
 from .config import ConfigError, DataError, UserError
 from .data import make_tokenizer
+from .dataset import RowCounts, iter_rows
 from .jsonl import Row
 from .lab import kernel_loop
 from .pretrained import Pretrained, load
 from .prompt import Example, PromptFormat, TokenView, encode_pieces
-from .rows import RowCounts, _values, check_format, read_first_row, resolve_format, truncate
+from .rows import check_format, read_first_row, resolve_format, truncate
 from .sft import SFTConfig
-from .stage import resolve_config, data_file
+from .stage import data_file, resolve_config
 from .tokenizer import Tokenizer
 from .user_code import Preprocess
 
@@ -101,7 +102,7 @@ class Playground:
         if self.pretrained: self.cfg = resolve_config(cfg, self.pretrained.model)
         self.tokenizer = self.pretrained.tokenizer if self.pretrained else make_tokenizer(data)
         edit = None if data.preprocess is None else Preprocess(data.preprocess)
-        self.rows = [*islice(_values(path, edit, RowCounts(data.on_bad_row)), MOST_ROWS)]
+        self.rows = [*islice(iter_rows(path, edit, RowCounts(data.on_bad_row)), MOST_ROWS)]
         self.start = resolve_format(
             data, read_first_row(path, data), self.pretrained and self.pretrained.format
         )

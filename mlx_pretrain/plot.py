@@ -438,7 +438,7 @@ def _lengths(data) -> _Lengths:
             "rows" if data.rejected is None else "texts (two a row)",
             count(data.texts),
             data.lengths,
-            data.said,
+            data.response_lengths,
         )
     if not isinstance(data, PromptDataset):
         raise UserError(

@@ -32,11 +32,12 @@ from .preferences import (
 from .pretrained import Pretrained, load_weights
 from .prompt import PromptFormat, split_format
 from .reward_model import TrainedReward, last_score, make_scorer
-from .rows import LengthGroupedSampler, PromptConfig, read_first_row, resolve_format
+from .rows import PromptConfig, read_first_row, resolve_format
 from .run import Run, checkpoints
+from .sampler import LengthGroupedSampler
 from .stage import (
-    StageTrainer, FinetuneConfig, open_base_model, check_not_overwriting_base, resolve_config, data_file,
-    keep_date, run_stage)
+    FinetuneConfig, StageTrainer, check_not_overwriting_base, data_file, keep_date, open_base_model,
+    resolve_config, run_stage)
 from .trainer import Hyperparameters, TrainingConfig
 
 # %% ../nbs/05_reward.ipynb #95db310a
@@ -339,7 +340,7 @@ class RewardTrainer(StageTrainer):
         "What a reward model says about the held-out rows."
         said, n = self.held_out, len(self.held_out)
         scores = (self.scores(said.texts) - np.float32(reward.mean)) / np.float32(reward.std)
-        lengths = said.said
+        lengths = said.response_lengths
         if self.pairs: scores, lengths = scores.reshape(2, n).T, lengths.reshape(2, n).T
         return RewardEvaluation(scores, lengths, said.values, reward.std)
 
@@ -370,7 +371,7 @@ class RewardTrainer(StageTrainer):
     def normalised(self) -> TrainedReward:
         "The reward model, with mean 0 and standard deviation 1 on what the policy says that it began as."
         reward, tok = TrainedReward(self.model, self.tokenizer, self.format), self.tokenizer
-        prompts, asked = ([column[i] for i in self.asked] for column in (self.data.prompts, self.data.asked))
+        prompts, asked = ([column[i] for i in self.asked] for column in (self.data.prompts, self.data.messages))
         if not prompts: return reward
         texts = generate_text(
             self.policy, tok, prompts, self.cfg.data.response_length, seed=self.seed, batch_size=32

@@ -16,10 +16,11 @@ import mlx.core as mx
 import numpy as np
 
 from .core import RewardModel
+from .dataset import bucket_size
 from .generate import generate, text_after
 from .model import Llama, ScalarLlama
 from .pretrained import Pretrained
-from .prompts import PromptDataset, bucket_size, pad_prompt_response
+from .prompts import PromptDataset, pad_prompt_response
 from .score import score
 from .step import with_precision
 from .tokenizer import Tokenizer

@@ -29,10 +29,10 @@ from .lora import LoRAConfig, adapters, apply_lora, base_identity, save_adapters
 from .model import Llama, ModelConfig, ScalarLlama
 from .pretrained import Pretrained, export, find_model, load
 from .prompt import PromptFormat
-from .rows import Sampler, Segment, ShuffledSampler, resume_sampler
 from .run import (
     LoggingConfig, ResumeConfig, Run, RunError, changed_keys, check_name, check_place, find_checkpoint,
     latest_checkpoint, read_metadata, short)
+from .sampler import Sampler, Segment, ShuffledSampler, resume_sampler
 from .session import ProgressBar, check_memory, forecast, recording
 from .step import LossFn, compiles_first, with_precision
 from .tokenizer import Tokenizer

@@ -301,10 +301,10 @@ def test_unread_columns_and_settings_are_reported(place, caplog):
     assert b"1, 2" not in bytes(i for i in trainer.data[0].ids if i < 256)
     write([{"text": "<|im_start|>user"}, {"text": "<|im_end|>"}])
     SFTTrainer(config(pretrained_model="hf"))
-    assert caplog.text.count("and it stays text") == 1
+    assert caplog.text.count("which stays text") == 1
     write([{"messages": TALK}])
     formatted = config(pretrained_model="hf", data={"response_format": "{response}!"})
-    with pytest.raises(ConfigError, match="of no use for messages"): SFTTrainer(formatted)
+    with pytest.raises(ConfigError, match="has no effect on messages"): SFTTrainer(formatted)
 
 
 # Other people's chat templates
@@ -423,7 +423,7 @@ def test_a_resumed_run_keeps_its_date(place, monkeypatch, caplog, lora):
                        sft(cfg(2, resume={"checkpoint": "latest"})) / "config.yaml").data.date == "2026-01-01"
     assert "data.date" not in caplog.text and "training data" not in caplog.text
     assert load("runs/run").format.date == "2026-01-01" and SFTTrainer(cfg(1)).format.date == "2026-01-02"
-    with pytest.raises(ValueError, match="is no date; write it like 2026-11-30"):
+    with pytest.raises(ValueError, match="is not a date; write it like 2026-11-30"):
         config(data={"date": "tomorrow"})
 
 

@@ -160,7 +160,7 @@ def test_guide_with_rewards(place):
     assert (
         "off-policy" in said
         and "3 rows, 3 kept" in said
-        and "As in the pretrained model: data.system_prompt" in said
+        and "Inherited from the pretrained model: data.system_prompt" in said
     )
     assert {"row_logratio", "val_row_logratio", "val_reward", "val_loss", "reward", "policy_loss",
             "tokens_per_second"} <= last.keys()

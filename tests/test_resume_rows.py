@@ -22,8 +22,9 @@ from mlx_pretrain.ppo import PPOConfig, PPOTrainer
 from mlx_pretrain.preferences import PreferenceDataset
 from mlx_pretrain.pretrain import PretrainConfig, PretrainTrainer
 from mlx_pretrain.reward import RewardConfig, RewardTrainer
-from mlx_pretrain.rows import SFTDataset, LengthGroupedSampler, Segment, ShuffledSampler, resume_sampler
+from mlx_pretrain.rows import SFTDataset
 from mlx_pretrain.run import RunError, read_metadata, read_metrics
+from mlx_pretrain.sampler import LengthGroupedSampler, Segment, ShuffledSampler, resume_sampler
 from mlx_pretrain.sft import SFTConfig, SFTTrainer, sft
 
 KINDS = pytest.mark.parametrize("kind", [ShuffledSampler, LengthGroupedSampler])

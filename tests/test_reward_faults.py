@@ -179,14 +179,14 @@ def test_equal_responses_are_left_out(home):
     assert home.call("reward", home.reward([*PAIRS, row(rejected="b")]))[0] == 0
     assert read_metadata("runs/new")["data"]["input_file"]["tied"] == 1
     code, said = home.call("reward", home.reward([row(rejected="b")], name="none"))
-    assert code == 2 and "none.jsonl" in said and "twice the same response" in said and home.runs() == ["new"]
+    assert code == 2 and "none.jsonl" in said and "identical responses" in said and home.runs() == ["new"]
 
 
 @pytest.mark.parametrize("place", ["input_file", "validation_file"])
 def test_a_sentence_about_equal_responses_ends_in_its_remedy(place, home):
     same = [row(rejected="b")]
     said = home.refused("reward", home.reward(*([same] if place == "input_file" else [PAIRS, same])),
-                        "twice the same response")
+                        "identical responses")
     assert said.rpartition("; ")[2].startswith("mend")
 
 

@@ -1,4 +1,4 @@
-"Fine-tuning: what is trained, to the token; with the known bugs planted, each of which must be seen."
+"Supervised fine-tuning: which tokens are trained; planted bugs, each of which must be detected."
 import json
 import logging
 import shutil
@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_pretrain import chat, model as model_module
+from mlx_pretrain import chat, dataset, model as model_module
 from mlx_pretrain import rows as row_files
 from mlx_pretrain.cli import main
 from mlx_pretrain.config import ConfigError, DataError
@@ -67,18 +67,17 @@ def base(tmp_path, monkeypatch):
 
 
 def predictions(batches):
-    "Every trained token with all that the model sees before it."
+    "Every trained token with all tokens before it."
     for batch in batches:
         inputs, width = np.array(batch.inputs), batch.inputs.shape[1]
-        kept = np.array(batch.loss_mask)
-        for place, target in zip(
-            np.array(batch.positions)[kept].tolist(), np.array(batch.targets)[kept].tolist()
-        ):
-            yield (*inputs[place // width, : place % width + 1].tolist(), target)
+        mask = np.array(batch.loss_mask)
+        positions, targets = (np.array(array)[mask].tolist() for array in (batch.positions, batch.targets))
+        for position, target in zip(positions, targets):
+            yield (*inputs[position // width, : position % width + 1].tolist(), target)
 
 
 def expected(rows, context=128):
-    "The same by hand: bytes of the prompt are read, bytes of the response and one end are trained."
+    "The same by hand: prompt bytes are read, response bytes and one end-of-text token are trained."
     for row in rows:
         ids = [257, *f"### Instruction:\n{row['instruction']}\n\n### Response:".encode()]
         if len(ids) + len(row["response"]) + 1 > context: continue
@@ -92,38 +91,40 @@ def trained(config, **data):
     return sorted(predictions(batch for step in range(trainer.total_steps) for batch in trainer.batches_at(step)))
 
 
-def test_the_response_and_its_end_are_trained_and_nothing_else(config):
+def test_only_the_response_and_its_eos_are_trained(config):
     assert trained(config) == sorted(expected(ROWS))
 
 
-def laid_out(monkeypatch, change):
-    "Change the pieces of each row: what begins a text, the prompt, the response, what ends it."
+def change_pieces(monkeypatch, change):
+    "Change the pieces of each row: beginning-of-text token, prompt, response, end-of-text token."
     original = row_files.row_pieces
     monkeypatch.setattr(row_files, "row_pieces", lambda *args: change(*original(*args)))
 
 
 def loss_on_the_prompt(monkeypatch):
-    laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, Piece(ask.content, True), say, eos])
-def no_eos(monkeypatch): laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, say])
+    change_pieces(monkeypatch, lambda bos, ask, say, eos: [bos, Piece(ask.content, True), say, eos])
+def no_eos(monkeypatch): change_pieces(monkeypatch, lambda bos, ask, say, eos: [bos, ask, say])
 def eos_only_read(monkeypatch):
-    laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, say, Piece(eos.content)])
-def bos_twice(monkeypatch): laid_out(monkeypatch, lambda bos, *rest: [bos, bos, *rest])
+    change_pieces(monkeypatch, lambda bos, ask, say, eos: [bos, ask, say, Piece(eos.content)])
+def bos_twice(monkeypatch): change_pieces(monkeypatch, lambda bos, *rest: [bos, bos, *rest])
 def bos_before_the_response(monkeypatch):
-    laid_out(monkeypatch, lambda bos, ask, say, eos: [bos, ask, bos, say, eos])
+    change_pieces(monkeypatch, lambda bos, ask, say, eos: [bos, ask, bos, say, eos])
 
 
 def response_one_late(monkeypatch):
-    original = row_files.encode_pieces
-    late = lambda e: Example(e.ids, [n > e.start for n in range(len(e.ids))])  # noqa: E731
-    monkeypatch.setattr(row_files, "encode_pieces", lambda *args: [*map(late, original(*args))])
+    original = dataset.encode_pieces
+
+    def encode(*args):
+        return [Example(e.ids, [n > e.start for n in range(len(e.ids))]) for e in original(*args)]
+    monkeypatch.setattr(dataset, "encode_pieces", encode)
 
 
 def one_pad_token(monkeypatch):
     original = SFTDataset.batch
 
     def batch(self, indices):
-        made = original(self, indices)
-        return made._replace(loss_mask=mx.arange(made.loss_mask.size) <= made.loss_mask.sum())
+        batch = original(self, indices)
+        return batch._replace(loss_mask=mx.arange(batch.loss_mask.size) <= batch.loss_mask.sum())
     monkeypatch.setattr(SFTDataset, "batch", batch)
 
 
@@ -147,31 +148,33 @@ BUGS = [loss_on_the_prompt, no_eos, eos_only_read, bos_twice, bos_before_the_res
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_seen(config, monkeypatch, bug):
+def test_a_planted_bug_is_detected(config, monkeypatch, bug):
     bug(monkeypatch)
     assert trained(config) != sorted(expected(ROWS))
 
 
-def cut(row, context, how):
-    "The bytes that stay of a row, by hand: (read, trained)."
-    read = [257, *f"### Instruction:\n{row['instruction']}\n\n### Response:".encode()]
-    said = [*row["response"].encode(), 258]
-    over = max(0, len(read) + len(said) - context)
-    return (read, said[: len(said) - over]) if how == "keep_start" else ([257, *read[1 + over:]], said)
+def truncated(row, context, truncation):
+    "The bytes that are kept of a row, by hand: (prompt, response)."
+    prompt = [257, *f"### Instruction:\n{row['instruction']}\n\n### Response:".encode()]
+    response = [*row["response"].encode(), 258]
+    n_cut = max(0, len(prompt) + len(response) - context)
+    if truncation == "keep_start": return prompt, response[: len(response) - n_cut]
+    return [257, *prompt[1 + n_cut:]], response
 
 
-@pytest.mark.parametrize("how", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("truncation", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("planted", [False, True])
-def test_the_right_end_is_cut(config, monkeypatch, how, planted):
+def test_the_right_end_is_truncated(config, monkeypatch, truncation, planted):
     if planted:
         original = row_files.truncate
         other = {"keep_start": "keep_end", "keep_end": "keep_start"}
         monkeypatch.setattr(row_files, "truncate",
-                            lambda example, context, how, bos: original(example, context, other[how], bos))
-    data = SFTTrainer(config(data={"truncation": how, "preprocessing": {"max_context_size": 64}})).data
-    right = [read + said for read, said in (cut(row, 64, how) for row in ROWS)]
+                            lambda example, context, end, bos: original(example, context, other[end], bos))
+    cfg = config(data={"truncation": truncation, "preprocessing": {"max_context_size": 64}})
+    data = SFTTrainer(cfg).data
+    right = [prompt + response for prompt, response in (truncated(row, 64, truncation) for row in ROWS)]
     assert ([data[i].ids for i in range(len(data))] == right) != planted
-    lengths = [len(read) + len(said) for read, said in (cut(row, 10**6, how) for row in ROWS)]
+    lengths = [sum(map(len, truncated(row, 10**6, truncation))) for row in ROWS]
     assert data.source["truncated"] == sum(n > 64 for n in lengths) > 0
 
 
@@ -187,7 +190,7 @@ def test_mask_prompt_false_trains_all_but_the_first_token(config):
 
 
 @pytest.mark.parametrize("batch_size, accumulate, epochs", [(4, 1, 1), (3, 2, 2), (16, 1, 2), (1, 3, 1)])
-def test_each_row_once_an_epoch(config, batch_size, accumulate, epochs):
+def test_each_row_once_per_epoch(config, batch_size, accumulate, epochs):
     hyper = {"batch_size": batch_size, "gradient_accumulation_steps": accumulate}
     trainer = SFTTrainer(config(training={"epochs": epochs, "hyperparameters": hyper}))
     per_epoch = trainer.total_steps // epochs
@@ -198,7 +201,7 @@ def test_each_row_once_an_epoch(config, batch_size, accumulate, epochs):
     assert trainer.tokens == epochs * trainer.data.n_targets
 
 
-def test_the_head_is_applied_where_tokens_are_trained_only(config, monkeypatch):
+def test_the_head_is_applied_at_trained_positions_only(config, monkeypatch):
     rows, original = [], model_module.head_loss
     monkeypatch.setattr(model_module, "head_loss", lambda hidden, *rest: rows.append(len(hidden))
                         or original(hidden, *rest))
@@ -208,44 +211,47 @@ def test_the_head_is_applied_where_tokens_are_trained_only(config, monkeypatch):
     assert batch.loss_mask.sum().item() <= rows[-1] <= batch.loss_mask.sum().item() + 16 < batch.inputs.size
 
 
-def test_no_more_rows_than_there_are(config):
+def test_a_batch_size_beyond_the_number_of_rows(config):
     trainer = SFTTrainer(config(training={"hyperparameters": {"batch_size": 4096}}))
     assert [b.inputs.shape[0] for b in (*trainer.batches_at(0), *trainer.held_out_batches())] == [10, 3]
 
 
-@pytest.mark.parametrize("how, want", [("keep_end", [*b"e:", *b"two", 258]), ("keep_start", [*b"Re:two"])])
-def test_a_tokenizer_without_a_beginning(tmp_path, how, want):
+@pytest.mark.parametrize("truncation, expected_ids", [("keep_end", [*b"e:", *b"two", 258]),
+                                                      ("keep_start", [*b"Re:two"])])
+def test_a_tokenizer_without_a_bos_token(tmp_path, truncation, expected_ids):
     tok = ByteTokenizer()
-    tok.bos_id, tok._control = None, dict                                  # nor has it a name for one
+    tok.bos_id = None
+    tok._control = dict
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "R", "response": "two"}\n')
-    rows = row_files.read_examples(path, tok, PromptFormat(prompt_format="{instruction}e:"), 6, how)
-    assert rows[0].ids == want and rows[0].start == len(want) - (4 if how == "keep_end" else 3)
+    rows = row_files.read_examples(path, tok, PromptFormat(prompt_format="{instruction}e:"), 6, truncation)
+    assert rows[0].ids == expected_ids
+    assert rows[0].start == len(expected_ids) - (4 if truncation == "keep_end" else 3)
 
 
 def test_plain_text_keeps_its_end_or_its_start(config):
     write("rows.jsonl", [{"text": "abcdefgh"}])
-    for how, want in (("keep_end", [257, *b"gh", 258]), ("keep_start", [257, *b"abc"])):
-        data = SFTTrainer(config(data={"truncation": how, "preprocessing": {"max_context_size": 4},
+    for truncation, ids in (("keep_end", [257, *b"gh", 258]), ("keep_start", [257, *b"abc"])):
+        data = SFTTrainer(config(data={"truncation": truncation, "preprocessing": {"max_context_size": 4},
                                        "validation_file": None})).data
-        assert data[0].ids == want and data.source["truncated"] == 1 and data.n_targets == 3
+        assert data[0].ids == ids and data.source["truncated"] == 1 and data.n_targets == 3
 
 
-# A mean over tokens
+# Token-weighted loss
 
 
 def mean_of_means(self, batches, rate, key=None):
-    "What adding up mean losses would do."
+    "Accumulate the gradients of mean losses: every batch has the same weight."
     sums = [self.gradient(batch) for batch in batches]
     means = [tree_map(lambda g, n=n: g / n, ((total, n), grads)) for (total, n), grads in sums]
-    whole = means[0]
-    for mean in means[1:]: whole = tree_map(mx.add, whole, mean)
-    return self.apply(whole, mx.array(rate))
+    summed = means[0]
+    for mean in means[1:]: summed = tree_map(mx.add, summed, mean)
+    return self.apply(summed, mx.array(rate))
 
 
 @pytest.mark.parametrize("planted", [False, True])
 def test_accumulation_weighs_tokens(config, monkeypatch, planted):
-    "Two unequal batches of five rows are the step of one batch of ten."
+    "Two batches of five rows with different numbers of tokens are the same step as one batch of ten."
     whole, halves = (SFTTrainer(config(training={"hyperparameters": {"batch_size": n}})) for n in (10, 5))
     whole.batches_at = lambda step: [whole.data.batch(np.arange(10))]
     halves.batches_at = lambda step: [halves.data.batch(rows) for rows in np.arange(10).reshape(2, 5)]
@@ -267,25 +273,25 @@ def test_validation_weighs_tokens(config):
     assert abs(trainer.evaluate()["val_loss"] / (total / count) - 1) < 1e-5
 
 
-# Freezing and going on
+# Freezing and resuming
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd", "adam"])
-def test_what_is_frozen_keeps_its_bits(config, optimizer):
+def test_frozen_parameters_keep_their_bits(config, optimizer):
     trainer = SFTTrainer(config(training={"freeze": ["embed_tokens", 0, "*norm*"],
                                           "optimization": {"optimizer": optimizer}}))
     before = dict(tree_flatten(trainer.model.parameters()))
     for _ in range(3): trainer.step()
     after = dict(tree_flatten(trainer.model.parameters()))
-    moved = {name for name in after if before[name].tolist() != after[name].tolist()}
-    assert moved == {name for name in after if ".1." in name and "norm" not in name}
+    updated = {name for name in after if before[name].tolist() != after[name].tolist()}
+    assert updated == {name for name in after if ".1." in name and "norm" not in name}
     states = {name[name.index("model."):].rpartition(".")[0]
               for name in trainer.arrays()["optimizer"] if "model." in name}
-    assert states == moved
+    assert states == updated
 
 
 @pytest.mark.parametrize("system", [{"gradient_checkpointing": True}, {"precision": "bfloat16"}, {}])
-def test_frozen_layers_with_less_memory(config, system):
+def test_frozen_layers_with_checkpointing_and_bfloat16(config, system):
     training = {"freeze": ["embed_tokens", 0], "hyperparameters": {"gradient_accumulation_steps": 2}}
     trainer = SFTTrainer(config(system=system, training=training))
     before = dict(tree_flatten(trainer.model.parameters()))
@@ -297,7 +303,7 @@ def test_frozen_layers_with_less_memory(config, system):
     assert all(np.isfinite(losses))
 
 
-def test_the_pretrained_model_may_go(config, base):
+def test_resume_does_not_need_the_pretrained_model(config, base):
     def stop(trainer, metrics):
         if metrics["step"] == 3: trainer.stop_requested = True
     how = {"name": "tuned", "pretrained_model": "base", "data": {"prompt_format": "Q: {instruction}\nA:"}}
@@ -313,13 +319,13 @@ def test_the_pretrained_model_may_go(config, base):
 
 
 def others(caplog):
-    "What was said, but for what is always said about ROWS, whose responses spell a control token."
+    "The messages, without the warning about ROWS, whose responses spell a control token."
     return [record.message for record in caplog.records if "spells <eos>" not in record.message]
 
 
-def test_what_is_not_as_it_was_is_told(config, caplog):
+def test_changes_since_the_checkpoint_are_logged(config, caplog):
     sft(config(training={"epochs": 1}))
-    assert "There is no pretrained_model" in caplog.text
+    assert "No pretrained_model" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         sft(config(training={"epochs": 2}, resume={"checkpoint": "latest"}))
@@ -333,14 +339,14 @@ def test_what_is_not_as_it_was_is_told(config, caplog):
         assert "The training data or their chunking changed since the checkpoint." in caplog.text
 
 
-def test_another_trainer_freezes_anew(config, base):
+def test_another_trainer_does_not_inherit_frozen_layers(config, base):
     opened = load(base)
     SFTTrainer(config(training={"freeze": [0, "embed_tokens"]}), opened)
     names = [name for name, _ in tree_flatten(SFTTrainer(config(), opened).model.trainable_parameters())]
     assert names == [name for name, _ in tree_flatten(opened.model.parameters())]
 
 
-def test_a_cut_run_is_the_whole_run(config):
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(config):
     whole = sft(config(name="whole", training={"epochs": 3, "freeze": [0]}))
 
     def stop(trainer, metrics):
@@ -357,7 +363,7 @@ def test_a_cut_run_is_the_whole_run(config):
     assert rows(again) == rows(whole)
 
 
-def test_the_best_is_kept_and_answers_are_in_the_log(config):
+def test_best_checkpoint_is_kept_and_answers_are_logged(config):
     path = sft(config(training={"epochs": 4}))
     best = read_metadata(path)["best"]
     assert f"step_{best['step']:06d}" in [p.name for p in checkpoints(path)]
@@ -366,10 +372,10 @@ def test_the_best_is_kept_and_answers_are_in_the_log(config):
     assert log.count("Count 1") == log.count("Count 3") == 6 and "10 rows, 10 kept" in log
 
 
-# What it begins with
+# Base model
 
 
-def test_begins_with_a_run_a_checkpoint_or_a_directory(config, base):
+def test_base_model_from_a_run_a_checkpoint_or_a_directory(config, base):
     sources = [base, checkpoints(base)[-1], base / "model", "base"]
     models = [SFTTrainer(config(pretrained_model=str(source))).model.parameters() for source in sources]
     for model in models:
@@ -382,7 +388,7 @@ def test_begins_with_a_run_a_checkpoint_or_a_directory(config, base):
                    for (_, a), (_, b) in zip(tree_flatten(model), tree_flatten(models[0]), strict=True))
 
 
-def test_what_disagrees_is_one_warning(config, base, caplog):
+def test_disagreement_with_the_base_model_is_one_warning(config, base, caplog):
     other = {"dimensions": {"hidden_size": 2048, "intermediate_size": 32}}
     with caplog.at_level(logging.WARNING): trainer = SFTTrainer(config(pretrained_model="base", model=other))
     said = '"model.dimensions.hidden_size" is 2048, the pretrained model has 16. The pretrained model\'s values are used.'
@@ -407,7 +413,7 @@ def test_the_format_is_inherited(config, base, caplog):
     with caplog.at_level(logging.INFO):
         second = sft(config(name="second", pretrained_model="first", data={"system_prompt": "Be kind."}))
     assert load(second).format.format_question("x") == "Be kind.\n\nQ: x\nA:"
-    assert "As in the pretrained model: data.prompt_format, data.response_format." in caplog.text
+    assert "Inherited from the pretrained model: data.prompt_format, data.response_format." in caplog.text
     assert "Q: {instruction}" in (second / "config.yaml").read_text()
     assert load(base).format is None
     # the chat template in model/ makes no tokens
@@ -425,7 +431,7 @@ def test_plain_texts_teach_no_other_format(config, base, capsys):
     assert "--prompt" in capsys.readouterr().out
 
 
-def test_a_default_context_is_no_demand(config):
+def test_a_default_context_is_reduced_to_the_models(config):
     values = config(model={"attention": {"max_position_embeddings": 128}}).model_dump(
         exclude_unset=True, mode="json"
     )
@@ -436,7 +442,7 @@ def test_a_default_context_is_no_demand(config):
     )
 
 
-def test_a_foreign_chat_template_goes(config, base):
+def test_a_foreign_chat_template_is_replaced(config, base):
     file = base / "model" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "FOREIGN"}))
     opened = load(base / "model")
@@ -452,13 +458,13 @@ def test_a_foreign_chat_template_goes(config, base):
         )
 
 
-def test_a_checkpoint_alone_is_not_enough(base, tmp_path):
+def test_a_checkpoint_needs_its_run_directory(base, tmp_path):
     shutil.copytree(checkpoints(base)[-1], tmp_path / "away" / "step_000001")
     with pytest.raises(PretrainedError, match="needs its run directory around it"):
         load(tmp_path / "away" / "step_000001")
 
 
-def test_a_run_cannot_replace_what_it_begins_with(config, base):
+def test_a_run_cannot_replace_its_base_model(config, base):
     for resume in ({}, {"checkpoint": "latest"}):
         if resume: shutil.rmtree(base / "checkpoints")
         own = config(name="base", overwrite=True, pretrained_model="runs/base/model", resume=resume)
@@ -466,7 +472,7 @@ def test_a_run_cannot_replace_what_it_begins_with(config, base):
     assert load(base).model
 
 
-def test_another_stage_is_no_checkpoint_to_go_on_from(config, base):
+def test_resume_from_another_stage_is_refused(config, base):
     with pytest.raises(
         RunError, match='another stage .pretrain.; to start from its model, name it in "pretrained_model"'
     ):
@@ -476,20 +482,23 @@ def test_another_stage_is_no_checkpoint_to_go_on_from(config, base):
 # Kinds of rows
 
 
-@pytest.mark.parametrize("rows, data, read", [
+@pytest.mark.parametrize("rows, data, prompt", [
     ([{"prompt": "Hi, ", "completion": "you."}], {}, "Hi, "),
     ([{"prompt": "Hi", "completion": "you."}], {"prompt_format": "<{instruction}>"}, "<Hi>"),
-    ([{"q": "Hi", "a": "you."}], {"input_field": "q", "output_field": "a", "prompt_format": "{instruction}{q}"}, "HiHi"),
+    ([{"q": "Hi", "a": "you."}],
+     {"input_field": "q", "output_field": "a", "prompt_format": "{instruction}{q}"}, "HiHi"),
     ([{"instruction": "Hi", "input": "there", "output": "you."}],
-     {"output_field": "output", "input_field_optional": "input", "prompt_format": "{instruction}"}, "Hi\n\nthere"),
-    ([{"instruction": "Hi", "response": "you.", "topic": "{x}"}], {"prompt_format": "{topic} {{}} {instruction}"}, "{x} {} Hi"),
+     {"output_field": "output", "input_field_optional": "input", "prompt_format": "{instruction}"},
+     "Hi\n\nthere"),
+    ([{"instruction": "Hi", "response": "you.", "topic": "{x}"}],
+     {"prompt_format": "{topic} {{}} {instruction}"}, "{x} {} Hi"),
     ([{"text": "you."}], {}, ""),
 ])
-def test_kinds_of_rows(config, rows, data, read):
+def test_kinds_of_rows(config, rows, data, prompt):
     write("rows.jsonl", rows)
     trainer = SFTTrainer(config(data={**data, "validation_file": None}))
-    assert trainer.data[0].ids == [257, *read.encode(), *b"you.",
-                                   258] and trainer.data[0].start == 1 + len(read)
+    assert trainer.data[0].ids == [257, *prompt.encode(), *b"you.", 258]
+    assert trainer.data[0].start == 1 + len(prompt)
 
 
 def test_a_preprocess_function_makes_rows(config):
@@ -501,7 +510,7 @@ def test_a_preprocess_function_makes_rows(config):
     assert (source["rows"], source["kept"], source["filtered"]) == (4, 3, 1)
 
 
-# What is wrong
+# Errors
 
 
 BAD = [
@@ -516,7 +525,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("row, sentence", BAD)
-def test_a_bad_row_stops_everything_or_is_counted(config, capsys, row, sentence):
+def test_a_bad_row_is_an_error_or_counted(config, capsys, row, sentence):
     write("rows.jsonl", [*ROWS, row])
     Path("run.yaml").write_text(
         json.dumps({k: v for k, v in config().model_dump(mode="json", exclude_unset=True).items()})
@@ -541,11 +550,12 @@ def test_a_bad_row_stops_everything_or_is_counted(config, capsys, row, sentence)
     ({"prompt_format": "{system_prompt} {instruction}"}, 'set "data.system_prompt"'),
     ({"input_field": "q"}, 'rows.jsonl, line 1: there is no field "q"'),
     ({"prompt_format": "{response}"}, "cannot hold {response}"),
-    ({"preprocessing": {"max_context_size": 20}, "on_bad_row": "skip"}, "no row is left of 10 (10 bad, the first: rows.jsonl, line 1"),
+    ({"preprocessing": {"max_context_size": 20}, "on_bad_row": "skip"},
+     "no row is left of 10 (10 bad, the first: rows.jsonl, line 1"),
     ({"input_file": "none.jsonl"}, '"data.input_file": none.jsonl does not exist'),
     ({"prompt_formt": "x"}, 'did you mean "data.prompt_format"?'),
 ])
-def test_a_mistake_is_one_sentence(config, capsys, data, sentence):
+def test_a_data_error_is_one_line(config, capsys, data, sentence):
     values = merged(config().model_dump(mode="json", exclude_unset=True), {"data": data})
     Path("run.yaml").write_text(json.dumps(values))
     assert main(["sft", "--config", "run.yaml"]) == 2
@@ -560,19 +570,21 @@ def test_columns_that_cannot_be_guessed(config):
 
 
 @pytest.mark.parametrize("flag, sentence", [
-    (["--training.freeze", "9"], "called 9; its layers are 0 to 1"), (["--training.freeze", "lm_head"], "called 'lm_head'"),
+    (["--training.freeze", "9"], "called 9; its layers are 0 to 1"),
+    (["--training.freeze", "lm_head"], "called 'lm_head'"),
     (["--training.freeze", "0", "--training.train_only", "1"], "keep one of them"),
     (["--training.train_only", "1.5"], "training.train_only"),
-    (["--pretrained_model", "nowhere"], "nowhere does not exist"), (["--data.truncation", "middle"], '"drop", "keep_start" or "keep_end"'),
+    (["--pretrained_model", "nowhere"], "nowhere does not exist"),
+    (["--data.truncation", "middle"], '"drop", "keep_start" or "keep_end"'),
 ])
-def test_a_wrong_flag_is_one_sentence(config, capsys, flag, sentence):
+def test_a_wrong_flag_is_one_line(config, capsys, flag, sentence):
     Path("run.yaml").write_text(json.dumps(config().model_dump(mode="json", exclude_unset=True)))
     assert main(["sft", "--config", "run.yaml", *flag]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
 
 
-def test_half_a_character_has_its_line(config):
+def test_an_unpaired_surrogate_is_reported_with_its_line(config):
     Path("mine.py").write_text(
         "def half(row): return {**row, 'response': 'x\\ud83d'} if row['instruction'] == 'Count 3' else row\n"
     )
@@ -589,7 +601,7 @@ def test_the_first_row_may_be_bad_too(config):
     assert SFTTrainer(config(data={"on_bad_row": "skip"})).data.source["skipped"] == 1
 
 
-# Asking
+# Generation
 
 
 @pytest.fixture
@@ -598,7 +610,7 @@ def tuned(config):
     return sft(config(name="tuned", training={"epochs": 100}, logging={"steps": rarely}))
 
 
-def test_asked_in_the_runs_own_form(tuned, base, capsys, monkeypatch):
+def test_generate_and_chat_use_the_runs_own_format(tuned, base, capsys, monkeypatch):
     ask = ["generate", "--temperature", "0", "--max_new_tokens", "30", "--instruction", "Count 2", "--run"]
     assert main([*ask, "tuned"]) == 0
     assert capsys.readouterr().out == "one one </s><eos>\n"
@@ -613,8 +625,8 @@ def test_asked_in_the_runs_own_form(tuned, base, capsys, monkeypatch):
                                     "one one one </s><eos>"] and "do not fit into this model's context" in err
 
 
-def test_a_talk_is_made_of_what_was_said(capsys, monkeypatch, config):
-    "With a format that puts something around a response, the next prompt holds it once."
+def test_chat_history_holds_each_response_once(capsys, monkeypatch, config):
+    "With a response format that adds text around a response, the next prompt has that text once."
     form = {"prompt_format": "<{instruction}>", "response_format": " A: {response}."}
     path = sft(config(name="framed", data=form, training={"epochs": 60},
                       logging={"steps": {"validation_interval": 1000}}))
@@ -629,14 +641,14 @@ def test_a_talk_is_made_of_what_was_said(capsys, monkeypatch, config):
                                                     *b"<Count 2>"]
 
 
-def test_a_format_that_cannot_be_asked_is_refused_at_once(config, capsys):
+def test_chat_refuses_a_format_that_needs_more_than_an_instruction(config, capsys):
     write("rows.jsonl", [{"instruction": "i", "response": "r", "topic": "t"}] * 2)
     sft(config(name="topics", data={"prompt_format": "{topic}: {instruction}", "validation_file": None}))
     assert main(["chat", "--run",
                  "topics"]) == 2 and "not from an instruction alone" in capsys.readouterr().err
 
 
-def test_a_validation_that_got_worse_is_told(config, caplog):
+def test_warning_if_validation_got_worse(config, caplog):
     write("val.jsonl", [{"instruction": "Count 1", "response": "QQQQ"}])
     path = sft(config(training={"epochs": 40}, logging={"steps": {"validation_interval": 30}}))
     best = read_metadata(path)["best"]["step"]

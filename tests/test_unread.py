@@ -1,4 +1,4 @@
-"Nothing that a row, a key or a flag says is lost in silence, and what a sentence advises helps when it is followed."
+"Nothing in a row, a key or a flag is ignored silently, and the remedy that a message proposes works."
 import json
 import os
 import re
@@ -53,7 +53,7 @@ TALK, PAIR = [ASK, ANSWER], {"instruction": "Who?", "response": "Me."}
 
 
 def trained(rows, tok=None, inherited=None, **keys):
-    "What a file of rows becomes with some keys of `data`: prompt and response of the first row, as text."
+    "The first row of a file in tokens, as text, with these keys of `data`."
     tok, cfg = tok or ByteTokenizer(), PromptConfig(**keys)
     fmt = resolve_format(cfg, read_first_row(write(rows), cfg), inherited)
     examples = read_examples("rows.jsonl", tok, fmt, 4000, on_bad_row=cfg.on_bad_row,
@@ -61,66 +61,70 @@ def trained(rows, tok=None, inherited=None, **keys):
     return "".join(map(tok.piece, examples[0].ids))
 
 
-# What is not read
+# Unread columns and keys
 
 
-def test_a_column_that_nobody_reads_is_told_once_and_the_remedy_has_it_read(caplog):
+def test_an_unread_column_is_reported_once_and_the_remedy_works(caplog):
     rows = [{**PAIR, "context": "Mara sold the boat.", "category": "qa", "id": 7, "score": 0.5,
              "empty": ""}] * 3
     assert "Mara" not in trained(rows)
-    [said] = [r.message for r in caplog.records]
-    check_sentence(said, "rows.jsonl", '"context" (3 rows), "category" (3 rows)')
-    assert not {'"id"', '"score"', '"empty"'} & {*said.split()}
-    key, value = re.search(r'"data\.(input_field_optional): (\w+)"', said).groups()
+    [message] = [record.message for record in caplog.records]
+    check_sentence(message, "rows.jsonl", '"context" (3 rows), "category" (3 rows)')
+    assert not {'"id"', '"score"', '"empty"'} & {*message.split()}
+    key, value = re.search(r'"data\.(input_field_optional): (\w+)"', message).groups()
     assert "Mara sold" in trained(rows, **{key: value})
-    place = re.search(r"write (\{\w+\}) in", said)[1]
+    field = re.search(r"write (\{\w+\}) in", message)[1]
     caplog.clear()
-    assert "Mara sold" in trained(rows, prompt_format=f"{{instruction}} {place} {{category}}")
+    assert "Mara sold" in trained(rows, prompt_format=f"{{instruction}} {field} {{category}}")
     assert not caplog.records
 
 
 @pytest.mark.parametrize("row, keys, parts", [
-    ({**PAIR, "input": "1, 2", "text": "Below is an instruction."}, {}, ['"input" (1 row), "text"', '"data.input_field_optional: input"']),
+    ({**PAIR, "input": "1, 2", "text": "Below is an instruction."}, {},
+     ['"input" (1 row), "text"', '"data.input_field_optional: input"']),
     ({**PAIR, "history": [["Hi", "Ho"]]}, {}, ['"history" (1 row)', "data.preprocess"]),
     ({**PAIR, "tools": [{"name": "f"}]}, {}, ['"tools" (1 row)']),
-    ({**PAIR, "passage": "p", "input": "i"}, {"input_field_optional": "input"}, ['"passage"', "write {passage} in"]),
-    ({**PAIR, "input": "i"}, {"input_field_optional": "inptu"}, ['"data.input_field_optional: input"', 'no row has the column "inptu"']),
-    ({**PAIR, "system": "s"}, {"system_field": "sytem"}, ['no row has the column "sytem"; check "data.system_field"', '"system" (1 row)']),
+    ({**PAIR, "passage": "p", "input": "i"}, {"input_field_optional": "input"},
+     ['"passage"', "write {passage} in"]),
+    ({**PAIR, "input": "i"}, {"input_field_optional": "inptu"},
+     ['"data.input_field_optional: input"', 'no row has the column "inptu"']),
+    ({**PAIR, "system": "s"}, {"system_field": "sytem"},
+     ['no row has the column "sytem"; check "data.system_field"', '"system" (1 row)']),
     ({"messages": TALK, "context": "c"}, {}, ['"context" (1 row)', "data.preprocess"]),
-    ({"messages": TALK, "context": "c"}, {"input_field_optional": "context"}, ['"context" (1 row)', "data.preprocess"]),
+    ({"messages": TALK, "context": "c"}, {"input_field_optional": "context"},
+     ['"context" (1 row)', "data.preprocess"]),
     ({"messages": TALK, "system": "s"}, {}, ['set "data.system_field: system" if that is a system prompt']),
-    ({"messages": [ASK, {**ANSWER, "thinking": "Hm."}]}, {}, ['keys that the prompt format does not read: "thinking" (1 row)']),
-    ({"question": "q", "context": "c", "answer": "a"}, {"prompt_format": "{question}", "output_field": "answer"}, ['"context" (1 row)']),
+    ({"messages": [ASK, {**ANSWER, "thinking": "Hm."}]}, {},
+     ['keys that the prompt format does not read: "thinking" (1 row)']),
+    ({"question": "q", "context": "c", "answer": "a"},
+     {"prompt_format": "{question}", "output_field": "answer"}, ['"context" (1 row)']),
 ])
-def test_what_is_not_read_is_named(caplog, row, keys, parts):
+def test_unread_columns_and_keys_are_named(caplog, row, keys, parts):
     trained([row], **keys)
-    said = "\n".join(record.message for record in caplog.records)
-    for part in parts: assert part in said, (part, said)
+    messages = "\n".join(record.message for record in caplog.records)
+    for part in parts: assert part in messages, (part, messages)
 
 
-def test_who_has_a_function_has_read_all(caplog):
+def test_no_report_for_preprocessed_rows_and_plain_texts(caplog):
     Path("mine.py").write_text("def f(row): return row\n")
     trained([{**PAIR, "context": "c"}], preprocess="mine.py:f")
     trained([{"text": "The gull flies.", "url": "http://x", "title": "Gulls"}])
     assert not caplog.records
 
 
-def test_prompts_and_preferences_are_looked_at_too(caplog):
+def test_prompts_and_preferences_report_unread_columns(caplog):
     tok, fmt = ByteTokenizer(), PromptFormat(prompt_format="{instruction}")
     read_prompts(write([{**PAIR, "context": "c", "reward": 1}]), tok, fmt, 100, 4, reward_field="reward")
     read_preferences(write([{"instruction": "?", "chosen": "a<eos>", "rejected": "b", "margin": 1,
                              "topic": "t"}]), tok, fmt, 100)
-    said = "\n".join(record.message for record in caplog.records)
-    assert (
-        len(caplog.records) == 3
-        and '"context" (1 row)' in said
-        and '"topic" (1 row)' in said
-        and '"chosen" spells <eos>' in said
-    )
-    assert '"reward"' not in said and '"margin"' not in said
+    messages = "\n".join(record.message for record in caplog.records)
+    assert len(caplog.records) == 3
+    assert '"context" (1 row)' in messages and '"topic" (1 row)' in messages
+    assert '"chosen" spells <eos>' in messages
+    assert '"reward"' not in messages and '"margin"' not in messages
 
 
-def test_keys_of_messages_reach_the_template_or_are_told():
+def test_message_keys_reach_the_template_or_are_reported():
     thinks = [ASK, {**ANSWER, "reasoning_content": "Hm.", "name": "Ole", "tool_calls": None}]
     by_template = PromptFormat(prompt_format=None)
     assert read_messages(thinks)[1] == {**ANSWER, "trained": True, "reasoning_content": "Hm.", "name": "Ole"}
@@ -128,13 +132,12 @@ def test_keys_of_messages_reach_the_template_or_are_told():
     assert unread_keys(by_template, tok, thinks) == {"reasoning_content", "name"}
     tok.chat_template = CHATML + "{{ messages[0].get('thinking') }}{% if m.name is defined %}{% endif %}"
     assert {"thinking", "name", "role", "content"} <= template_keys(tok.chat_template)
-    assert unread_keys(by_template, tok,
-                       thinks) == set() and unread_keys(PromptFormat(), tok,
-                                                        thinks) == {"reasoning_content", "name"}
+    assert unread_keys(by_template, tok, thinks) == set()
+    assert unread_keys(PromptFormat(), tok, thinks) == {"reasoning_content", "name"}
     assert template_keys("{% for %}") == frozenset()
 
 
-def test_a_prompt_that_came_twice_holds_no_answer():
+def test_a_repeated_prompt_contains_no_answer():
     "UltraFeedback's rows: a prompt, and three conversations that begin with it."
     row = {"prompt": "Who?", "messages": TALK, "chosen": TALK,
            "rejected": [ASK, message("assistant", "You.")]}
@@ -145,38 +148,32 @@ def test_a_prompt_that_came_twice_holds_no_answer():
     assert tok.decode(data.prompts[0]) == "Q: Who? A:"
 
 
-# Control tokens in letters
+# Control tokens written as text
 
 
 @pytest.mark.parametrize("row, keys, place", [
-    ({**PAIR, "response": "Me.<eos>"}, {}, '"response"'), ({**PAIR, "instruction": "<eos>?"}, {}, '"instruction"'),
-    ({"messages": [ASK, message("assistant", "Me.<eos>")]}, {}, "a message of the assistant"), ({"text": "<eos>"}, {}, '"text"'),
-    ({"conversations": [{"from": "human", "value": "<eos>?"}, {"from": "gpt", "value": "Me."}]}, {}, "a message of the human"),
+    ({**PAIR, "response": "Me.<eos>"}, {}, '"response"'),
+    ({**PAIR, "instruction": "<eos>?"}, {}, '"instruction"'),
+    ({"messages": [ASK, message("assistant", "Me.<eos>")]}, {}, "a message of the assistant"),
+    ({"text": "<eos>"}, {}, '"text"'),
+    ({"conversations": [{"from": "human", "value": "<eos>?"}, {"from": "gpt", "value": "Me."}]}, {},
+     "a message of the human"),
     ({**PAIR, "context": "<eos>"}, {"input_field_optional": "context"}, '"context"'),
 ])
-def test_control_tokens_in_letters_are_told_once(caplog, row, keys, place):
-    good = (
-        PAIR
-        if "instruction" in row
-        else {"messages": TALK}
-        if "messages" in row
-        else {"text": "x", **row}
-        if "text" in row
-        else row
-    )
-    trained([good, row, row] if good is not row and "text" not in row else [row, row], **keys)
-    [said] = [r.message for r in caplog.records if "spells" in r.message]
-    check_sentence(said, f"{place} spells <eos>", "in 2 rows")
-    assert "line 2" in said if good is not row and "text" not in row else "line 1" in said
+def test_control_tokens_in_rows_are_reported_once(caplog, row, keys, place):
+    good = [PAIR] if "instruction" in row else [{"messages": TALK}] if "messages" in row else []
+    trained([*good, row, row], **keys)
+    [message] = [r.message for r in caplog.records if "spells" in r.message]
+    check_sentence(message, f"{place} spells <eos>", "in 2 rows", f"line {len(good) + 1}")
 
 
-def test_control_tokens_in_texts_are_told_each_time(caplog):
+def test_control_tokens_in_texts_are_reported_each_time(caplog):
     write([{"text": "The gull."}, {"text": "A<eos>B"}])
     for _ in range(2):
         caplog.clear()
         cached_windows("rows.jsonl", ByteTokenizer(), 8)
-        [said] = [record.message for record in caplog.records]
-        check_sentence(said, "rows.jsonl, line 2: the text spells <eos>", "in 1 document)")
+        [message] = [record.message for record in caplog.records]
+        check_sentence(message, "rows.jsonl, line 2: the text spells <eos>", "in 1 document)")
     caplog.clear()
     pack(["a<eos>", "b"], ByteTokenizer(), 4)
     assert "document 1: the text spells <eos>" in caplog.text
@@ -188,7 +185,7 @@ def test_control_tokens_in_texts_are_told_each_time(caplog):
 @pytest.mark.parametrize("row", [{**PAIR, "system": "Be brief."}, {"messages": TALK, "system": "Be brief."}])
 @pytest.mark.parametrize("tok, fmt", [(ByteTokenizer(), PromptFormat(prompt_format="Q: {instruction} A:")),
                                       (Chat(), PromptFormat(prompt_format=None))])
-def test_a_row_has_its_own_system_prompt(row, tok, fmt):
+def test_system_prompt_of_a_row(row, tok, fmt):
     if "messages" in row: fmt = fmt.model_copy(update={"input_field": "messages", "output_field": "messages"})
     own = fmt.model_copy(update={"system_field": "system", "system_prompt": "For all."})
     for pieces in (row_pieces, ask_pieces):
@@ -204,7 +201,7 @@ def test_a_row_has_its_own_system_prompt(row, tok, fmt):
             row_pieces(own, tok, {**row, "messages": [message("system", "x"), *TALK]})
 
 
-def test_an_older_format_is_read():
+def test_a_format_without_system_field_is_read():
     assert PromptFormat.model_validate_json('{"prompt_format": "{instruction}"}').system_field is None
     assert resolve_format(PromptConfig(system_field="s"),
                           read_first_row(write([{**PAIR, "s": "x"}]), PromptConfig())).system_field == "s"
@@ -215,34 +212,30 @@ def test_an_older_format_is_read():
 
 @pytest.mark.parametrize("key", ["prompt_format", "response_format", "system_prompt"])
 @pytest.mark.parametrize("letter, what", [("n", "line break"), ("t", "tab")])
-def test_a_backslash_and_a_letter_is_told_and_double_quotes_help(caplog, key, letter, what):
+def test_an_escape_that_stays_text_is_reported_and_double_quotes_help(caplog, key, letter, what):
     text = {"prompt_format": "Q {instruction}", "response_format": "{response}",
             "system_prompt": "s"}[key] + "\\" + letter
-    for quote, told in (("'", True), ('"', False), ("", True)):
+    for quote, is_reported in (("'", True), ('"', False), ("", True)):
         caplog.clear()
         Path("run.yaml").write_text(f"data:\n  {key}: {quote}So {text}{quote}\n")
         cfg = load_config(SFTConfig, "run.yaml")
         resolve_format(cfg.data, read_first_row(write([PAIR]), cfg.data))
         assert [f'"data.{key}"' in r.message and what in r.message
-                for r in caplog.records] == [True] * told, (quote, caplog.text)
+                for r in caplog.records] == [True] * is_reported, (quote, caplog.text)
 
 
 # Conversations
 
 
-def test_conversations_as_others_write_them():
+def test_forms_of_conversations():
     turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Who?"},
              {"from": "gpt", "value": "Me."}]
     plain = {"messages": [message("system", "Be brief."), *TALK]}
     want = trained([plain])
     assert trained([{"conversations": turns}]) == trained([{"conversations": plain["messages"]}]) == want
-    assert (
-        trained([{"talk": turns}], input_field="talk")
-        == trained(
-            [{"messages": [message("human", "Who?"), message("gpt", "Me.")]}], system_prompt="Be brief."
-        )
-        == want
-    )
+    assert trained([{"talk": turns}], input_field="talk") == want
+    human = [message("human", "Who?"), message("gpt", "Me.")]
+    assert trained([{"messages": human}], system_prompt="Be brief.") == want
     assert trained([{"messages": [{**m, "name": None, "tool_calls": None} for m in plain["messages"]],
                      "tools": "[]"}]) == want
     assert trained([{"messages": plain["messages"], "tools": []}]) == want
@@ -251,20 +244,22 @@ def test_conversations_as_others_write_them():
 @pytest.mark.parametrize("messages, part", [
     ([message("developer", "x"), *TALK], "message 1 has the role 'developer'"),
     ([ASK, message("tool", "4"), ANSWER], "message 2 has the role 'tool'"),
-    ([{"from": "bing", "value": "x"}, *TALK], "has the role 'bing'; it must be system, user or assistant, or human or gpt"),
-    ([message("user", [{"type": "image"}, {"type": "text", "text": "?"}]), ANSWER], "has a part of the type 'image'"),
+    ([{"from": "bing", "value": "x"}, *TALK],
+     "has the role 'bing'; it must be system, user or assistant, or human or gpt"),
+    ([message("user", [{"type": "image"}, {"type": "text", "text": "?"}]), ANSWER],
+     "has a part of the type 'image'"),
     ([ASK, message("assistant", None)], "message 2 has no text as its content, but null"),
     (json.dumps(TALK), "found a string; give each a role and a content, which `json.loads`"),
     ({"role": "user"}, "found an object"),
 ])
-def test_what_is_wrong_with_messages_is_named(messages, part):
+def test_errors_in_messages(messages, part):
     with pytest.raises(DataError, match=re.escape(part)): trained([{"messages": messages}])
 
 
-# What a sentence advises
+# Remedies in error messages
 
 
-REMEDIES = [  # rows, keys, a part of the sentence, keys that follow it (or new rows)
+REMEDIES = [  # rows, keys, a part of the message, keys as it proposes
     (
         [{"question": "Who?", "answer": "Me."}],
         {},
@@ -334,20 +329,20 @@ MINE = ("import json\ndef unpack(row): return {'messages': json.loads(row['messa
         "def split(row): return dict(zip(('prompt', 'response'), row['chosen'].split(' Assistant: ')))\n")
 
 
-@pytest.mark.parametrize("rows, keys, part, followed", REMEDIES, ids=[part[:40] for _, _, part, _ in REMEDIES])
-def test_what_a_sentence_advises_helps(rows, keys, part, followed):
+@pytest.mark.parametrize("rows, keys, part, remedy", REMEDIES, ids=[part[:40] for _, _, part, _ in REMEDIES])
+def test_a_proposed_remedy_works(rows, keys, part, remedy):
     Path("mine.py").write_text(MINE)
     with pytest.raises(UserError) as error: trained(rows, **keys)
     assert part in str(error.value), error.value
-    assert trained(rows, **followed)
+    assert trained(rows, **remedy)
 
 
-# Files of another form
+# Files of another format
 
 
 TWO = [{"instruction": "Name a bird, please.", "response": 'A "gull"\nor two.'},
        {"instruction": "Ünd?", "response": "No."}]
-FORMS = {  # name: (content, what the file is called in the sentence, what is read after the command)
+FORMS = {  # name: (content, name of the format in the message, rows after the proposed command)
     "array.json": (json.dumps(TWO, indent=4), "one JSON array", TWO),
     "one line.json": (json.dumps(TWO), "one JSON array", TWO),
     "texts.json": (json.dumps(["a", "b"]), "one JSON array", [{"text": "a"}, {"text": "b"}]),
@@ -375,25 +370,26 @@ FORMS = {  # name: (content, what the file is called in the sentence, what is re
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_good_file_of_another_form_is_named_and_the_command_makes_rows_of_it(name):
-    content, what, rows = FORMS[name]
+def test_a_file_of_another_format_is_named_and_the_proposed_command_converts_it(name):
+    content, format_name, rows = FORMS[name]
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as error: list(read_jsonl(name))
-    said = str(error.value)
-    check_sentence(said, name, what)
-    assert "not valid JSON" not in said
+    message = str(error.value)
+    check_sentence(message, name, format_name)
+    assert "not valid JSON" not in message
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(re.search("`(.*)`", said)[1], shell=True, check=True, env={**os.environ, "PATH": path},
+    subprocess.run(re.search("`(.*)`", message)[1], shell=True, check=True, env={**os.environ, "PATH": path},
                    executable="/bin/bash")
-    new = re.search(r"and give (.*)$", said)[1]
+    new = re.search(r"and give (.*)$", message)[1]
     assert [row.value for row in read_jsonl(new)] == rows and Path(name).exists()
 
 
-def test_other_files_are_known_by_their_beginning():
+def test_binary_files_are_recognized_by_their_first_bytes():
     for name, content, part in (
         ("a.gz", b"\x1f\x8b\x08", "`gunzip < a.gz > a`"), ("a.parquet", b"PAR1\x15", "pandas.read_parquet"),
         ("a.zip", b"PK\x03\x04 x", "`unzip a.zip`"),
-        ("a.xlsx", b"PK\x03\x04 xl/workbook.xml", "pandas.read_excel"), ("a.jsonl", b"<!DOCTYPE html><html>", "is a web page"),
+        ("a.xlsx", b"PK\x03\x04 xl/workbook.xml", "pandas.read_excel"),
+        ("a.jsonl", b"<!DOCTYPE html><html>", "is a web page"),
         ("b.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull`"),
         ("c.csv", b"a,b\ncaf\xe9,x\n", "is not UTF-8 (byte 0xe9)")):
         Path(name).write_bytes(content)
@@ -401,7 +397,8 @@ def test_other_files_are_known_by_their_beginning():
         check_sentence(str(error.value), part)
 
 
-@pytest.mark.parametrize("first", ['{"instruction": "cut', "{'instruction': 'x'}", "7", '"text"', "garbage", "[1"])
+@pytest.mark.parametrize("first", ['{"instruction": "cut', "{'instruction': 'x'}", "7", '"text"', "garbage",
+                                   "[1"])
 def test_a_bad_first_row_is_a_bad_row(first):
     Path("rows.jsonl").write_text(first + "\n" + json.dumps(PAIR) + "\n")
     with pytest.raises(DataError, match="^rows.jsonl, line 1: "): list(read_jsonl("rows.jsonl"))
@@ -412,7 +409,7 @@ def test_a_bad_first_row_is_a_bad_row(first):
 # Adapters and paths
 
 
-def test_adapters_of_others_come_with_the_command():
+def test_foreign_adapters_are_refused_with_the_command_that_merges_them():
     mlx = {"model": "base", "fine_tune_type": "lora"}
     peft = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
     fuse = "`mlx_lm.fuse --model base --adapter-path mlx --save-path mlx-merged`"
@@ -424,7 +421,7 @@ def test_adapters_of_others_come_with_the_command():
         assert about.get("base_model_name_or_path", "base") in str(error.value)
 
 
-def test_a_file_beside_the_configuration_is_found_for_the_sentence(monkeypatch):
+def test_a_file_next_to_the_configuration_is_proposed(monkeypatch):
     Path("proj").mkdir()
     Path("else").mkdir()
     write([PAIR], "proj/rows.jsonl")
@@ -444,7 +441,7 @@ def test_a_file_beside_the_configuration_is_found_for_the_sentence(monkeypatch):
     assert where_from("nowhere") == where_from("/rows.jsonl") == "check the path"
 
 
-def test_the_home_directory_is_known_everywhere(monkeypatch, tmp_path):
+def test_the_home_directory_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     Path("mine.py").write_text("def f(row): return {'instruction': 'home', 'response': 'x'}\n")
     assert "home" in trained([PAIR], preprocess="~/mine.py:f")

@@ -1,4 +1,4 @@
-"Commands of other programs that sentences advise do what they say."
+"Commands of other programs that error messages propose work."
 import json
 import os
 import re
@@ -15,7 +15,7 @@ from mlx_pretrain.pretrained import PretrainedError, export, load
 from mlx_pretrain.tokenizer import ByteTokenizer
 
 
-def test_adapters_of_mlx_lm_are_fused_as_the_sentence_says(tmp_path, monkeypatch):
+def test_mlx_lm_adapters_are_fused_by_the_proposed_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 2}
@@ -25,12 +25,12 @@ def test_adapters_of_mlx_lm_are_fused_as_the_sentence_says(tmp_path, monkeypatch
     about = {"model": "base", "fine_tune_type": "lora", "num_layers": 1,
              "lora_parameters": {"rank": 2, "scale": 3.0, "dropout": 0.0}}
     Path("tuned/adapter_config.json").write_text(json.dumps(about))
-    place = "model.layers.0.self_attn.q_proj.lora_"
+    prefix = "model.layers.0.self_attn.q_proj.lora_"
     mx.save_safetensors("tuned/adapters.safetensors",
-                        {place + "a": mx.ones((16, 2)), place + "b": mx.ones((2, 16))})
+                        {prefix + "a": mx.ones((16, 2)), prefix + "b": mx.ones((2, 16))})
     with pytest.raises(PretrainedError) as error: load("tuned")
     command, new = re.search("`(.*)` and give (.*)$", str(error.value)).groups()
-    # an environment that is entered
+    # as in an activated virtual environment
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     subprocess.run(command, shell=True, check=True, capture_output=True)
     q, before = (load(path).model.model.layers[0].self_attn.q_proj.weight for path in (new, "base"))

@@ -1,4 +1,4 @@
-"Fine-tuning beside transformers: the same rows with labels of -100, the same loss, the same gradients; and prompts as others write them."
+"Fine-tuning compared with transformers: same loss and gradients with labels of -100, same prompts."
 import json
 from pathlib import Path
 
@@ -45,19 +45,17 @@ def tokenizers(tmp_path_factory):
 def tokenizer(request, tokenizers): return tokenizers[request.param]
 
 
-def labelled(examples, n, pad):
-    "Rows as transformers wants them: ids padded on the right, and labels of -100 wherever nothing is trained."
+def with_labels(examples, n, pad):
+    "Rows for transformers: ids padded on the right, and labels of -100 for tokens that are not trained."
     rows = [examples[i] for i in range(n)]
     width = max(len(row.ids) for row in rows)
     ids, labels = np.full((n, width), pad), np.full((n, width), -100)
+    attention = np.zeros((n, width), int)
     for r, (row, trained) in enumerate(rows):
         ids[r, :len(row)] = row
         labels[r, :len(row)] = np.where(trained, row, -100)
-    return (
-        torch.tensor(ids),
-        torch.tensor(labels),
-        torch.tensor([[i < len(row.ids) for i in range(width)] for row in rows]).long(),
-    )
+        attention[r, :len(row)] = 1
+    return tuple(map(torch.tensor, (ids, labels, attention)))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -68,25 +66,23 @@ def test_loss_and_gradients_of_a_step(tokenizer, tmp_path, tied):
     export(model, tokenizer, tmp_path / "m")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     examples = read_examples(tmp_path / "rows.jsonl", tokenizer, PromptFormat(), 256)
-    ids, labels, attention = labelled(examples, 4, tokenizer.pad_id)
+    ids, labels, attention = with_labels(examples, 4, tokenizer.pad_id)
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    want = theirs(ids, attention_mask=attention, labels=labels).loss
-    want.backward()
+    expected = theirs(ids, attention_mask=attention, labels=labels).loss
+    expected.backward()
     batch = examples.batch(np.arange(4))
     total, grads = nn.value_and_grad(model, lambda batch: response_loss(model, batch)[0])(batch)
     count = batch.loss_mask.sum().item()
     assert count == (labels != -100).sum().item() == sum(len(tokenizer.encode(row["response"])) + 1
                                                          for row in ROWS)
-    assert abs(total.item() / count - want.item()) < 1e-5 * want.item()
+    assert abs(total.item() / count - expected.item()) < 1e-5 * expected.item()
     theirs_by_name = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
     ours = dict(tree_flatten(grads))
     assert ours.keys() == theirs_by_name.keys()
     for name, g in ours.items():
-        assert (
-            np.abs(np.array(g) / count - theirs_by_name[name]).max()
-            <= 1e-4 * np.abs(theirs_by_name[name]).max()
-        ), name
+        error = np.abs(np.array(g) / count - theirs_by_name[name]).max()
+        assert error <= 1e-4 * np.abs(theirs_by_name[name]).max(), name
 
     theirs.zero_grad()  # the planted bug: the prompt is trained too
     theirs(ids, attention_mask=attention, labels=torch.where(attention.bool(), ids, -100)).loss.backward()
@@ -95,25 +91,24 @@ def test_loss_and_gradients_of_a_step(tokenizer, tmp_path, tied):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_other_programs_ask_in_the_same_tokens(tokenizer, tmp_path, name):
+def test_exported_chat_template_gives_the_same_prompt_tokens(tokenizer, tmp_path, name):
     fmt, args = FORMATS[name], LlamaArgs(vocab_size=tokenizer.vocab_size, **SIZES)
     export(Llama(args), tokenizer, tmp_path / "m", fmt)
     for theirs in (AutoTokenizer.from_pretrained(tmp_path / "m"), mlx_lm.load(str(tmp_path / "m"))[1]):
-        def ids(*said, theirs=theirs):
+        def ids(*turns, theirs=theirs):
             messages = [{"role": role, "content": text}
-                        for role, text in zip(["user", "assistant"] * 9, said)]
+                        for role, text in zip(["user", "assistant"] * 9, turns)]
             text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return theirs.encode(text, add_special_tokens=False)
         assert ids("How many?") == prompt_ids(tokenizer, fmt.format_question("How many?"))
-        talk, said = ids("How many?", "Three.", "And now?"), fmt.response({"response": "Three."})
-        assert tokenizer.decode(talk) == tokenizer.decode(
-            render_chat(fmt, tokenizer, [("How many?", said)], "And now?")
-        )
-        assert talk.count(tokenizer.bos_id) == talk.count(tokenizer.eos_id) == 1
+        chat, response = ids("How many?", "Three.", "And now?"), fmt.response({"response": "Three."})
+        ours = render_chat(fmt, tokenizer, [("How many?", response)], "And now?")
+        assert tokenizer.decode(chat) == tokenizer.decode(ours)
+        assert chat.count(tokenizer.bos_id) == chat.count(tokenizer.eos_id) == 1
     assert load(tmp_path / "m").format == fmt
 
 
-def test_a_fine_tuned_model_answers_the_same_elsewhere(tmp_path, monkeypatch):
+def test_a_fine_tuned_model_gives_the_same_answers_in_transformers_and_mlx_lm(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["one", "two and a half", "three gulls", "4"]
     Path("rows.jsonl").write_text("".join(json.dumps({"instruction": f"Say {i}", "response": w}) + "\n"
@@ -127,11 +122,11 @@ def test_a_fine_tuned_model_answers_the_same_elsewhere(tmp_path, monkeypatch):
     assert ours == "three gulls"
 
     theirs, their_tok = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    asks = [{"role": "user", "content": "Say 2"}]
-    asked = their_tok.apply_chat_template(asks, add_generation_prompt=True, return_tensors="pt",
+    messages = [{"role": "user", "content": "Say 2"}]
+    inputs = their_tok.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
                                           return_dict=True)
-    out = theirs.generate(**asked, max_new_tokens=40, do_sample=False)[0, asked["input_ids"].shape[1]:]
+    out = theirs.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1]:]
     assert their_tok.decode(out, skip_special_tokens=True) == ours and out[-1].item() == tok.eos_id
     lm, lm_tok = mlx_lm.load(str(path))
-    assert mlx_lm.generate(lm, lm_tok, lm_tok.apply_chat_template(asks, add_generation_prompt=True),
+    assert mlx_lm.generate(lm, lm_tok, lm_tok.apply_chat_template(messages, add_generation_prompt=True),
                            max_tokens=40) == ours
