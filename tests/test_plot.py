@@ -67,7 +67,7 @@ def test_knob_change_is_drawn_at_its_step(tmp_path):
 
 
 def test_rapid_knob_changes_are_one_mark(tmp_path):
-    "Red if each event is drawn, if the label has the first value, or if changes all along a run become one mark."
+    "Red if each event is drawn, if the label has the first value, or if slow changes become one mark."
     turns = {"fast": {50: 1, 51: 2, 52: 3}, "slow": {step: step for step in range(10, 90, 2)}}
     for name, values in turns.items():
         run = Run(name, "", root=tmp_path)
@@ -130,7 +130,7 @@ def test_legend_is_outside_the_panels_and_in_the_figure(tmp_path, n):
 
 
 def test_reward_against_kl_with_incomplete_metrics(tmp_path):
-    "Only validations, or lines with one of the two. Red if a half point is drawn, or a run without both is accepted."
+    "Only validations, or lines with one of the two. Red if a half point is drawn, or none is an error."
     val = logged(tmp_path / "val", {"step": 0, "val_kl": 0.0, "val_reward": 0.1},
                  {"step": 9, "val_kl": 2.0, "val_reward": 0.5})
     half = logged(tmp_path / "half", {"step": 1, "kl": 1.0, "reward": 0.5},
@@ -145,7 +145,7 @@ def test_reward_against_kl_with_incomplete_metrics(tmp_path):
 
 
 def test_lengths_are_counted_per_row():
-    "Two answers in a row add up. Red if trained tokens are shifted by a row, or counted in a neighboring bar."
+    "Two answers in a row add up. Red if trained tokens are shifted by a row or a bar."
     mask = np.array([0, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 1], bool)
     rows = SFTDataset(np.arange(12, dtype=np.uint16), mask, np.array([0, 3, 7, 12]), np.array([1, 2, 2]), 0,
                       {"rows": 5, "dropped": 2})

@@ -1,4 +1,4 @@
-"Reward models: losses, pooling, prompt formats, training, normalization, saving, LoRA PPO; rule-based rewards."
+"Reward models: losses, pooling, prompt formats, training, normalization, saving; LoRA PPO; rules."
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_bradley_terry_loss_matches_formula():
     "swapped": ("chosen - rejected", "rejected - chosen"),
     "margin with a wrong sign": ("margin - difference", "-margin - difference"),
     "centering of the difference": ("chosen + rejected)", "chosen - rejected)"),
-    "no centering": ("center_rewards_coefficient * mx", "0 * mx"), 
+    "no centering": ("center_rewards_coefficient * mx", "0 * mx"),
     "a mean": ("loss.sum()", "loss.mean()")}.values())
 def test_wrong_bradley_terry_losses_are_detected(right, wrong):
     "Negative controls."
@@ -416,8 +416,8 @@ def test_response_lengths_do_not_include_the_prompt(tmp_path):
     folder = tmp_path / "tok"
     ByteTokenizer().save(folder)
     (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}<bos>{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}"
-        "{% endfor %}"
+        "{% for m in messages %}<bos>{{ m.role }}:{{ m.content }}"
+        "{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<bos>assistant:{% endif %}")
     rows = [{"prompt": "hm", "chosen": "abcd", "rejected": "ab"}]
     begin = small(HFTokenizer(folder))._replace(format=PromptFormat(prompt_format=None))

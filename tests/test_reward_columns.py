@@ -82,9 +82,11 @@ def test_columns_go_with_the_rows_through_training_and_validation(tmp_path, monk
 
 @pytest.mark.parametrize("reward, available, given, missing", [
     (exact, ["prompt", "answer", "more"], ["answer"], []), (exact, ["prompt"], [], ["answer"]),
-    (lambda p, r, answer="": 0.0, ["prompt"], [], []), (lambda p, r, answer="": 0.0, ["answer"], ["answer"], []),
+    (lambda p, r, answer="": 0.0, ["prompt"], [], []),
+    (lambda p, r, answer="": 0.0, ["answer"], ["answer"], []),
     (lambda p, r, **more: 0.0, ["p", "prompt", "answer"], ["prompt", "answer"], []),
-    (lambda *texts, answer: 0.0, ["answer", "texts"], ["answer"], []), (of_two, ["prompt", "response", "answer"], [], []),
+    (lambda *texts, answer: 0.0, ["answer", "texts"], ["answer"], []),
+    (of_two, ["prompt", "response", "answer"], [], []),
     (functools.partial(bound, points=2.0), ["answer", "points"], ["answer"], []), (max, ["answer"], [], []),
     (KeywordOnly(), ["prompts", "answer"], ["answer"], []), (Static(), [], [], []),
     (WeightedSum((1, exact)), ["prompt", "answer"], ["prompt", "answer"], [])])
@@ -92,8 +94,9 @@ def test_signature_decides_the_columns(reward, available, given, missing):
     assert reward_columns(as_reward_model(reward), available) == (given, missing)
 
 
-@pytest.mark.parametrize("reward, name", [(exact, "exact"), (functools.partial(bound, points=1), "bound"), (Callable(), "Callable"),
-                                          (KeywordOnly(), "KeywordOnly"), (Length(2), "Length(words=2)")])
+@pytest.mark.parametrize("reward, name", [
+    (exact, "exact"), (functools.partial(bound, points=1), "bound"), (Callable(), "Callable"),
+    (KeywordOnly(), "KeywordOnly"), (Length(2), "Length(words=2)")])
 def test_a_reward_has_the_same_name_in_every_process(reward, name):
     "A resumed run compares it. Red if an address in memory is a part of it."
     assert reward_name(find_reward(reward)) == name
@@ -112,7 +115,8 @@ def test_attribute_f_of_a_reward_is_not_its_function():
 
 @pytest.mark.parametrize("reward, name", [
     (exact, "exact"), (KeywordOnly(), "KeywordOnly"), (WeightedSum((1, Length(2)), (1, exact)), "exact")])
-@pytest.mark.parametrize("rows, line", [([{"prompt": "a", "reply": "b"}], 1), ([ROWS[0], {"prompt": "a", "reply": "b"}], 2)])
+@pytest.mark.parametrize("rows, line", [
+    ([{"prompt": "a", "reply": "b"}], 1), ([ROWS[0], {"prompt": "a", "reply": "b"}], 2)])
 @pytest.mark.parametrize("held_out", [False, True])
 def test_missing_column_is_named_before_sampling(reward, name, rows, line, held_out, tmp_path):
     "The reward, the column, the file with its line, and the columns there are; in the held-out prompts too."
@@ -193,9 +197,11 @@ def test_warning_about_another_prompt_format(tmp_path, caplog):
     columns = PromptFormat(prompt_format="{context}{instruction}")
     system = PromptFormat(prompt_format=None, system_prompt="Be kind.")
     foreign = PromptFormat(prompt_format="{prompt}")
-    for own, policy, warning in ((plain, PromptFormat(), ""), (PromptFormat(prompt_format=None), plain, ""), (system, plain, ""),
-                             (columns, columns, ""), (plain, columns, "has other columns than the instruction"),
-                             (foreign, plain, "it has no chat template"), (plain, system, "its own format has no system prompt")):
+    for own, policy, warning in (
+            (plain, PromptFormat(), ""), (PromptFormat(prompt_format=None), plain, ""), (system, plain, ""),
+            (columns, columns, ""), (plain, columns, "has other columns than the instruction"),
+            (foreign, plain, "it has no chat template"),
+            (plain, system, "its own format has no system prompt")):
         made = judge(tmp_path, fmt=own)
         for reward in (made, WeightedSum((1, made), (1, of_two))):
             caplog.clear()

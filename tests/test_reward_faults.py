@@ -140,8 +140,10 @@ SINGLE = {"prompt": "a", "completion": "b", "reward": 1.0}
 
 
 @pytest.mark.parametrize("bad, part", [
-    ({**SINGLE, "reward": "x"}, '"reward" must be a number'), ({**SINGLE, "reward": None}, '"reward" must be a number'),
-    ({"prompt": "a", "completion": "b"}, '"reward"'), ({"prompt": "a", "reward": 1}, '"completion"'), (PAIRS[0], '"completion"')])
+    ({**SINGLE, "reward": "x"}, '"reward" must be a number'),
+    ({**SINGLE, "reward": None}, '"reward" must be a number'),
+    ({"prompt": "a", "completion": "b"}, '"reward"'), ({"prompt": "a", "reward": 1}, '"completion"'),
+    (PAIRS[0], '"completion"')])
 def test_a_bad_single_response_is_named(bad, part, home):
     home.refused("reward", home.reward([SINGLE, bad]), "new.jsonl, line 2", part)
 
@@ -159,7 +161,8 @@ def test_single_responses_in_their_usual_columns(first, home):
 
 
 @pytest.mark.parametrize("first", [{"messages": [user("q"), bot("a")], "reward": 0.5},
-                                   {"prompt": [user("q")], "completion": [bot("a")], "reward": 0.5}], ids=lambda first: "-".join(first))
+                                   {"prompt": [user("q")], "completion": [bot("a")], "reward": 0.5}],
+                         ids=lambda first: "-".join(first))
 def test_single_answers_of_conversations(first, home):
     "PPO reads such rows with rewards, and pairs may be conversations too."
     assert home.call("rl", home.ppo("al", rows=[first, {**first, "reward": -1.0}]))[0] == 0
@@ -168,7 +171,7 @@ def test_single_answers_of_conversations(first, home):
 
 
 def test_missing_prompt_of_pairs_is_named(home):
-    "Texts of complete conversations, as in older datasets: the message is about a prompt, not about an output field."
+    "Texts of complete conversations, as in older datasets: the message is about the prompt column."
     talk = "\n\nHuman: q\n\nAssistant: "
     message = home.refused("reward", home.reward([{"chosen": f"{talk}a", "rejected": f"{talk}b"}]), "line 1")
     assert '"prompt"' in message and "output_field" not in message
@@ -179,7 +182,8 @@ def test_equal_responses_are_dropped(home):
     assert home.call("reward", home.reward([*PAIRS, row(rejected="b")]))[0] == 0
     assert read_metadata("runs/new")["data"]["input_file"]["tied"] == 1
     code, message = home.call("reward", home.reward([row(rejected="b")], name="none"))
-    assert code == 2 and "none.jsonl" in message and "twice the same response" in message and home.runs() == ["new"]
+    assert code == 2 and "none.jsonl" in message and "twice the same response" in message
+    assert home.runs() == ["new"]
 
 
 @pytest.mark.parametrize("place", ["input_file", "validation_file"])
@@ -205,8 +209,9 @@ def test_prompt_format_with_the_chosen_response_is_rejected(home):
                  "data.prompt_format", "chosen")
 
 
-@pytest.mark.parametrize("held_out, part", [([], "holds no rows"), (["", "\n"], "holds no rows"), ([SINGLE], 'no field "chosen"'),
-                                            ([row(chosen="b" * 99)], "max_context_size")])
+@pytest.mark.parametrize("held_out, part", [
+    ([], "holds no rows"), (["", "\n"], "holds no rows"), ([SINGLE], 'no field "chosen"'),
+    ([row(chosen="b" * 99)], "max_context_size")])
 def test_useless_validation_file_is_rejected(held_out, part, home):
     "Before any training."
     home.refused("reward", home.reward(held_out=held_out), "new-held.jsonl", part)
@@ -221,7 +226,7 @@ def test_missing_files_are_named_by_their_keys(home):
 
 
 def test_rows_that_are_too_long(home):
-    "Some are dropped and counted; if all are, the message names the key; a context beyond the model's is rejected."
+    "Dropped and counted; if all are, the message names the key; a context beyond the model's is rejected."
     assert home.call("reward", home.reward([*PAIRS, row(prompt="x" * 99), row(rejected="x" * 99)]))[0] == 0
     assert read_metadata("runs/new")["data"]["input_file"]["dropped"] == 2
     home.refused("reward", home.reward([row(prompt="x" * 99)], name="none"), "none.jsonl",
@@ -236,10 +241,12 @@ def test_response_length_that_leaves_no_room_for_prompts(home):
 
 
 @pytest.mark.parametrize("rows", [
-    [row(prompt="é🙂 日本", chosen="\u2028\0", rejected="e\u0301"), row(prompt="<eos>", chosen="<pad>", rejected="<bos>")],
+    [row(prompt="é🙂 日本", chosen="\u2028\0", rejected="e\u0301"),
+     row(prompt="<eos>", chosen="<pad>", rejected="<bos>")],
     [row(prompt="", chosen="", rejected="b"), row(prompt=" ", chosen=" ", rejected="")],
     [row(margin=1e14), row(margin=1e-30)],
-    [{**SINGLE, "reward": 1e14}, {**SINGLE, "reward": -1e14}]], ids=["unicode", "empty responses", "huge margins", "huge rewards"])
+    [{**SINGLE, "reward": 1e14}, {**SINGLE, "reward": -1e14}]],
+    ids=["unicode", "empty responses", "huge margins", "huge rewards"])
 def test_unusual_valid_rows_train(rows, home):
     "To the end, with finite rewards."
     code, message = home.call("reward", home.reward(rows, rows))
@@ -251,9 +258,12 @@ def test_unusual_valid_rows_train(rows, home):
 
 @pytest.mark.parametrize("section, key, part", [
     ("data", {"kl_coef": 0.1}, '"data.kl_coef"'), ("data", {"mask_prompt": True}, '"data.mask_prompt"'),
-    ("training", {"lora": {"rank": 2}}, '"training.lora"'), ("training", {"center_rewards_coefficient": -1}, "center_rewards_coefficient"),
-    ("data", {"normalization_samples": -1}, '"data.normalization_samples"'), ("data", {"response_length": 0}, '"data.response_length"'),
-    ("data", {"response_format": "{chosen}"}, '"data.response_format"'), ("training", {"freeze": ["nothing"]}, '"training.freeze"'),
+    ("training", {"lora": {"rank": 2}}, '"training.lora"'),
+    ("training", {"center_rewards_coefficient": -1}, "center_rewards_coefficient"),
+    ("data", {"normalization_samples": -1}, '"data.normalization_samples"'),
+    ("data", {"response_length": 0}, '"data.response_length"'),
+    ("data", {"response_format": "{chosen}"}, '"data.response_format"'),
+    ("training", {"freeze": ["nothing"]}, '"training.freeze"'),
     ("training", {"freeze": [0], "train_only": ["score"]}, "freeze"),
     pytest.param("logging", {"log_dir": "held_out.json"}, "log_dir")])
 def test_invalid_key_is_named(section, key, part, home):
@@ -277,7 +287,8 @@ def test_pretrained_model_is_required(home):
 @pytest.mark.parametrize("training, part", [
     ({"lora": {"rank": 2, "dropout": 0.1}}, "lora.dropout"), ({"lora": {"rank": 2}, "freeze": [0]}, "freeze"),
     ({"lora": {"rank": 2}, "train_only": [0]}, "train_only"), ({"lora": {"alpha": 4}}, "rank is 0"),
-    ({"lora": {"rank": 2, "num_layers": 7}}, "lora.num_layers"), ({"lora": {"rank": 2, "targets": ["k"]}}, "lora.targets")])
+    ({"lora": {"rank": 2, "num_layers": 7}}, "lora.num_layers"),
+    ({"lora": {"rank": 2, "targets": ["k"]}}, "lora.targets")])
 def test_invalid_lora_settings_of_ppo_are_named(training, part, home):
     Path("r.py").write_text("def f(prompt, response): return len(response)\n")
     home.refused("rl", home.ppo(training=training, reward_model="r.py:f"), part)
@@ -377,7 +388,8 @@ def test_run_does_not_overwrite_its_own_reward_model(learned):
     "Even with `overwrite`: it could not be resumed. Red if the reward model is gone after it."
     before = Path("runs/rm/model/config.json").read_text()
     code, message = learned.call("rl", learned.ppo("rm", reward_model="rm"), "--overwrite")
-    assert Path("runs/rm/model/config.json").read_text() == before and code == 2 and '"reward_model"' in message
+    assert code == 2 and '"reward_model"' in message
+    assert Path("runs/rm/model/config.json").read_text() == before
 
 
 def test_reward_run_is_not_overwritten_by_accident(learned):
@@ -485,7 +497,7 @@ class Faulty:
 @pytest.mark.parametrize("fault, parts", FAULTY.values(), ids=FAULTY)
 @pytest.mark.parametrize("lora", [0, 2])
 def test_failing_reward_loses_nothing(fault, parts, lora, home):
-    "In the third step, after two of the forecast: earlier steps are saved, and the fixed run resumes to the end."
+    "In the third step, after two of the forecast: earlier steps are saved, and the fixed run resumes."
     cfg = home.ppo("al", steps=4, reward_model="faulty.py:Faulty", data={"ppo_epochs": 1},
                    training={"lora": {"rank": lora}})
     home.faulty(fault, 5)
@@ -508,7 +520,8 @@ def test_reward_that_fails_in_the_forecast_leaves_no_run(home):
 def test_failing_part_of_a_weighted_sum_is_named(home):
     "With its file and line."
     Path("sums.py").write_text(
-        "from mlx_pretrain.rules import Length, WeightedSum\n\n\ndef odd(prompt, response):\n    return 1 / 0\n\n\n"
+        "from mlx_pretrain.rules import Length, WeightedSum\n\n\n"
+        "def odd(prompt, response):\n    return 1 / 0\n\n\n"
         "taste = WeightedSum((1, Length(2)), (1, odd))\nbroken = 7\n"
     )
     home.refused("rl", home.ppo(reward_model="sums.py:taste"), "the reward odd fails", "sums.py, line 5")
