@@ -103,7 +103,7 @@ class Bin(NamedTuple):
 
 # %% ../nbs/05_reward.ipynb #39f99c11
 def calibration(
-    difference: np.ndarray, # log-odds of the chosen response, (n,)
+    difference: np.ndarray, # logits: reward of the chosen response minus reward of the other, (n,)
     bins: int = 5, # groups of equal size
 ) -> list[Bin]: # by increasing confidence
     "Accuracy against confidence: a reliability diagram."
@@ -113,9 +113,9 @@ def calibration(
     return [Bin(float(confidence[group].mean()), float(correct[group].mean()), len(group))
             for group in groups if len(group)]
 
-# %% ../nbs/05_reward.ipynb #91f17961
+# %% ../nbs/05_reward.ipynb #60068a75
 def calibration_errors(
-    difference: np.ndarray, # log-odds of the chosen response, (n,)
+    difference: np.ndarray, # logits: reward of the chosen response minus reward of the other, (n,)
 ) -> dict[str, float]: # `calibration_error`, and `calibration_by_chance`: its expectation for a perfect model
     "Expected calibration error."
     bins = calibration(difference)

@@ -21,9 +21,9 @@ from .pretrained import find_model
 from .reward_model import load_reward
 from .tokenizer import DataError
 
-# %% ../nbs/52_score.ipynb #86bb687d
+# %% ../nbs/52_score.ipynb #0d29a98b
 class RewardError(UserError):
-    "A reward that cannot be used; the message says what it did, and where."
+    "A reward that cannot be used; the message names the problem and its place."
 
 
 def _code(reward: RewardModel) -> Any:

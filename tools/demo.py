@@ -1,4 +1,4 @@
-"""`make demo`: pretrain a small Llama, fine-tune it, train a reward model, run PPO; each step is a command."""
+"""`make demo`: pretrain a small Llama, fine-tune it, train a reward model, run PPO; each step a command."""
 import gzip
 import json
 import lzma
@@ -39,8 +39,9 @@ def summary(seconds):
                    for line in held_out.read_text(encoding="utf-8").splitlines()).encode()
     packed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
     others = ", ".join(f"{name} {8 * len(data) / len(text):.3f}" for name, data in packed.items())
+    duration = f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
     print(f"""
-Done in {seconds // 60:.0f} min {seconds % 60:.0f} s. Bits per byte on six addresses it never saw: {bits:.3f}   ({others})
+Done in {duration}. Bits per byte on six held-out addresses: {bits:.3f}   ({others})
 
 Where things are
   {RUN}/report.html      all steps on one page, to look at and to show
