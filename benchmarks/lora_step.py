@@ -143,7 +143,7 @@ def draw(made, before):
     "Plot training losses, raw (thin) and smoothed (thick), and held-out losses before and after."
     from matplotlib.figure import Figure
 
-    from mlx_pretrain.plot import _smooth, save_figure
+    from mlx_pretrain.plot import smooth, save_figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="steps", ylabel="loss (nats per token)",
@@ -152,7 +152,7 @@ def draw(made, before):
         losses = np.array([turn["losses"] for turn in turns]).T           # (steps, turns)
         after, at = median(turn["held-out loss"] for turn in turns), np.arange(1, len(losses) + 1)
         axes.plot(at, losses, color=color, alpha=0.25, linewidth=1)
-        axes.plot(at, _smooth(losses.mean(axis=1), 9), color=color, label=f"{who}: training, as it counts")
+        axes.plot(at, smooth(losses.mean(axis=1), 9), color=color, label=f"{who}: training, as it counts")
         axes.plot([0, at[-1]], [before, after], "o--", color=color, markersize=4,
                   label=f"{who}: held out, {before:.3f} → {after:.3f}")
     axes.grid(alpha=0.3)

@@ -41,7 +41,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .config import UserError
 from .core import logger
-from .plot import _smooth
+from .plot import smooth
 from .run import Run, checkpoints, is_before, read_metrics
 from .session import ProgressBar, save_checkpoint, span
 from .stage import StageTrainer, open_run
@@ -155,7 +155,7 @@ class LivePlot:
             if len(lines) == 1: continue
             # no effect before its cause
             parts = np.split(y, np.searchsorted(x, [step for step, _, _ in turns], side="right"))
-            lines[1].set_data(x, np.concatenate([_smooth(part, len(y) // 40 * 2 + 1) for part in parts]))
+            lines[1].set_data(x, np.concatenate([smooth(part, len(y) // 40 * 2 + 1) for part in parts]))
         self._mark(turns)
         for axes in self.axes:
             axes.relim()

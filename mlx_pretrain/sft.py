@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from .chat import dated
+from .core import logger
 from .data import make_tokenizer
 from .generate import generate_text
 from .model import Llama

@@ -1,4 +1,4 @@
-"Figures say what was measured: places, values and names are read off what is drawn, not off pixels."
+"Figures show what was logged: positions, values and names are read from the artists, not from pixels."
 import os
 import warnings
 
@@ -32,7 +32,7 @@ def dotted(axes): return [line.get_xdata()[0] for line in axes.get_lines() if li
 
 
 def trained(run, turn, every=1, steps=40, **scheduler):
-    "Fit one number, at 8 tokens a step, and let `turn` do something to the trainer after each."
+    "Fit one number, at 8 tokens per step, and call `turn` after each step."
     def loss(model, batch): return mx.square(model.weight - batch).sum(), mx.array(8)
     trainer = Trainer(nn.Linear(1, 1, bias=False), loss, lambda step: mx.array([[1.0]]), steps,
                       TrainingConfig(scheduler=scheduler), run=run, callbacks=[log_metrics(run, every), turn])
@@ -41,35 +41,34 @@ def trained(run, turn, every=1, steps=40, **scheduler):
     return trainer
 
 
-def test_the_preview_is_what_is_logged_later(tmp_path):
+def test_plot_schedule_matches_the_logged_rates(tmp_path):
     "Red if steps are counted from 0, or the rate of another step is drawn."
     run = Run("run", "", root=tmp_path)
     trainer = trained(run, lambda trainer, metrics: None, type="wsd", warmup_steps=7)
-    told = [row["learning_rate"] for row in read_metrics(run.path)]
+    rates = [row["learning_rate"] for row in read_metrics(run.path)]
     for figure in (plot_schedule(trainer.schedule, trainer.total_steps),
                    plot_schedule(TrainingConfig(scheduler={"type": "wsd", "warmup_steps": 7}), 40)):
         line, dot = figure.axes[0].get_lines()
         assert line.get_xdata().tolist() == [row["step"] for row in read_metrics(run.path)] == [*range(1, 41)]
-        assert line.get_ydata() == pytest.approx(told)
-        assert dot.get_xydata().tolist() == [[7, max(told)]]
+        assert line.get_ydata() == pytest.approx(rates)
+        assert dot.get_xydata().tolist() == [[7, max(rates)]]
 
 
-def test_a_turn_is_drawn_where_it_happened(tmp_path):
-    "Between two logged lines. Red if it lies at the next or last logged one, or at its step on an axis of tokens."
+def test_knob_change_is_drawn_at_its_step(tmp_path):
+    "Between two logged lines. Red if it is drawn at one of them, or at its step on an axis of tokens."
     def turn(trainer, metrics):
         if metrics["step"] in (13, 25): trainer.knobs.learning_rate_factor = metrics["step"] / 100
     run = Run("run", "", root=tmp_path)
     trained(run, turn, every=10)
     figure = plot_runs([run.path])
-    assert figure.axes[0].get_xlabel() == "tokens seen" and dotted(figure.axes[0]) == pytest.approx(
-        [13 * 8, 25 * 8]
-    )
-    assert [text.get_text()
-            for text in figure.axes[0].texts] == ["learning_rate_factor 0.13", "learning_rate_factor 0.25"]
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "tokens seen" and dotted(axes) == pytest.approx([13 * 8, 25 * 8])
+    labels = [text.get_text() for text in axes.texts]
+    assert labels == ["learning_rate_factor 0.13", "learning_rate_factor 0.25"]
 
 
-def test_a_dragged_slider_is_one_mark_and_a_slow_one_is_not(tmp_path):
-    "Red if each event is drawn, if the first value is told, or if turns all along a run become one mark."
+def test_rapid_knob_changes_are_one_mark(tmp_path):
+    "Red if each event is drawn, if the label has the first value, or if slow changes become one mark."
     turns = {"fast": {50: 1, 51: 2, 52: 3}, "slow": {step: step for step in range(10, 90, 2)}}
     for name, values in turns.items():
         run = Run(name, "", root=tmp_path)
@@ -83,8 +82,8 @@ def test_a_dragged_slider_is_one_mark_and_a_slow_one_is_not(tmp_path):
                                               for text in slow.texts)
 
 
-def test_labels_of_turns_do_not_cover_each_other(tmp_path):
-    "Red if two runs turned at the same time have their labels in the same place."
+def test_labels_of_knob_changes_do_not_overlap(tmp_path):
+    "Red if the labels of two runs changed at the same step are in the same place."
     for name in ("a", "b", "c"):
         run = Run(name, "", root=tmp_path)
         for step in range(1, 101):
@@ -95,11 +94,11 @@ def test_labels_of_turns_do_not_cover_each_other(tmp_path):
     save_figure(figure, tmp_path / "a.png")
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(dotted(figure.axes[0])) == 9 and len(boxes) == 6
-    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
-def test_each_name_is_told_once_and_as_it_is(tmp_path):
-    "Red if the legend repeats a name, two runs have the same one, or a name is taken for a formula or for hidden."
+def test_legend_names_each_run_once_and_literally(tmp_path):
+    "Red if the legend repeats a name, two runs share one, or a name is parsed as a formula or hidden."
     rows = [{"step": step, "tokens": step, "loss": 1.0, "val_loss": 1.0} for step in (1, 2)]
     places = [logged(tmp_path / name, *rows) for name in ("a/run", "b/run", "_x", "$^$", "other")]
     with warnings.catch_warnings():
@@ -110,17 +109,17 @@ def test_each_name_is_told_once_and_as_it_is(tmp_path):
     assert legend(figure) == ["a/run", "b/run", "_x", r"\$^\$", "other", "training", "validation"]
 
 
-def test_a_name_that_is_not_utf8_is_drawn(tmp_path):
-    made = logged(tmp_path / "run", *({"step": step, "tokens": step, "loss": 1.0} for step in (1, 2)))
-    os.rename(made, odd := tmp_path / os.fsdecode(b"r\xff"))
+def test_run_name_that_is_not_utf8_is_drawn(tmp_path):
+    path = logged(tmp_path / "run", *({"step": step, "tokens": step, "loss": 1.0} for step in (1, 2)))
+    os.rename(path, odd := tmp_path / os.fsdecode(b"r\xff"))
     figure = plot_runs([odd])
     save_figure(figure, tmp_path / "a.png")
     assert legend(figure) == [r"r\udcff"]
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 10])
-def test_the_legend_is_outside_and_in_the_picture(tmp_path, n):
-    "Red if names of ordinary length run over the edge, or lie on curves."
+def test_legend_is_outside_the_panels_and_in_the_figure(tmp_path, n):
+    "Red if names of ordinary length are cut off, or cover curves."
     runs = [logged(tmp_path / f"smollm2-135m-sft-seed{i}", {"step": 1, "reward": 1.0, "kl": 1.0})
             for i in range(n)]
     for figure in (plot_runs(runs), plot_reward_kl(runs)):
@@ -131,8 +130,8 @@ def test_the_legend_is_outside_and_in_the_picture(tmp_path, n):
         assert len({line.get_color() for line in figure.legends[0].get_lines()} - {"0.4"}) == n
 
 
-def test_reward_against_kl_takes_what_there_is(tmp_path):
-    "Only validations, or a line that has only one of the two. Red if a half point is drawn, or a run without either is let through."
+def test_reward_against_kl_with_incomplete_metrics(tmp_path):
+    "Only validations, or lines with one of the two. Red if a half point is drawn, or none is an error."
     val = logged(tmp_path / "val", {"step": 0, "val_kl": 0.0, "val_reward": 0.1},
                  {"step": 9, "val_kl": 2.0, "val_reward": 0.5})
     half = logged(tmp_path / "half", {"step": 1, "kl": 1.0, "reward": 0.5},
@@ -140,16 +139,14 @@ def test_reward_against_kl_takes_what_there_is(tmp_path):
     figure = plot_reward_kl([val, half])
     (points,), lines = figure.axes[0].collections, {line.get_label(): line.get_xydata().tolist()
                                                     for line in figure.axes[0].get_lines()}
-    assert points.get_offsets().tolist() == lines["last step"] == [[1.0, 0.5]] and lines["validation"] == [
-        [0.0, 0.1],
-        [2.0, 0.5],
-    ]
+    assert points.get_offsets().tolist() == lines["last step"] == [[1.0, 0.5]]
+    assert lines["validation"] == [[0.0, 0.1], [2.0, 0.5]]
     bare = logged(tmp_path / "bare", {"step": 1, "reward": 1.0})
     with pytest.raises(UserError, match="bare has logged no reward with a KL"): plot_reward_kl([val, bare])
 
 
 def test_lengths_are_counted_per_row():
-    "Two answers in a row add up. Red if trained tokens are shifted by a row, or a count falls into a neighbour's bar."
+    "Two answers in a row add up. Red if trained tokens are shifted by a row or a bar."
     mask = np.array([0, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 1], bool)
     rows = SFTDataset(np.arange(12, dtype=np.uint16), mask, np.array([0, 3, 7, 12]), np.array([1, 2, 2]), 0,
                       {"rows": 5, "dropped": 2})
@@ -162,8 +159,8 @@ def test_lengths_are_counted_per_row():
                                   "context of 4: 33.3% of the rows are longer"]
 
 
-def test_a_long_title_stays_in_the_picture(tmp_path):
-    "Red if all that became of the rows stands in one line."
+def test_long_title_stays_in_the_figure(tmp_path):
+    "Red if all row counts are in one line."
     source = dict.fromkeys(("rows", "truncated", "dropped", "filtered", "skipped"), 10_000_000)
     figure = plot_lengths(SFTDataset(np.zeros(9, np.uint16), np.ones(9, bool), np.array([0, 9]),
                                      np.array([1]), 0, source))

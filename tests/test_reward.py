@@ -1,4 +1,4 @@
-"Reward models: what is learned from pairs and numbers, read as PPO asks, kept on the disk, and used beside adapters; and rules."
+"Reward models: losses, pooling, prompt formats, training, normalization, saving; LoRA PPO; rules."
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from mlx_pretrain.pretrained import Pretrained, export
 from mlx_pretrain.prompt import PromptFormat, encode_pieces, pair_pieces
 from mlx_pretrain.reward import (
     RewardEvaluation, RewardConfig, RewardTrainer, bradley_terry_loss, calibration, correlation,
-    squared_error, train_reward)
+    evaluate_reward, squared_error, train_reward)
 from mlx_pretrain.reward_model import TrainedReward, last_score, load_reward, make_scorer
 from mlx_pretrain.rules import Contains, Length, Matches, Sentiment, WeightedSum
 from mlx_pretrain.run import checkpoints, read_metadata
@@ -33,7 +33,7 @@ from common import tokenizer
 from mlx.utils import tree_flatten
 from toys import Letters, planted, task, tiny
 
-ASKED = PromptFormat(prompt_format="{instruction}", input_field="prompt", output_field="completion")
+PLAIN = PromptFormat(prompt_format="{instruction}", input_field="prompt", output_field="completion")
 RNG = np.random.default_rng
 
 
@@ -43,6 +43,7 @@ def write(path, rows):
 
 
 def small(tok=None, seed=0, **sizes):
+    "A tiny model that is not trained."
     tok = tok or ByteTokenizer()
     args = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
             "num_key_value_heads": 2, "head_dim": 8, **sizes}
@@ -50,14 +51,15 @@ def small(tok=None, seed=0, **sizes):
 
 
 def scalar(seed=0, loud=8, **more):
-    "A model that has an opinion on each place of a text."
+    "A model whose values differ at each token."
     model = ScalarLlama.from_llama(tiny(seed=seed, loud=loud, **more).model)
     model.score.weight = mx.random.normal(model.score.weight.shape, key=mx.random.key(seed))
     return model
 
 
-def trainer_on(tmp_path, rows, held_out=None, pretrained=None, steps=40, lr=3e-3, batch=16, training=None, hyper=None, **data):
-    "A trainer of a reward model."
+def trainer_on(tmp_path, rows, held_out=None, pretrained=None, steps=40, lr=3e-3, batch=16, training=None,
+               hyper=None, **data):
+    "A `RewardTrainer` on these rows."
     data = {"input_file": write(tmp_path / "rows.jsonl", rows), "response_length": 8, **data}
     if held_out: data["validation_file"] = write(tmp_path / "held_out.jsonl", held_out)
     hyper = {"batch_size": batch, "learning_rate": lr, "iters": steps, **(hyper or {})}
@@ -70,18 +72,18 @@ def count_a(prompt, response): return response.count("a") / 8
 
 def pairs(n, seed=0, swap=False):
     "Pairs by a known rule: more `a` is better."
-    rng, made = RNG(seed), []
-    while len(made) < n:
-        said = ["".join(rng.choice(list("abcdefgh"), rng.integers(1, 9))) for _ in range(2)]
-        if said[0].count("a") == said[1].count("a"): continue
-        better, worse = sorted(said, key=lambda text: -text.count("a"))
-        made.append({"prompt": "", "chosen": worse if swap else better,
+    rng, rows = RNG(seed), []
+    while len(rows) < n:
+        texts = ["".join(rng.choice(list("abcdefgh"), rng.integers(1, 9))) for _ in range(2)]
+        if texts[0].count("a") == texts[1].count("a"): continue
+        better, worse = sorted(texts, key=lambda text: -text.count("a"))
+        rows.append({"prompt": "", "chosen": worse if swap else better,
                      "rejected": better if swap else worse})
-    return made
+    return rows
 
 
 def fails(check, *args):
-    "Does a check go red?"
+    "Whether a check fails."
     try: check(*args)
     except AssertionError: return True
     return False
@@ -89,66 +91,67 @@ def fails(check, *args):
 
 # ---- the losses
 
-def by_formula(chosen, rejected, margin, price):
-    "−log σ(chosen − rejected − margin) + price · (chosen + rejected)², summed, and its gradient, in double precision."
+def by_formula(chosen, rejected, margin, penalty):
+    "−log σ(chosen − rejected − margin) + penalty · (chosen + rejected)², summed, with gradients, in float64."
     wrong = 1 - 1 / (1 + np.exp(-(chosen - rejected - margin)))           # probability of the other order
-    pull = 2 * price * (chosen + rejected)
-    return (-np.log(1 - wrong) + price * (chosen + rejected) ** 2).sum(), -wrong + pull, wrong + pull
+    centering = 2 * penalty * (chosen + rejected)
+    loss = (-np.log(1 - wrong) + penalty * (chosen + rejected) ** 2).sum()
+    return loss, -wrong + centering, wrong + centering
 
 
 def check_bradley_terry(loss):
     rng = RNG(0)
-    for price in (0.0, 0.01, 0.7):
+    for penalty in (0.0, 0.01, 0.7):
         chosen, rejected, margin = rng.normal(0, 2, 50), rng.normal(0, 2, 50), rng.normal(0, 1, 50)
         arrays = [mx.array(x, mx.float32) for x in (chosen, rejected, margin)]
-        (total, count, _), gradients = mx.value_and_grad(lambda c, r, m, price=price: loss(c, r, m, price),
+        (total, count, _), gradients = mx.value_and_grad(lambda c, r, m, p=penalty: loss(c, r, m, p),
                                                          argnums=(0, 1))(*arrays)
-        wanted, *wanted_gradients = by_formula(chosen, rejected, margin, price)
+        wanted, *wanted_gradients = by_formula(chosen, rejected, margin, penalty)
         assert abs(total.item() - wanted) < 1e-5 * abs(wanted) and count.item() == 50
         assert all(np.abs(np.array(g) - w).max() < 1e-5
                    for g, w in zip(gradients, wanted_gradients, strict=True))
 
 
-def test_bradley_terry_by_its_formula():
-    "Loss, and gradient to both responses, with margin and centring."
+def test_bradley_terry_loss_matches_formula():
+    "Loss, and gradient to both responses, with margin and centering."
     check_bradley_terry(bradley_terry_loss)
 
 
 @pytest.mark.parametrize(("right", "wrong"), {
-    "swapped": ("chosen - rejected", "rejected - chosen"), "margin with a wrong sign": ("margin - lead", "-margin - lead"),
-    "centring on the difference": ("chosen + rejected)", "chosen - rejected)"),
-    "no centring": ("center_rewards_coefficient * mx", "0 * mx"), "a mean": ("loss.sum()", "loss.mean()")}.values())
-def test_another_loss_is_not_bradley_terry(right, wrong):
+    "swapped": ("chosen - rejected", "rejected - chosen"),
+    "margin with a wrong sign": ("margin - difference", "-margin - difference"),
+    "centering of the difference": ("chosen + rejected)", "chosen - rejected)"),
+    "no centering": ("center_rewards_coefficient * mx", "0 * mx"),
+    "a mean": ("loss.sum()", "loss.mean()")}.values())
+def test_wrong_bradley_terry_losses_are_detected(right, wrong):
     "Negative controls."
     assert fails(check_bradley_terry, planted(bradley_terry_loss, right, wrong))
 
 
-def test_bradley_terry_far_from_zero():
-    "No overflow, and a gradient of 1 where the model is sure and wrong. Red with log(1 + exp(x))."
+def test_bradley_terry_loss_is_stable_far_from_zero():
+    "No overflow, and a gradient of 1 where the model is confident and wrong. Red with log(1 + exp(x))."
     loss, grad = mx.value_and_grad(lambda c: bradley_terry_loss(c, mx.array([0.0]), 1e5)[0])(mx.array([-1e4]))
     assert abs(loss.item() - 1.1e5) < 1 and grad.item() == -1
 
 
 def test_accuracy_counts_a_tie_as_half():
-    "Red if a model that says nothing is right, or wrong, about everything."
+    "Red if a model with constant scores has an accuracy of 0 or 1."
     assert bradley_terry_loss(mx.array([1.0, 2.0, 3.0, 0.0]),
                               mx.array([0.0, 2.0, 4.0, 0.0]))[2]["accuracy"].item() == 2.0
 
 
 def check_squared_error(loss):
     rng = RNG(1)
-    said, wanted = rng.normal(size=20), rng.normal(size=20)
-    (total, count, seen), grad = mx.value_and_grad(loss)(mx.array(said, mx.float32),
-                                                         mx.array(wanted, mx.float32))
-    assert abs(total.item() - 0.5 * ((said - wanted) ** 2).sum()) < 1e-5 and count.item() == 20
-    assert (
-        np.abs(np.array(grad) - (said - wanted)).max() < 1e-6
-        and abs(seen["error"].item() - np.abs(said - wanted).sum()) < 1e-4
-    )
+    scores, rewards = rng.normal(size=20), rng.normal(size=20)
+    (total, count, metrics), grad = mx.value_and_grad(loss)(mx.array(scores, mx.float32),
+                                                            mx.array(rewards, mx.float32))
+    assert abs(total.item() - 0.5 * ((scores - rewards) ** 2).sum()) < 1e-5 and count.item() == 20
+    assert np.abs(np.array(grad) - (scores - rewards)).max() < 1e-6
+    assert abs(metrics["error"].item() - np.abs(scores - rewards).sum()) < 1e-4
 
 
-def test_squared_error_by_its_formula():
-    "And what is not it: twice as much, the other sign, no square."
+def test_squared_error_matches_formula():
+    "Negative controls: twice as much, the other sign, no square."
     check_squared_error(squared_error)
     for right, wrong in (("0.5 * mx", "mx"), ("0.5", "-0.5"), ("mx.square", "mx.abs")):
         if "mx.square" in right: right, wrong = "mx.square(scores - rewards)", "(mx.abs(scores - rewards))"
@@ -156,15 +159,16 @@ def test_squared_error_by_its_formula():
 
 
 def check_loss_of_a_batch(trainer, rows):
-    "A batch of three pairs: each margin belongs to its own pair, the better response is the first of the row."
+    "A batch of three pairs: margins belong to their own pairs, the chosen response comes first."
     trainer.model.update(scalar().parameters())
-    total, count, seen = trainer.batch_loss(trainer.model, trainer.data.batch(np.array([2, 0, 1])))
-    def says(text):
+    total, count, metrics = trainer.batch_loss(trainer.model, trainer.data.batch(np.array([2, 0, 1])))
+    def value(text):
         return trainer.model.values(mx.array([[1, *trainer.tokenizer.encode(text), 2]]))[0, -1].item()
-    wanted = sum(by_formula(says(row["chosen"]), says(row["rejected"]), row["margin"], 0.01)[0]
+    wanted = sum(by_formula(value(row["chosen"]), value(row["rejected"]), row["margin"], 0.01)[0]
                  for row in rows)
     assert abs(total.item() - wanted) < 1e-3 * wanted and count.item() == 3
-    assert seen["tokens"].item() == sum(len(row[key]) + 2 for row in rows for key in ("chosen", "rejected"))
+    tokens = sum(len(row[key]) + 2 for row in rows for key in ("chosen", "rejected"))
+    assert metrics["tokens"].item() == tokens
 
 
 ROWS = [{"prompt": "", "chosen": "abc", "rejected": "h", "margin": 0.5},
@@ -172,26 +176,26 @@ ROWS = [{"prompt": "", "chosen": "abc", "rejected": "h", "margin": 0.5},
         {"prompt": "", "chosen": "cccccc", "rejected": "dd", "margin": -1.0}]
 
 
-def test_the_loss_of_a_batch_is_that_of_its_pairs(tmp_path, monkeypatch):
+def test_batch_loss_is_the_sum_over_its_pairs(tmp_path, monkeypatch):
     "From the file to the sum. Red if responses are swapped, or margins belong to other pairs."
     check_loss_of_a_batch(trainer_on(tmp_path, ROWS), ROWS)
-    swapped = planted(reward.make_comparison, "*mx.split(scores, 2)", "*mx.split(scores, 2)[::-1]")
-    mixed = planted(reward.make_comparison, "values, center", "values[::-1], center")
+    swapped = planted(reward.make_preference_loss, "*mx.split(scores, 2)", "*mx.split(scores, 2)[::-1]")
+    mixed = planted(reward.make_preference_loss, "values, center", "values[::-1], center")
     for wrong in (swapped, mixed):
-        monkeypatch.setattr(reward, "make_comparison", wrong)
+        monkeypatch.setattr(reward, "make_preference_loss", wrong)
         assert fails(check_loss_of_a_batch, trainer_on(tmp_path, ROWS), ROWS)
 
 
-def test_small_batches_together_are_the_large_one(tmp_path):
+def test_gradient_accumulation_equals_a_large_batch(tmp_path):
     "Five pairs at once, or two and two and one. Red if a mean of means is taken."
-    rows, made = pairs(5), []
-    for size, together in ((5, 1), (2, 3)):
-        made.append(trainer_on(tmp_path, rows, batch=size, hyper={"gradient_accumulation_steps": together},
-                               steps=2))
-        assert made[-1].epoch == 1
-        for _ in range(2): metrics = made[-1].step()
+    rows, trainers = pairs(5), []
+    for size, accumulation in ((5, 1), (2, 3)):
+        hyper = {"gradient_accumulation_steps": accumulation}
+        trainers.append(trainer_on(tmp_path, rows, batch=size, hyper=hyper, steps=2))
+        assert trainers[-1].epoch == 1
+        for _ in range(2): metrics = trainers[-1].step()
     assert metrics["tokens"] == 2 * sum(len(row[key]) + 2 for row in rows for key in ("chosen", "rejected"))
-    for (_, a), (_, b) in zip(*(tree_flatten(t.model.parameters()) for t in made), strict=True):
+    for (_, a), (_, b) in zip(*(tree_flatten(t.model.parameters()) for t in trainers), strict=True):
         assert mx.abs(a - b).max() < 2e-4
 
 
@@ -226,16 +230,17 @@ def check_pooling(pool):
             assert np.abs(grad - wanted).max() <= 1e-4 * max(1, np.abs(wanted).max()), name
 
 
-def test_a_text_in_a_batch_is_scored_as_if_alone():
-    "Whatever stands in the padding, however wide it is, gradients included."
+def test_padding_does_not_affect_scores_or_gradients():
+    "Whatever tokens the padding has, and however wide it is."
     check_pooling(last_score)
 
 
 @pytest.mark.parametrize("wrong", {
-    "last column": "mx.full((len(tokens), 1), tokens.shape[1] - 1)", "one too early": "mask.sum(axis=1, keepdims=True) - 2",
+    "last column": "mx.full((len(tokens), 1), tokens.shape[1] - 1)",
+    "one too early": "mask.sum(axis=1, keepdims=True) - 2",
     "mask ignored": "(tokens != 0).sum(axis=1, keepdims=True) - 1",
     "one too late": "mx.minimum(mask.sum(axis=1, keepdims=True), tokens.shape[1] - 1)"}.values())
-def test_pooling_elsewhere_is_seen(wrong):
+def test_wrong_pooling_positions_are_detected(wrong):
     "Negative controls."
     assert fails(check_pooling, planted(last_score, "mask.sum(axis=1, keepdims=True) - 1", wrong))
 
@@ -247,10 +252,10 @@ def check_order(maker):
     assert np.abs(maker(model, 0, 2)(texts) - alone).max() < 1e-4
 
 
-def test_a_scorer_keeps_the_order_and_follows_the_training():
-    "Sorted by length inside; asked again after the weights have changed, it says something else."
+def test_scorer_keeps_the_order_and_uses_current_weights():
+    "Texts are sorted by length internally. Red if scores are out of order, or those of earlier weights."
     check_order(make_scorer)
-    assert fails(check_order, planted(make_scorer, "found[places] =", "found[np.sort(places)] ="))
+    assert fails(check_order, planted(make_scorer, "result[batch] =", "result[np.sort(batch)] ="))
     model = scalar()
     scores = make_scorer(model, 0)
     before = scores(TEXTS)
@@ -262,48 +267,51 @@ def test_a_scorer_keeps_the_order_and_follows_the_training():
     assert scores([]).shape == (0,)
 
 
-# ---- what is read
+# ---- prompt formats
 
-def says(role, content): return {"role": role, "content": content}
+def message(role, content): return {"role": role, "content": content}
 
 
 AROUND = PromptFormat(prompt_format="{system_prompt}\nQ: {instruction}\nA:",
                       response_format=" <<{response}>>\n", system_prompt="Be  kind. ", input_field="prompt",
                       output_field="completion")
-SAID = [("the boats", "count  them", " every morning "), ("é 🙂<eos>", "<pad>\n", "e\u0301▁"),
-        (" ", "", "\n\n"), ("a\u2028", "no\0thing", "<<x>>")]
+EXCHANGES = [("the boats", "count  them", " every morning "), ("é 🙂<eos>", "<pad>\n", "e\u0301▁"),
+             (" ", "", "\n\n"), ("a\u2028", "no\0thing", "<<x>>")]
 
 
-def both_ways(tmp_path, tok, fmt, rows, asked):
-    "Tokens of the chosen responses: as they are trained, and as PPO has them read when the policy says just that."
+def in_training_and_ppo(tmp_path, tok, fmt, rows, asked):
+    "Token ids of the chosen responses: in reward training, and in PPO when the policy gives these responses."
     trained = read_preferences(write(tmp_path / "pairs.jsonl", rows), tok, fmt, 500)
-    episodes = read_prompts(write(tmp_path / "asked.jsonl", asked), tok, fmt, 500, 100)
-    prompts = episodes.prompts
+    dataset = read_prompts(write(tmp_path / "asked.jsonl", asked), tok, fmt, 500, 100)
+    prompts = dataset.prompts
     assert prompts == trained.prompts
     responses = []
     for row, prompt in zip(rows, prompts):
         better = row["chosen"] if isinstance(row["chosen"], str) else row["chosen"][-1]["content"]
-        whole = encode_pieces(tok, [pair_pieces(tok, tok.decode(prompt), fmt.format_response(better))])[0]
-        responses.append(whole.ids[whole.start:])
-    asks, seen = TrainedReward(scalar(), tok, fmt), []
-    asks.scores = lambda texts: (seen.extend(texts), np.zeros(len(texts), np.float32))[1]
-    sample_responses(Pretrained(None, tok, Path(), fmt), replace(episodes, responses=responses),
-                     np.arange(len(prompts)), asks)
-    return trained.chosen, seen
+        example = encode_pieces(tok, [pair_pieces(tok, tok.decode(prompt), fmt.format_response(better))])[0]
+        responses.append(example.ids[example.start:])
+    judge, scored = TrainedReward(scalar(), tok, fmt), []
+    judge.scores = lambda texts: (scored.extend(texts), np.zeros(len(texts), np.float32))[1]
+    sample_responses(Pretrained(None, tok, Path(), fmt), replace(dataset, responses=responses),
+                     np.arange(len(prompts)), judge)
+    return trained.chosen, scored
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface"])
-@pytest.mark.parametrize("fmt", [AROUND, ASKED, ASKED.model_copy(update={"response_format": "{response}", "system_prompt": "Hm."})],
-                         ids=["text around", "plain", "system prompt"])
-def test_what_is_trained_is_what_ppo_has_read(kind, fmt, tmp_path, monkeypatch):
-    "The same tokens, text and blanks around the response included. Red if the format is put around only one of the two."
-    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in SAID]
-    trained, used = both_ways(tmp_path, tokenizer(kind), fmt, rows, [{"prompt": p} for p, _, _ in SAID])
+@pytest.mark.parametrize(
+    "fmt",
+    [AROUND, PLAIN, PLAIN.model_copy(update={"response_format": "{response}", "system_prompt": "Hm."})],
+    ids=["text around", "plain", "system prompt"])
+def test_training_and_ppo_score_the_same_tokens(kind, fmt, tmp_path, monkeypatch):
+    "With text and spaces around the response. Red if the format is applied in only one of the two."
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in EXCHANGES]
+    asked = [{"prompt": p} for p, _, _ in EXCHANGES]
+    trained, used = in_training_and_ppo(tmp_path, tokenizer(kind), fmt, rows, asked)
     assert trained == used and all(ids[-1] == tokenizer(kind).eos_id for ids in used)
     if fmt is not AROUND: return
     monkeypatch.setattr(reward_model, "encode_prompt_response",
                         planted(encode_prompt_response, "fmt.format_response(response)", "response"))
-    trained, used = both_ways(tmp_path, tokenizer(kind), fmt, rows, [{"prompt": p} for p, _, _ in SAID])
+    trained, used = in_training_and_ppo(tmp_path, tokenizer(kind), fmt, rows, asked)
     assert all(a != b for a, b in zip(trained, used, strict=True))
 
 
@@ -312,7 +320,7 @@ CHATML = ("{% for m in messages %}{{ '<bos>' + m['role'] + '\n' + m['content'] +
 
 
 def chat_tokenizer(folder, template=CHATML):
-    "A byte tokenizer as a chat model has it."
+    "A byte tokenizer with a chat template."
     ByteTokenizer().save(folder)
     (folder / "chat_template.jinja").write_text(template)
     return HFTokenizer(folder)
@@ -321,19 +329,20 @@ def chat_tokenizer(folder, template=CHATML):
 def spelt(tok, ids): return "".join(map(tok.piece, ids))
 
 
-def test_a_chat_template_is_read_whole(tmp_path):
-    "In training and by PPO: each turn with its control tokens, the response ended as the template ends it. Red if text alone is read."
+def test_chat_template_is_applied_in_training_and_ppo(tmp_path):
+    "Each turn with its control tokens, the response with the end of its turn. Red if only text is encoded."
     tok = chat_tokenizer(tmp_path / "tok")
     fmt = PromptFormat(prompt_format=None, input_field="prompt", output_field="completion")
-    talk = [says("system", "Be brief."), says("user", "q"), says("assistant", "early"),
-            says("user", "p <eos>")]
-    rows = [{"prompt": talk, "chosen": [says("assistant", "yes ")], "rejected": [says("assistant", "no")]},
+    talk = [message("system", "Be brief."), message("user", "q"), message("assistant", "early"),
+            message("user", "p <eos>")]
+    rows = [{"prompt": talk, "chosen": [message("assistant", "yes ")],
+             "rejected": [message("assistant", "no")]},
             {"prompt": "q", "chosen": "", "rejected": "no"}]
-    trained, used = both_ways(tmp_path, tok, fmt, rows, [{"prompt": talk}, {"prompt": "q"}])
+    trained, used = in_training_and_ppo(tmp_path, tok, fmt, rows, [{"prompt": talk}, {"prompt": "q"}])
     assert trained == used and spelt(tok, used[1]) == "<bos>user\nq<eos>\n<bos>assistant\n<eos>\n"
     assert spelt(tok, used[0]) == (
-        "<bos>system\nBe brief.<eos>\n<bos>user\nq<eos>\n<bos>assistant\nearly<eos>\n<bos>user\np <eos><eos>\n"
-        "<bos>assistant\nyes <eos>\n"
+        "<bos>system\nBe brief.<eos>\n<bos>user\nq<eos>\n<bos>assistant\nearly<eos>\n"
+        "<bos>user\np <eos><eos>\n<bos>assistant\nyes <eos>\n"
     )
     assert [*used[0]].count(tok.eos_id) == 5  # what a user writes is no control token
     texts = [tok.decode(ids) for ids in read_preferences(tmp_path / "pairs.jsonl", tok, fmt, 500).prompts]
@@ -343,19 +352,19 @@ def test_a_chat_template_is_read_whole(tmp_path):
         != encode_prompt_response(tok, fmt, ["another text"], [""])[0]
     )
     assert encode_prompt_response(tok, fmt, ["another text"], [""]) == encode_prompt_response(
-        tok, fmt, [""], [""], [[says("user", "another text")]]
+        tok, fmt, [""], [""], [[message("user", "another text")]]
     )
 
 
-def test_a_reward_model_reads_prompts_in_its_own_form(tmp_path):
-    "Trained on another form than the policy is asked in. Red if it reads the policy's text."
+def test_reward_model_reads_prompts_in_its_own_format(tmp_path):
+    "Its format differs from that of the policy. Red if it reads the policy's text."
     tok, chat = ByteTokenizer(), chat_tokenizer(tmp_path / "tok")
     asked = read_prompts(write(tmp_path / "r.jsonl", [{"prompt": "Who?"}]), tok, AROUND, 500, 10)
     text, messages = [tok.decode(asked.prompts[0])], asked.columns([0])["prompt_messages"]
     assert spelt(
         chat, encode_prompt_response(chat, PromptFormat(prompt_format=None), text, ["I."], messages)[0]
     ) == ("<bos>system\nBe  kind. <eos>\n<bos>user\nWho?<eos>\n<bos>assistant\nI.<eos>\n")
-    plain = ASKED.model_copy(update={"prompt_format": "<{instruction}>"})
+    plain = PLAIN.model_copy(update={"prompt_format": "<{instruction}>"})
     assert spelt(tok, encode_prompt_response(tok, plain, text, ["I."],
                                              messages)[0]) == "<bos>Be  kind. \n\n<Who?>I.<eos>"
     assert spelt(tok, encode_prompt_response(tok, PromptFormat(prompt_format="{prompt}"), ["as it is"],
@@ -363,65 +372,65 @@ def test_a_reward_model_reads_prompts_in_its_own_form(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
-def test_conversations_are_read_as_ppo_has_them_read(kind, tmp_path):
-    "Two whole conversations, only the answers in them, or answers to a text; earlier turns and a system message are part of the prompt."
-    talk = [says("system", "Be brief."), says("user", "q"), says("assistant", "early"),
-            says("user", "p <eos>")]
-    answers = [says("assistant", "yes "), says("assistant", " no")]
+def test_conversations_are_encoded_as_in_ppo(kind, tmp_path):
+    "Complete conversations, only answers, or answers to a text; earlier turns belong to the prompt."
+    talk = [message("system", "Be brief."), message("user", "q"), message("assistant", "early"),
+            message("user", "p <eos>")]
+    answers = [message("assistant", "yes "), message("assistant", " no")]
     forms = [{"chosen": [*talk, answers[0]], "rejected": [*talk, answers[1]]},
              {"prompt": talk, "chosen": answers[:1], "rejected": answers[1:]},
              {"prompt": talk[1:2], "chosen": [talk[1], answers[0]], "rejected": [talk[1], answers[1]]},
              {"prompt": "q", "chosen": [talk[1], answers[0]], "rejected": [talk[1], answers[1]]}]
     asked = [{"prompt": talk}, {"prompt": talk}, {"prompt": talk[1:2]}, {"prompt": talk[1:2]}]
     fmt = AROUND.model_copy(update={"prompt_format": "[{instruction}]"})
-    trained, used = both_ways(tmp_path, tokenizer(kind), fmt, forms, asked)
+    trained, used = in_training_and_ppo(tmp_path, tokenizer(kind), fmt, forms, asked)
     assert trained == used and trained[0] == trained[1] and trained[2] == trained[3]
     assert "early" in tokenizer(kind).decode(trained[0]) and "yes" in tokenizer(kind).decode(trained[0])
 
 
-def test_too_long_a_text_loses_its_oldest_tokens():
-    "PPO may ask about more than the model reads: what begins a text stays, and the end. Red if the response is cut."
-    tok, seen = Letters("abcdefgh"), []
+def test_long_texts_are_truncated_on_the_left():
+    "Texts beyond the context keep BOS and their end. Red if the response is cut."
+    tok, scored = Letters("abcdefgh"), []
     model = scalar()
     model.args = model.args.model_copy(update={"max_position_embeddings": 6})
-    asks = TrainedReward(model, tok, ASKED)
-    asks.scores = lambda texts: (seen.extend(texts), np.zeros(len(texts), np.float32))[1]
-    asks.compute_reward(["aaaaaaaab", "a"], ["cd", "cdd"])
-    assert [tok.decode(ids) for ids in seen] == ["abcd", "acdd"] and all(
-        ids[0] == 1 and ids[-1] == 2 and len(ids) == 6 for ids in seen
-    )
+    judge = TrainedReward(model, tok, PLAIN)
+    judge.scores = lambda texts: (scored.extend(texts), np.zeros(len(texts), np.float32))[1]
+    judge.compute_reward(["aaaaaaaab", "a"], ["cd", "cdd"])
+    assert [tok.decode(ids) for ids in scored] == ["abcd", "acdd"]
+    assert all(ids[0] == 1 and ids[-1] == 2 and len(ids) == 6 for ids in scored)
 
 
-def test_unfolding_leaves_texts_alone():
+def test_split_conversations_leaves_texts_alone():
     row = Row("f", 1, {"prompt": "a", "chosen": "b", "rejected": "c"})
     assert split_conversations(row) is row
 
 
-def test_a_response_format_with_another_column_is_read_as_it_is_said(tmp_path):
-    "A model taught to say `q: answer` is scored on that, and must be trained on it too, or such a format refused."
+def test_response_format_with_another_column_is_used_or_rejected(tmp_path):
+    "The reward model of a policy that writes `q: answer` must be trained on that, or such a format rejected."
     rows = [{"prompt": "q", "chosen": "yes", "rejected": "no"}]
     try: trainer = trainer_on(tmp_path, rows, pretrained=small(), response_format="{instruction}: {response}")
     except UserError: return
     assert "q: yes" in trainer.tokenizer.decode(trainer.data.chosen[0])
 
 
-def test_the_length_of_a_response_is_that_of_the_response(tmp_path):
-    "With a chat template the prompt has control tokens, which its text has not. Red if lengths are taken from two readings."
+def test_response_lengths_do_not_include_the_prompt(tmp_path):
+    "With a chat template the prompt has control tokens that its text lacks. Red if two encodings are mixed."
     folder = tmp_path / "tok"
     ByteTokenizer().save(folder)
     (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}<bos>{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+        "{% for m in messages %}<bos>{{ m.role }}:{{ m.content }}"
+        "{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<bos>assistant:{% endif %}")
     rows = [{"prompt": "hm", "chosen": "abcd", "rejected": "ab"}]
     begin = small(HFTokenizer(folder))._replace(format=PromptFormat(prompt_format=None))
     trainer = trainer_on(tmp_path, rows, rows, begin, steps=1)
-    assert trainer.evaluate_reward(trainer.normalised()).lengths.tolist() == [[5, 3]]
+    assert evaluate_reward(trainer.normalised(), trainer.held_out).lengths.tolist() == [[5, 3]]
 
 
 # ---- learning a known rule, and PPO against it
 
-def test_a_known_rule_is_learned_and_ppo_raises_it(tmp_path):
-    "At least 90% of held-out pairs in the right order; at most 10% if all pairs were swapped; and the policy says more `a`."
+def test_known_rule_is_learned_and_raised_by_ppo(tmp_path):
+    "Accuracy of at least 90%, at most 10% with swapped pairs; and the policy writes more `a`."
     held_out = pairs(200, seed=1)
     right, wrong = (trainer_on(tmp_path, pairs(200, swap=swap), held_out, steps=30, batch=32, lr=5e-3)
                     for swap in (False, True))
@@ -432,12 +441,12 @@ def test_a_known_rule_is_learned_and_ppo_raises_it(tmp_path):
     )
     learned = right.normalised()
     trainer = task(learned, steps=12, batch=32, lr=1e-2, response_length=6, kl_coef=0.05)
-    def known():
-        said = trainer.sample(trainer.data, np.zeros(256, int), {"temperature": 1.0}, -7).response_texts
-        return np.mean([count_a("", response) for response in said])
-    before = known()
+    def gold_reward():
+        samples = trainer.sample(trainer.data, np.zeros(256, int), {"temperature": 1.0}, -7)
+        return np.mean([count_a("", response) for response in samples.response_texts])
+    before = gold_reward()
     trainer.run()
-    assert known() > before + 0.15
+    assert gold_reward() > before + 0.15
 
 
 def test_rewards_of_rows_are_learned(tmp_path):
@@ -449,75 +458,76 @@ def test_rewards_of_rows_are_learned(tmp_path):
     assert trainer.run()["val_correlation"] > 0.9
 
 
-# ---- normalised
+# ---- normalization
 
-def test_normalised_on_what_the_starting_policy_says(tmp_path):
-    "Mean 0 and standard deviation 1 on fresh samples. Red if it is normalised on the rows, or not at all."
+def test_reward_is_normalized_on_samples_of_the_initial_policy(tmp_path):
+    "Mean 0 and standard deviation 1 on fresh samples. Red if it is normalized on the rows, or not at all."
     trainer = trainer_on(tmp_path, pairs(200), steps=40, normalization_samples=512)
     trainer.run()
-    made = trainer.normalised()
-    fresh = task(made, prompts=("",) * 8, response_length=8).sample
+    normalized = trainer.normalised()
+    fresh = task(normalized, prompts=("",) * 8, response_length=8).sample
     scores = fresh(PromptDataset([[1]], None, None, 8), np.zeros(1024, int), {"temperature": 1.0}, -9).scores
     assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.15
     plain = TrainedReward(trainer.model, trainer.tokenizer, trainer.format)
     rows = plain.scores(trainer.data.texts)
-    assert abs(rows.mean() - made.mean) > 0.2 * made.std or abs(rows.std() / made.std - 1) > 0.1
+    shift, spread = rows.mean() - normalized.mean, rows.std() / normalized.std
+    assert abs(shift) > 0.2 * normalized.std or abs(spread - 1) > 0.1
 
 
-def test_normalised_on_prompts_from_all_over_the_file(tmp_path, monkeypatch):
-    "Files are often sorted. Red if only the first prompts are asked."
-    asked, work = [], reward.generate_text
+def test_normalization_uses_prompts_from_the_complete_file(tmp_path, monkeypatch):
+    "Files are often sorted. Red if only the first prompts are used."
+    used, work = [], reward.generate_text
 
-    def noted(model, tok, prompts, *args, **kwargs):
-        asked.extend(map(tuple, prompts))
+    def recorded(model, tok, prompts, *args, **kwargs):
+        used.extend(map(tuple, prompts))
         return work(model, tok, prompts, *args, **kwargs)
-    monkeypatch.setattr(reward, "generate_text", noted)
+    monkeypatch.setattr(reward, "generate_text", recorded)
     letters = "abcdefgh"
     rows = [{"prompt": a + b, "chosen": "a", "rejected": "b"} for a in letters for b in letters]
     trainer = trainer_on(tmp_path, rows, normalization_samples=16)
     trainer.normalised()
-    assert len(asked) == 16 and {letters[ids[1] - 3] for ids in asked} > {"a", "b", "c", "d"}
+    assert len(used) == 16 and {letters[ids[1] - 3] for ids in used} > {"a", "b", "c", "d"}
 
 
-def test_a_constant_reward_is_only_shifted(tmp_path, caplog):
-    "The head begins with zeros. Red if it divides by zero, or calls rounding errors a standard deviation."
+def test_constant_reward_is_only_shifted(tmp_path, caplog):
+    "The head starts at zero. Red if it divides by zero, or takes rounding errors for a standard deviation."
     trainer = trainer_on(tmp_path, pairs(8))
-    made = trainer.normalised()
-    assert (made.mean, made.std) == (0.0, 1.0) and "the same about all" in caplog.text
-    assert made.compute_reward(["", ""],
-                               ["a", ""]).tolist() == [0.0, 0.0] and made.compute_reward([], []).shape == (0,)
+    normalized = trainer.normalised()
+    assert (normalized.mean, normalized.std) == (0.0, 1.0) and "the same reward" in caplog.text
+    assert normalized.compute_reward(["", ""], ["a", ""]).tolist() == [0.0, 0.0]
+    assert normalized.compute_reward([], []).shape == (0,)
     trainer = trainer_on(tmp_path, pairs(8), normalization_samples=1)     # one sample has no spread either
     trainer.model.update(scalar().parameters())
     assert trainer.normalised().std == 1.0
 
 
-def test_opened_again_it_gives_the_same_bits(tmp_path):
-    "Format, tokenizer, mean and standard deviation with it; in Hugging Face's form the numbers before they are shifted."
+def test_saved_and_loaded_reward_is_bit_identical(tmp_path):
+    "With format, tokenizer, mean and standard deviation; exported logits are not normalized."
     tok, model = ByteTokenizer(), ScalarLlama.from_llama(small().model)
     model.score.weight = mx.random.normal(model.score.weight.shape, key=mx.random.key(3))
-    made = TrainedReward(model, tok, AROUND, 0.1, 1 / 3)
-    made.save(tmp_path / "model")
+    judge = TrainedReward(model, tok, AROUND, 0.1, 1 / 3)
+    judge.save(tmp_path / "model")
     again, asked = load_reward(tmp_path / "model"), (["a", "bc"], ["", "xyz 🙂"])
     assert (
-        again.compute_reward(*asked).tolist() == made.compute_reward(*asked).tolist()
+        again.compute_reward(*asked).tolist() == judge.compute_reward(*asked).tolist()
         and again.format == AROUND
     )
     assert (again.mean, again.std) == (0.1, 1 / 3)
     plain = TrainedReward(again.model, again.tokenizer, again.format).compute_reward(*asked)
-    assert np.abs((plain - 0.1) * 3 - made.compute_reward(*asked)).max() < 1e-5 and np.ptp(plain) > 0
+    assert np.abs((plain - 0.1) * 3 - judge.compute_reward(*asked)).max() < 1e-5 and np.ptp(plain) > 0
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"] and config["num_labels"] == 1
 
 
-def test_other_programs_read_the_same_place(tmp_path):
-    "Many published tokenizers have no token that fills, and the one that ends does it; the last token is read there, and is no filling."
+def test_exported_pad_token_differs_from_eos(tmp_path):
+    "Many published tokenizers pad with EOS; transformers would take the last token, an EOS, for padding."
     ByteTokenizer().save(folder := tmp_path / "tok")
-    told = json.loads((folder / "tokenizer_config.json").read_text())
-    del told["pad_token"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tok = HFTokenizer(folder)
     assert tok.pad_id == tok.eos_id
-    TrainedReward(ScalarLlama.from_llama(small(tok).model), tok, ASKED).save(tmp_path / "model")
+    TrainedReward(ScalarLlama.from_llama(small(tok).model), tok, PLAIN).save(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["pad_token_id"] != config["eos_token_id"]
 
@@ -542,12 +552,13 @@ def reward_cfg(home, name, rows=None, steps=6, every=2, resume=False, **more):
     return RewardConfig.model_validate_json(json.dumps(cfg))
 
 
-def same_end(calm, cut):
+def check_same_end(calm, cut):
     "The same arrays and state in the last checkpoint, and the same files of the model."
-    (a, was), (b, now) = (load_checkpoint(checkpoints(run)[-1]) for run in (calm, cut))
+    (a, state_a), (b, state_b) = (load_checkpoint(checkpoints(run)[-1]) for run in (calm, cut))
     assert [name for name, _ in tree_flatten(a)] == [name for name, _ in tree_flatten(b)]
     assert all(mx.array_equal(x, y)
-               for (_, x), (_, y) in zip(tree_flatten(a), tree_flatten(b), strict=True)) and was == now
+               for (_, x), (_, y) in zip(tree_flatten(a), tree_flatten(b), strict=True))
+    assert state_a == state_b
     for file in (calm / "model").iterdir():
         assert file.read_bytes() == (cut / "model" / file.name).read_bytes(), file.name
 
@@ -558,31 +569,31 @@ def stop_after(step):
     return stop
 
 
-def test_a_killed_reward_training_ends_as_one_that_was_not(tmp_path):
-    "Weights, the optimizer's memory, state, mean and standard deviation, to the bit. Red if batches or validations are counted anew."
+def test_killed_and_resumed_reward_training_is_bit_identical(tmp_path):
+    "Weights, optimizer, state, mean and standard deviation. Red if batches are counted from zero."
     calm = train_reward(reward_cfg(tmp_path, "calm"), tmp_path / "runs")
     with pytest.raises(Killed):
         train_reward(reward_cfg(tmp_path, "cut"), tmp_path / "runs", callbacks=[stop_after(5)])
     assert checkpoints(tmp_path / "runs" / "cut")[-1].name == "step_000004"
-    same_end(calm, train_reward(reward_cfg(tmp_path, "cut", resume=True), tmp_path / "runs"))
-    known = [read_metadata(tmp_path / "runs" / name)["reward_model"] for name in ("calm", "cut")]
-    assert known[0] == known[1] and {"mean", "std", "accuracy", "calibration_error",
-                                     "length_correlation"} <= known[0].keys()
+    check_same_end(calm, train_reward(reward_cfg(tmp_path, "cut", resume=True), tmp_path / "runs"))
+    metrics = [read_metadata(tmp_path / "runs" / name)["reward_model"] for name in ("calm", "cut")]
+    expected = {"mean", "std", "accuracy", "calibration_error", "length_correlation"}
+    assert metrics[0] == metrics[1] and expected <= metrics[0].keys()
     other = train_reward(reward_cfg(tmp_path, "other", hyper={"learning_rate": 9e-3}), tmp_path / "runs")
-    assert fails(same_end, calm, other)
+    assert fails(check_same_end, calm, other)
 
 
-def test_killed_before_the_model_was_written(tmp_path, monkeypatch):
-    "After the last step, while it is normalised: going on writes what was to be written."
+def test_killed_before_the_model_is_written(tmp_path, monkeypatch):
+    "After the last step, during normalization: resuming writes the model."
     calm = train_reward(reward_cfg(tmp_path, "calm"), tmp_path / "runs")
     with monkeypatch.context() as patch:
         patch.setattr(RewardTrainer, "normalised", lambda self: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed): train_reward(reward_cfg(tmp_path, "cut"), tmp_path / "runs")
     assert not (tmp_path / "runs" / "cut" / "model").exists()
-    same_end(calm, train_reward(reward_cfg(tmp_path, "cut", resume=True), tmp_path / "runs"))
+    check_same_end(calm, train_reward(reward_cfg(tmp_path, "cut", resume=True), tmp_path / "runs"))
 
 
-def test_the_best_weights_are_kept(tmp_path, monkeypatch):
+def test_best_weights_are_exported(tmp_path, monkeypatch):
     "By the loss on held-out pairs. Red if the last weights are written, or those with the highest loss."
     measured = iter([0.5, 0.2, 0.9])
     monkeypatch.setattr(RewardTrainer, "evaluate",
@@ -597,39 +608,39 @@ def test_the_best_weights_are_kept(tmp_path, monkeypatch):
     assert not all(mx.array_equal(written[name], last[name]) for name in weights)
 
 
-def test_a_run_is_opened_by_name_and_its_figures_are_those_of_its_rows(tmp_path, monkeypatch):
-    "The accuracy that is told is that of the model that is written, asked as PPO asks it."
+def test_reported_accuracy_is_that_of_the_loaded_model(tmp_path, monkeypatch):
+    "Opened by name, and called as PPO calls it."
     monkeypatch.chdir(tmp_path)
     run = train_reward(reward_cfg(tmp_path, "mine", steps=12), "runs")
     opened, rows = load_reward("mine"), pairs(20, 1)
     better, worse = (opened.compute_reward([row["prompt"] for row in rows], [row[key] for row in rows])
                      for key in ("chosen", "rejected"))
-    told = json.loads((run / "held_out.json").read_text())
-    assert np.abs(np.array(told["scores"]) - np.stack([better, worse], axis=1)).max() < 1e-5
+    evaluation = json.loads((run / "held_out.json").read_text())
+    assert np.abs(np.array(evaluation["scores"]) - np.stack([better, worse], axis=1)).max() < 1e-5
     assert read_metadata(run)["reward_model"]["accuracy"] == pytest.approx(
         ((better > worse) + 0.5 * (better == worse)).mean()
     )
-    assert np.array(told["lengths"]).tolist() == [[len(row["chosen"]) + 1, len(row["rejected"]) + 1]
-                                                  for row in rows]
+    assert np.array(evaluation["lengths"]).tolist() == [[len(row["chosen"]) + 1, len(row["rejected"]) + 1]
+                                                        for row in rows]
 
 
-def test_the_policy_is_hashed_once(tmp_path, monkeypatch):
-    "It never changes, and may be large. Red if each checkpoint reads all its weights."
+def test_policy_is_hashed_once(tmp_path, monkeypatch):
+    "It is constant, and may be large. Red if each checkpoint reads all its weights."
     calls, work = [], reward.base_identity
     monkeypatch.setattr(reward, "base_identity", lambda model: (calls.append(1), work(model))[1])
     train_reward(reward_cfg(tmp_path, "run", every=1), tmp_path / "runs")
     assert len(calls) <= 1
 
 
-def test_a_run_is_drawn(tmp_path):
-    "Pairs: loss, accuracy, calibration, length. Single responses: the correlation that was measured is drawn as well."
+def test_plot_of_a_run_on_pairs(tmp_path):
+    "Loss, accuracy, calibration, length."
     train_reward(reward_cfg(tmp_path, "pairs"), tmp_path / "runs")
     axes = plot_runs([tmp_path / "runs" / "pairs"]).axes
     assert len(axes) == 4 and all(panel.lines or panel.collections for panel in axes)
 
 
-def test_the_correlation_of_a_run_is_drawn(tmp_path):
-    "Red as long as a panel with that title stays empty."
+def test_plot_of_a_run_on_single_responses_has_the_correlation(tmp_path):
+    "Red if a panel with that title is empty."
     rows = [{"prompt": "", "completion": "a" * n, "reward": n} for n in range(8)]
     train_reward(reward_cfg(tmp_path, "single", rows), tmp_path / "runs")
     right = plot_runs([tmp_path / "runs" / "single"]).axes[1]
@@ -637,30 +648,30 @@ def test_the_correlation_of_a_run_is_drawn(tmp_path):
 
 
 def test_calibration_and_correlation_by_hand():
-    "Five pairs in two groups; a model that is sure and right, or sure and wrong."
+    "Five pairs in two bins; a model that is confident and right, or confident and wrong."
     assert [bin.pairs for bin in calibration(np.array([0.1, -0.2, 3.0, 4.0, 5.0]), 2)] == [3, 2]
-    unsure, sure = calibration(np.array([0.0, 0.0, -20.0, -20.0]), 2)
-    assert (unsure.confidence, unsure.accuracy) == (0.5,
-                                                    0.5) and sure.confidence > 0.999 and sure.accuracy == 0
+    low, high = calibration(np.array([0.0, 0.0, -20.0, -20.0]), 2)
+    assert (low.confidence, low.accuracy) == (0.5, 0.5)
+    assert high.confidence > 0.999 and high.accuracy == 0
     assert (
         correlation(np.array([1.0, 2, 3]), np.array([-2.0, -4, -6])) == pytest.approx(-1)
         and correlation(np.ones(3), np.arange(3)) == 0
     )
     scores = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.5, 0.5]])
-    told = RewardEvaluation(scores, np.array([[2, 1]] * 4), np.zeros(4), 3.0).summary()
-    assert told["accuracy"] == 0.625
-    sure = 1 / (1 + np.exp(-3.0 * np.array([0.0, 1.0, 1.0, 2.0])))  # four groups of one, by how sure it is
-    wanted = np.abs(sure - [0.5, 1.0, 0.0, 1.0]).mean()
-    assert told["calibration_error"] == pytest.approx(wanted) and told["length_correlation"] == pytest.approx(
-        np.corrcoef(scores.ravel(), [2, 1] * 4)[0, 1])
+    metrics = RewardEvaluation(scores, np.array([[2, 1]] * 4), np.zeros(4), 3.0).summary()
+    assert metrics["accuracy"] == 0.625
+    confidence = 1 / (1 + np.exp(-3.0 * np.array([0.0, 1.0, 1.0, 2.0])))  # four bins of one, in this order
+    wanted = np.abs(confidence - [0.5, 1.0, 0.0, 1.0]).mean()
+    assert metrics["calibration_error"] == pytest.approx(wanted)
+    assert metrics["length_correlation"] == pytest.approx(np.corrcoef(scores.ravel(), [2, 1] * 4)[0, 1])
 
 
 # ---- in PPO
 
-def test_ctrl_c_while_a_reward_is_compiled_loses_nothing(monkeypatch):
-    "Cut short while the reward model is compiled, the step is the same to the bit. Red if the model keeps stand-ins for its weights."
-    made = TrainedReward(scalar(), Letters("abcdefgh"), ASKED)
-    calm = task(made, batch=8, steps=2, response_length=4).step()
+def test_ctrl_c_during_compilation_of_a_reward_loses_nothing(monkeypatch):
+    "The repeated step is bit-identical. Red if the model keeps tracers in place of its weights."
+    judge = TrainedReward(scalar(), Letters("abcdefgh"), PLAIN)
+    calm = task(judge, batch=8, steps=2, response_length=4).step()
     work, calls = reward_model.last_score, []
     def pressed(*args):
         found = work(*args)
@@ -668,13 +679,13 @@ def test_ctrl_c_while_a_reward_is_compiled_loses_nothing(monkeypatch):
         if len(calls) == 1: raise KeyboardInterrupt
         return found
     monkeypatch.setattr(reward_model, "last_score", pressed)
-    cut = task(TrainedReward(made.model, made.tokenizer, ASKED), batch=8, steps=2, response_length=4)
+    cut = task(TrainedReward(judge.model, judge.tokenizer, PLAIN), batch=8, steps=2, response_length=4)
     with pytest.raises(KeyboardInterrupt): cut.step()
     assert cut.step()["reward"] == calm["reward"]
 
 
-def test_ctrl_c_while_a_validation_is_compiled_loses_nothing(tmp_path, monkeypatch):
-    "The same in the training of a reward model."
+def test_ctrl_c_during_compilation_of_an_evaluation_loses_nothing(tmp_path, monkeypatch):
+    "The same in reward training."
     trainer, work, calls = trainer_on(tmp_path, pairs(8), pairs(8, 1)), reward_model.last_score, []
     def pressed(*args):
         found = work(*args)
@@ -687,16 +698,16 @@ def test_ctrl_c_while_a_validation_is_compiled_loses_nothing(tmp_path, monkeypat
     assert 0 <= trainer.evaluate()["val_accuracy"] <= 1 and trainer.step()["step"] == 2
 
 
-def test_asking_does_not_read_all_weights_for_a_name(monkeypatch):
-    "A name is needed for an error only. Red if each step copies and hashes the whole reward model."
-    made, calls, work = TrainedReward(scalar(), Letters("abcdefgh"), ASKED), [], reward_model.tree_flatten
+def test_scoring_does_not_hash_the_weights(monkeypatch):
+    "The name is needed for errors only. Red if each step copies and hashes all weights of the reward model."
+    judge, calls, work = TrainedReward(scalar(), Letters("abcdefgh"), PLAIN), [], reward_model.tree_flatten
     monkeypatch.setattr(reward_model, "tree_flatten", lambda tree: (calls.append(1), work(tree))[1])
-    for _ in range(3): score(made, ["a"], ["b"])
+    for _ in range(3): score(judge, ["a"], ["b"])
     assert len(calls) <= 1
 
 
-def test_a_reward_is_the_same_from_wherever_it_is_named(tmp_path, monkeypatch):
-    "A run's name, its directory, its full path: a resumed PPO must not forget its best for that."
+def test_reward_name_does_not_depend_on_the_path(tmp_path, monkeypatch):
+    "A run's name, its directory, its full path: a resumed PPO must not reset its best for that."
     monkeypatch.chdir(tmp_path)
     train_reward(reward_cfg(tmp_path, "mine"), "runs")
     names = [reward_name(load_reward(path)) for path in ("mine", "runs/mine", tmp_path / "runs" / "mine",
@@ -743,14 +754,15 @@ def ppo_cfg(home, name, lora=2, steps=5, every=2, resume=False, hyper=None, **da
 def number(prompt, response): return sum(ord(c) % 7 for c in response) / 10
 
 
-def test_a_killed_ppo_with_adapters_ends_as_one_that_was_not(tmp_path):
-    "To the bit; its checkpoints hold adapters and the critic's head, neither the base nor a reference."
+def test_killed_and_resumed_lora_ppo_is_bit_identical(tmp_path):
+    "Its checkpoints hold adapters and the critic's head, neither the base nor a reference."
     held_out = {"validation_file": write(tmp_path / "h.jsonl", [{"prompt": "zz"}, {"prompt": "q"}])}
     calm = ppo(ppo_cfg(tmp_path, "calm", **held_out), tmp_path / "runs", reward=number)
     with pytest.raises(Killed):
         ppo(ppo_cfg(tmp_path, "cut", **held_out), tmp_path / "runs", reward=number, callbacks=[stop_after(4)])
     assert checkpoints(tmp_path / "runs" / "cut")[-1].name == "step_000003"          # the best so far
-    same_end(calm, ppo(ppo_cfg(tmp_path, "cut", resume=True, **held_out), tmp_path / "runs", reward=number))
+    resumed = ppo_cfg(tmp_path, "cut", resume=True, **held_out)
+    check_same_end(calm, ppo(resumed, tmp_path / "runs", reward=number))
     arrays, state = load_checkpoint(checkpoints(calm)[-1])
     names = {group: {name.rpartition(".")[2] for name in weights}
              for group, weights in arrays.items() if group != "optimizer"}
@@ -765,7 +777,7 @@ def test_a_killed_ppo_with_adapters_ends_as_one_that_was_not(tmp_path):
 
 
 def with_lora(pretrained=None, **more):
-    "A trainer on letters with adapters."
+    "A `PPOTrainer` on letters with LoRA adapters."
     pretrained, more = pretrained or tiny(loud=8), {"steps": 4, "batch": 8, "lr": 1e-2, "response_length": 6,
                                                     **more}
     cfg = task(count_a, prompts=("a", "bcd"), pretrained=pretrained, **more).cfg
@@ -773,8 +785,8 @@ def with_lora(pretrained=None, **more):
     return PPOTrainer(cfg, pretrained, reward=count_a)
 
 
-def test_the_reference_is_the_base_exactly():
-    "Its log-probabilities, to the bit, before and after training; and the KL of the first step is 0 and not nearly 0."
+def test_lora_reference_is_the_base_exactly():
+    "Bit-identical log-probabilities, before and after training; and the KL of the first step is exactly 0."
     base, trainer = tiny(loud=8).model, with_lora()
     read = make_forward(base, base, trainer.trained.critic)
     for n in range(3):
@@ -785,11 +797,11 @@ def test_the_reference_is_the_base_exactly():
         assert (metrics["kl"] == 0) == (n == 0) and mx.array_equal(r.logp, r.ref_logp) == (n == 0)
 
 
-def place(w): return np.asarray(memoryview(w)).__array_interface__["data"][0]
+def address(w): return np.asarray(memoryview(w)).__array_interface__["data"][0]
 
 
-def test_policy_critic_and_reference_share_their_weights():
-    "One copy in memory, also after steps and a forecast. Red if the base is copied for one of them."
+def test_lora_policy_critic_and_reference_share_weights():
+    "One copy in memory, also after steps. Red if the base is copied for one of them."
     wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64,
             "tie_word_embeddings": False}
     pretrained = small(Letters("abcdefgh"), **wide)
@@ -803,37 +815,38 @@ def test_policy_critic_and_reference_share_their_weights():
     policy, critic, reference = (dict(tree_flatten(m.parameters()))
                                  for m in (trainer.model, trainer.trained.critic, trainer.reference))
     for name, w in reference.items():
-        assert place(w) == place(policy[name]) and (name.startswith("lm_head")
-                                                    or place(w) == place(critic[name]))
-    whole = task(count_a, pretrained=tiny(loud=8), batch=8, response_length=4)
-    whole.step()
-    # negative control: trained weights are apart
-    assert place(whole.model.lm_head.weight) != place(whole.reference.lm_head.weight)
+        assert address(w) == address(policy[name])
+        assert name.startswith("lm_head") or address(w) == address(critic[name])
+    full = task(count_a, pretrained=tiny(loud=8), batch=8, response_length=4)
+    full.step()
+    # negative control: without adapters they are separate
+    assert address(full.model.lm_head.weight) != address(full.reference.lm_head.weight)
 
 
-def test_a_forecast_leaves_no_trace_beside_adapters():
-    "A checkpoint has only what is trained, and so has what is put back. Red if weights, memory or counts have changed."
-    plain, asked = with_lora(), with_lora()
+def test_forecast_does_not_change_lora_training():
+    "Red if weights, optimizer state or counters differ from a training without a forecast."
+    plain, forecasted = with_lora(), with_lora()
     for _ in range(2):
-        forecast(asked)
-        plain.step(), asked.step()
+        forecast(forecasted)
+        plain.step()
+        forecasted.step()
     for (_, a), (_, b) in zip(
-        *(tree_flatten([t.trained.parameters(), t.optimizer.state]) for t in (plain, asked)), strict=True
+        *(tree_flatten([t.trained.parameters(), t.optimizer.state]) for t in (plain, forecasted)), strict=True
     ):
         assert mx.array_equal(a, b)
-    assert plain.state() == asked.state()
+    assert plain.state() == forecasted.state()
 
 
 def changed(trainer):
-    "Which of all trained numbers three steps change; without a gradient Adam changes nothing."
+    "The trained parameters that three steps change; without a gradient Adam changes nothing."
     before = {name: np.array(w) for name, w in tree_flatten(trainer.trained.parameters())}
     for _ in range(3): trainer.step()
     return {name for name, w in tree_flatten(trainer.trained.parameters())
             if not np.array_equal(before[name], np.array(w))}
 
 
-def test_every_adapter_and_the_head_get_a_gradient(monkeypatch):
-    "Those of the policy, those of the critic, and the critic's head; nothing else."
+def test_every_adapter_and_the_critic_head_get_a_gradient(monkeypatch):
+    "Adapters of policy and critic, and the critic's head; nothing else."
     trainer = with_lora()
     wanted = {name for name, _ in tree_flatten(trainer.trained.parameters())
               if name.endswith(("lora_a", "lora_b")) or "score" in name}
@@ -843,12 +856,13 @@ def test_every_adapter_and_the_head_get_a_gradient(monkeypatch):
         and not trainer.reference.trainable_parameters().get("lm_head")
     )
     unfreeze = Linear.unfreeze
-    monkeypatch.setattr(Linear, "unfreeze", lambda self, **how: unfreeze(self, **how) if how else self)
-    assert "critic.score.weight" not in changed(with_lora())  # negative control: a head that stays as it is
+    frozen_head = lambda self, **kwargs: unfreeze(self, **kwargs) if kwargs else self
+    monkeypatch.setattr(Linear, "unfreeze", frozen_head)
+    assert "critic.score.weight" not in changed(with_lora())  # negative control: a frozen head
 
 
-def test_a_policy_that_came_with_adapters_is_merged_first():
-    "The reference is the model with the adapters that it came with. Red if they are lost, or trained on."
+def test_adapters_of_the_initial_policy_are_merged():
+    "The reference is the model with the adapters it was loaded with. Red if they are lost, or trained."
     start = tiny(loud=8)
     adapted = apply_lora(start.model, LoRAConfig(rank=2))
     adapted.update({"model": {"layers": [{"mlp": {"down_proj": {"lora_b": mx.ones((2, 32))}}}]}})
@@ -861,15 +875,15 @@ def test_a_policy_that_came_with_adapters_is_merged_first():
     assert trainer.step()["kl"] == 0
 
 
-def test_the_written_policy_is_the_trained_one(tmp_path):
-    "What a run with adapters leaves behind says what the policy said: merged, and rounded at most."
+def test_exported_lora_policy_is_the_trained_one(tmp_path):
+    "The adapters are merged; log-probabilities differ by rounding at most."
     from mlx_pretrain.pretrained import load
-    kept = []
+    models = []
     run = ppo(ppo_cfg(tmp_path, "run"), tmp_path / "runs", reward=number,
-              callbacks=[lambda trainer, _: kept.append(trainer.model)])
+              callbacks=[lambda trainer, _: models.append(trainer.model)])
     tokens, pad = mx.array([[257, 97, 98, 99]]), mx.array([0])
     (a, _), (b, _), (c, _) = (log_probs(m, tokens, pad, 3)
-                              for m in (kept[-1], load(run).model, load(tmp_path / "base").model))
+                              for m in (models[-1], load(run).model, load(tmp_path / "base").model))
     assert mx.abs(a - b).max() < 1e-5 < mx.abs(a - c).max()
     best = load(checkpoints(run)[-1]).model
     assert mx.abs(log_probs(best, tokens, pad, 3)[0] - a).max() < 1e-5
@@ -894,35 +908,36 @@ def test_rules_by_hand():
 
 
 def test_a_weighted_sum_by_hand(tmp_path):
-    "Of rules, functions, and what is named in a file; sums in sums."
+    "Of rules, functions, and a reward in a file; nested sums."
     (tmp_path / "mine.py").write_text("def half(prompt, response): return 0.5\n")
-    made = WeightedSum((2.0, Length(2)), (-1, count_a), (1, f"{tmp_path}/mine.py:half"))
-    assert made.compute_reward(["", ""], ["a a", "x"]).tolist() == [2.25, 1.5]
-    assert WeightedSum((10, made)).compute_reward(["", ""], ["a a", "x"]).tolist() == [22.5, 15.0]
+    total = WeightedSum((2.0, Length(2)), (-1, count_a), (1, f"{tmp_path}/mine.py:half"))
+    assert total.compute_reward(["", ""], ["a a", "x"]).tolist() == [2.25, 1.5]
+    assert WeightedSum((10, total)).compute_reward(["", ""], ["a a", "x"]).tolist() == [22.5, 15.0]
     assert (
         repr(WeightedSum((0.5, Length(3)), (1, Contains("a"))))
         == "WeightedSum(0.5 Length(words=3), 1 Contains(words=('a',)))"
     )
 
 
-def test_a_sum_of_a_learned_reward_and_a_rule(tmp_path):
-    "A trained run is a part like any other."
+def test_weighted_sum_of_a_reward_model_and_a_rule(tmp_path):
     run = train_reward(reward_cfg(tmp_path, "mine"), tmp_path / "runs")
-    made = WeightedSum((1.0, str(run)), (0.5, Length(1)))
+    total = WeightedSum((1.0, str(run)), (0.5, Length(1)))
     alone = load_reward(run).compute_reward(["", ""], ["aa", "b"])
-    assert np.abs(made.compute_reward(["", ""], ["aa", "b"]) - alone - 0.5).max() < 1e-6
+    assert np.abs(total.compute_reward(["", ""], ["aa", "b"]) - alone - 0.5).max() < 1e-6
 
 
-@pytest.mark.parametrize("rule, told, part", [
-    (Length, [0], "Length(0)"), (Contains, [()], "Contains"), (Contains, [("a", "")], "empty"), (Matches, ["("], "'('"),
-    (WeightedSum, [], "at least one"), (WeightedSum, [(float("nan"), count_a)], "finite"), (WeightedSum, [count_a], "pairs"),
-    (WeightedSum, [("much", count_a)], "pairs"), (WeightedSum, [(1, 7)], "7"), (WeightedSum, [(1, "nowhere")], "nowhere")])
-def test_a_rule_that_makes_no_sense(rule, told, part):
-    with pytest.raises(RewardError) as caught: rule(*told)
+@pytest.mark.parametrize("rule, arguments, part", [
+    (Length, [0], "Length(0)"), (Contains, [()], "Contains"), (Contains, [("a", "")], "empty"),
+    (Matches, ["("], "'('"), (WeightedSum, [], "at least one"),
+    (WeightedSum, [(float("nan"), count_a)], "finite"), (WeightedSum, [count_a], "pairs"),
+    (WeightedSum, [("much", count_a)], "pairs"), (WeightedSum, [(1, 7)], "7"),
+    (WeightedSum, [(1, "nowhere")], "nowhere")])
+def test_invalid_rule_arguments_are_reported(rule, arguments, part):
+    with pytest.raises(RewardError) as caught: rule(*arguments)
     assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_part_that_fails_is_to_blame():
+def test_failing_part_of_a_sum_is_named():
     def broken(prompt, response): return 1 / 0
     with pytest.raises(RewardError) as caught: score(WeightedSum((1, Length(2)), (1, broken)), ["a"], ["b"])
     assert (
@@ -932,6 +947,6 @@ def test_the_part_that_fails_is_to_blame():
     )
 
 
-def test_the_configuration_says_that_a_run_can_be_given():
-    "What `--help` and the documentation say about `reward_model` names what it takes since there are learned rewards."
+def test_help_of_reward_model_mentions_a_run():
+    "The description of `reward_model` in `--help` and the documentation names trained reward models."
     assert "run" in PPOConfig.model_fields["reward_model"].description.split("without it")[0]

@@ -1,4 +1,4 @@
-"Rewards that read columns of the dataset: which ones they get, row by row, and what is said when one is missing."
+"Rewards that read dataset columns: which ones they get, row by row, and the message if one is missing."
 import functools
 import json
 
@@ -56,13 +56,12 @@ FORMS = [exact, other_names, everything, with_messages, nested, of_two,
 
 @pytest.mark.parametrize("reward", FORMS, ids=lambda reward: reward_name(find_reward(reward)))
 def test_each_response_is_scored_with_the_columns_of_its_row(reward):
-    "In any order, and twice: what a reward takes out of a nested column is there again. Red if it gets another row's value."
+    "In any order, and twice: rewards get copies of nested columns. Red if it gets another row's value."
     trainer = task(reward, prompts=ROWS, batch=8, response_length=2)
     for indices in (np.arange(8), np.array([5, 1, 1, 7]), np.array([5, 1, 1, 7])):
         sampled = trainer.sample(trainer.data, indices, {"temperature": 1.0}, 0)
-        assert sampled.scores.tolist() == [1.0] * len(indices) and sampled.prompt_texts == [
-            ROWS[i]["prompt"] for i in indices
-        ]
+        assert sampled.scores.tolist() == [1.0] * len(indices)
+        assert sampled.prompt_texts == [ROWS[i]["prompt"] for i in indices]
 
 
 def test_columns_go_with_the_rows_through_training_and_validation(tmp_path, monkeypatch):
@@ -84,53 +83,57 @@ def test_columns_go_with_the_rows_through_training_and_validation(tmp_path, monk
 
 @pytest.mark.parametrize("reward, available, given, missing", [
     (exact, ["prompt", "answer", "more"], ["answer"], []), (exact, ["prompt"], [], ["answer"]),
-    (lambda p, r, answer="": 0.0, ["prompt"], [], []), (lambda p, r, answer="": 0.0, ["answer"], ["answer"], []),
+    (lambda p, r, answer="": 0.0, ["prompt"], [], []),
+    (lambda p, r, answer="": 0.0, ["answer"], ["answer"], []),
     (lambda p, r, **more: 0.0, ["p", "prompt", "answer"], ["prompt", "answer"], []),
-    (lambda *texts, answer: 0.0, ["answer", "texts"], ["answer"], []), (of_two, ["prompt", "response", "answer"], [], []),
+    (lambda *texts, answer: 0.0, ["answer", "texts"], ["answer"], []),
+    (of_two, ["prompt", "response", "answer"], [], []),
     (functools.partial(bound, points=2.0), ["answer", "points"], ["answer"], []), (max, ["answer"], [], []),
     (KeywordOnly(), ["prompts", "answer"], ["answer"], []), (Static(), [], [], []),
     (WeightedSum((1, exact)), ["prompt", "answer"], ["prompt", "answer"], [])])
-def test_the_signature_decides(reward, available, given, missing):
+def test_signature_decides_the_columns(reward, available, given, missing):
     assert reward_columns(as_reward_model(reward), available) == (given, missing)
 
 
-@pytest.mark.parametrize("reward, name", [(exact, "exact"), (functools.partial(bound, points=1), "bound"), (Callable(), "Callable"),
-                                          (KeywordOnly(), "KeywordOnly"), (Length(2), "Length(words=2)")])
+@pytest.mark.parametrize("reward, name", [
+    (exact, "exact"), (functools.partial(bound, points=1), "bound"), (Callable(), "Callable"),
+    (KeywordOnly(), "KeywordOnly"), (Length(2), "Length(words=2)")])
 def test_a_reward_has_the_same_name_in_every_process(reward, name):
     "A resumed run compares it. Red if an address in memory is a part of it."
     assert reward_name(find_reward(reward)) == name
 
 
-def test_an_attribute_of_a_reward_is_not_taken_for_its_function():
+def test_attribute_f_of_a_reward_is_not_its_function():
     class Mine(RewardModel):
         f = [1, 2]
         def compute_reward(self, prompts, responses): return 1 / 0
     with pytest.raises(RewardError, match="Mine fails in .*test_reward_columns.py") as caught:
         score(Mine(), ["a"], ["b"])
-    assert "a function is asked" not in str(caught.value)
+    assert "a function gets" not in str(caught.value)
 
 
 # ---- a column that is missing
 
 @pytest.mark.parametrize("reward, name", [
     (exact, "exact"), (KeywordOnly(), "KeywordOnly"), (WeightedSum((1, Length(2)), (1, exact)), "exact")])
-@pytest.mark.parametrize("rows, line", [([{"prompt": "a", "reply": "b"}], 1), ([ROWS[0], {"prompt": "a", "reply": "b"}], 2)])
+@pytest.mark.parametrize("rows, line", [
+    ([{"prompt": "a", "reply": "b"}], 1), ([ROWS[0], {"prompt": "a", "reply": "b"}], 2)])
 @pytest.mark.parametrize("held_out", [False, True])
-def test_a_missing_column_is_named_before_anything_is_sampled(reward, name, rows, line, held_out, tmp_path):
+def test_missing_column_is_named_before_sampling(reward, name, rows, line, held_out, tmp_path):
     "The reward, the column, the file with its line, and the columns there are; in the held-out prompts too."
     (file := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = {"validation_file": str(file)} if held_out else {"input_file": str(file)}
-    with pytest.raises(DataError) as caught: task(reward, prompts=ROWS, batch=4, **told)
+    files = {"validation_file": str(file)} if held_out else {"input_file": str(file)}
+    with pytest.raises(DataError) as caught: task(reward, prompts=ROWS, batch=4, **files)
     check_sentence(str(caught.value), f'{file}, line {line}: there is no column "answer"',
                    f"the reward {name} needs", 'the row has "prompt", "reply"',
                    "add it, or give the parameter a default value")
 
 
-def test_rows_that_lack_a_column_can_be_left_out():
+def test_rows_that_lack_a_column_can_be_skipped():
     assert len(task(exact, prompts=[ROWS[0], {"prompt": "a"}], batch=2, on_bad_row="skip").data) == 1
 
 
-def test_a_column_that_is_null_or_optional_is_none():
+def test_null_and_optional_columns_are_none():
     "As a dataset has it: null is a value, and a column that only some rows have is `None` in the others."
     seen = []
     def noted(prompt, response, answer, hint="no column"):
@@ -145,7 +148,7 @@ def test_a_column_that_is_null_or_optional_is_none():
     assert seen == [(None, None), (1, "h"), (2, "no column")]
 
 
-def test_texts_alone_are_not_enough_for_a_reward_that_needs_more():
+def test_score_without_a_needed_column_is_an_error():
     for reward in (exact, KeywordOnly(), WeightedSum((1, exact))):
         with pytest.raises(RewardError) as caught: score(find_reward(reward), ["a"], ["b"])
         check_sentence(str(caught.value), 'needs the column "answer"')
@@ -174,8 +177,8 @@ def judge(tmp_path, template=CHATML, fmt=PromptFormat(prompt_format=None)):
     return TrainedReward(ScalarLlama.from_llama(tiny("a" * (tok.vocab_size - 3)).model), tok, fmt)
 
 
-def test_a_conversation_that_the_reward_model_refuses_is_named_at_the_start(tmp_path):
-    "With its line, for a reward model and a part of a sum. Red if it is found when the row is drawn."
+def test_conversation_that_the_template_rejects_is_named_when_reading(tmp_path):
+    "With its line, for a reward model and a part of a sum. Red if it is found during sampling."
     made, system = judge(tmp_path, REFUSES), {"role": "system", "content": "Be kind."}
     rows = [{"prompt": "a"}, {"prompt": [system, {"role": "user", "content": "b"}]}]
     (file := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -189,27 +192,29 @@ def test_a_conversation_that_the_reward_model_refuses_is_named_at_the_start(tmp_
                             check=functools.partial(check_row, Length(2)))) == 2
 
 
-def test_what_a_reward_model_is_not_used_to_is_said(tmp_path, caplog):
-    "Only where it reads another form than its own; a part of a sum says it too."
+def test_warning_about_another_prompt_format(tmp_path, caplog):
+    "Only if the reward model reads another format than its own; also as a part of a sum."
     plain = PromptFormat(prompt_format="<{instruction}>")
     columns = PromptFormat(prompt_format="{context}{instruction}")
     system = PromptFormat(prompt_format=None, system_prompt="Be kind.")
     foreign = PromptFormat(prompt_format="{prompt}")
-    for own, asked, said in ((plain, PromptFormat(), ""), (PromptFormat(prompt_format=None), plain, ""), (system, plain, ""),
-                             (columns, columns, ""), (plain, columns, "has other columns than the instruction"),
-                             (foreign, plain, "it has no chat template"), (plain, system, "its own format has no system prompt")):
+    for own, policy, warning in (
+            (plain, PromptFormat(), ""), (PromptFormat(prompt_format=None), plain, ""), (system, plain, ""),
+            (columns, columns, ""), (plain, columns, "has other columns than the instruction"),
+            (foreign, plain, "it has no chat template"),
+            (plain, system, "its own format has no system prompt")):
         made = judge(tmp_path, fmt=own)
         for reward in (made, WeightedSum((1, made), (1, of_two))):
             caplog.clear()
-            reward.check_asked(asked, 8)
-            assert said in caplog.text and bool(said) == bool(caplog.text), (own, asked, caplog.text)
+            reward.check_asked(policy, 8)
+            assert warning in caplog.text and bool(warning) == bool(caplog.text), (own, policy, caplog.text)
 
 
-def test_a_classifier_with_two_labels_is_no_reward_model(tmp_path):
+def test_classifier_with_two_labels_is_rejected(tmp_path):
     judge(tmp_path).save(tmp_path / "rm")
     config = json.loads((tmp_path / "rm/config.json").read_text())
-    for told in ({"num_labels": 2}, {"num_labels": ..., "id2label": {"0": "bad", "1": "good"}}):
-        told = {key: value for key, value in {**config, **told}.items() if value is not ...}
-        (tmp_path / "rm/config.json").write_text(json.dumps(told))
+    for change in ({"num_labels": 2}, {"num_labels": ..., "id2label": {"0": "bad", "1": "good"}}):
+        changed = {key: value for key, value in {**config, **change}.items() if value is not ...}
+        (tmp_path / "rm/config.json").write_text(json.dumps(changed))
         with pytest.raises(PretrainedError) as caught: load_reward(tmp_path / "rm")
         check_sentence(str(caught.value), "a classifier with 2 labels")

@@ -1,4 +1,4 @@
-"""`make demo`: a small Llama reads, learns to answer, and is aligned with a learned reward. Each step is a command to type yourself."""
+"""`make demo`: pretrain a small Llama, fine-tune it, train a reward model, run PPO; each step a command."""
 import gzip
 import json
 import lzma
@@ -31,22 +31,24 @@ def command(*words):
 
 
 def summary(seconds):
-    "What came out, measured beside what everybody knows."
+    "The result, compared with general-purpose compressors."
     lines = [json.loads(line) for line in Path(RUN, "metrics.jsonl").read_text().splitlines()]
     bits = next(line["val_bits_per_byte"] for line in reversed(lines) if "val_bits_per_byte" in line)
+    held_out = Path("data/sotu/val.jsonl")
     text = "".join(json.loads(line)["text"]
-                   for line in Path("data/sotu/val.jsonl").read_text(encoding="utf-8").splitlines()).encode()
+                   for line in held_out.read_text(encoding="utf-8").splitlines()).encode()
     packed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
     others = ", ".join(f"{name} {8 * len(data) / len(text):.3f}" for name, data in packed.items())
+    duration = f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
     print(f"""
-Done in {seconds // 60:.0f} min {seconds % 60:.0f} s. Bits per byte on six addresses it never saw: {bits:.3f}   ({others})
+Done in {duration}. Bits per byte on six held-out addresses: {bits:.3f}   ({others})
 
 Where things are
-  {RUN}/report.html      the whole road on one page, to look at and to show
+  {RUN}/report.html      all steps on one page, to look at and to show
   {RUN}/model/           the model; mlx-lm and transformers load it as it is
-  {RUN}/metrics.jsonl    every number; {RUN}/logs/log.txt has them for people
-  {SFT_RUN}/ {REWARD_RUN}/ {RL_RUN}/     the same for the steps after it
-  configs/demo*.yaml         all that the runs were told; change it and train again
+  {RUN}/metrics.jsonl    all metrics; {RUN}/logs/log.txt has them in readable form
+  {SFT_RUN}/ {REWARD_RUN}/ {RL_RUN}/     the same for the later stages
+  configs/demo*.yaml         the settings of the runs; change them and train again
 
 What next
   .venv/bin/mlx-pretrain generate --run {RUN} --prompt "The people"

@@ -1,4 +1,4 @@
-"What `make demo` left behind: judged from the files alone. Run it after the demo."
+"The pretrained model of `make demo`, checked from its files. Run it after the demo."
 import gzip
 import json
 import math
@@ -35,13 +35,13 @@ def lines(): return [line for line in read_metrics(RUN) if "event" not in line]
 def last(lines): return [line for line in lines if "val_bits_per_byte" in line][-1]
 
 
-def test_below_two_point_two_bits_per_byte(last, held_out):
+def test_held_out_bits_per_byte_are_below_2_2_and_gzip(last, held_out):
     packed = gzip.compress("".join(held_out).encode(), 9)
     assert last["val_bits_per_byte"] < 2.2 < 8 * len(packed) / sum(len(text.encode()) for text in held_out)
 
 
-def test_measured_again_from_the_exported_model(last, held_out):
-    "Every token of the first 20,000, in windows of another size, by a softmax in NumPy; longer windows help, shorter ones hurt, a little."
+def test_exported_model_has_the_logged_bits_per_byte(last, held_out):
+    "The first 20,000 tokens, in shorter windows, by a softmax in NumPy; the window length matters a little."
     model, tokenizer, *_ = load(RUN)
     ids = [tokenizer.bos_id, *tokenizer.encode(held_out[0])][:20_001]
     import mlx.core as mx
@@ -57,12 +57,12 @@ def test_measured_again_from_the_exported_model(last, held_out):
     assert abs(bits - last["val_bits_per_byte"]) < 0.15
 
 
-def test_the_loss_fell_from_the_logarithm_of_the_vocabulary(lines):
+def test_loss_falls_from_log_vocab_size(lines):
     assert abs(lines[0]["loss"] - math.log(load(RUN)[1].vocab_size)) < 0.3
     assert lines[-1]["loss"] < 0.65 * lines[0]["loss"]
 
 
-def test_it_writes(held_out):
+def test_generated_words_are_known(held_out):
     model, tokenizer, *_ = load(RUN)
     texts = generate_text(model, tokenizer, ["My fellow Americans,", "We must"], max_new_tokens=60,
                           temperature=0.8)
@@ -71,8 +71,9 @@ def test_it_writes(held_out):
     assert len(words) > 40 and sum(word in known for word in words) / len(words) > 0.6
 
 
-def test_all_files_are_there():
-    for name in ("config.yaml", "metadata.json", "logs/log.txt", "curve.png", "tokenizer/tokenizer.model", "model/config.json",
+def test_all_files_exist():
+    for name in ("config.yaml", "metadata.json", "logs/log.txt", "curve.png", "tokenizer/tokenizer.model",
+                 "model/config.json",
                  "model/generation_config.json", "model/model.safetensors", "model/tokenizer.model"):
         assert (RUN / name).stat().st_size > 0, name
     assert json.loads((RUN / "metadata.json").read_text())["outcome"] == "finished"
@@ -80,8 +81,8 @@ def test_all_files_are_there():
     assert checkpoints(RUN)[-1].name == f"step_{iters:06d}"
 
 
-def test_interrupted_and_gone_on_with(last):
-    "From one of the demo's checkpoints, stopped by Ctrl-C on the way and gone on with: the demo's own bits per byte, and its weights."
+def test_interrupted_and_resumed_run_is_bit_identical(last):
+    "Resumed from a checkpoint of the demo, interrupted by Ctrl-C, resumed again: same weights."
     again = Path("runs/demo-again")
     shutil.rmtree(again, ignore_errors=True)
     train = [sys.executable, "train.py", "--config", "configs/demo.yaml", "--name", again.name,
@@ -105,6 +106,6 @@ def test_interrupted_and_gone_on_with(last):
 
 
 def reached(run):
-    "The last step that a run has logged."
+    "The last logged step of a run."
     try: return max((row["step"] for row in read_metrics(run)), default=0)
     except RunError: return 0

@@ -1,4 +1,4 @@
-"What the last steps of `make demo` left behind: a reward model, a policy that was aligned with it, and a page about the whole road."
+"The reward model, the PPO policy and the report of `make demo`."
 import json
 import re
 import sys
@@ -32,7 +32,7 @@ def rows(name):
 
 
 def friendly(texts):
-    "VADER's opinion, asked directly."
+    "VADER sentiment."
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     analyser = SentimentIntensityAnalyzer()
     return np.array([analyser.polarity_scores(text)["compound"] for text in texts])
@@ -45,7 +45,7 @@ def questions(): return [*dict.fromkeys(row["instruction"] for row in rows("exch
 def before(): return friendly(answers(load(SFT), questions() * 3, seed=5))
 
 
-def test_the_pairs_are_what_they_say():
+def test_chosen_responses_have_higher_sentiment():
     for name in ("train", "val"):
         pairs = rows(f"preferences/{name}.jsonl")
         assert (
@@ -57,43 +57,42 @@ def test_the_pairs_are_what_they_say():
     }
 
 
-def test_the_reward_model_is_right_on_pairs_it_never_saw():
-    "Asked pair by pair, each text alone, and read off the last token by hand."
-    reward, right, pairs = load_reward(REWARD), [], rows("preferences/val.jsonl")
+def test_accuracy_on_held_out_pairs():
+    "Pair by pair, each text alone, read off at the last token."
+    reward, correct, pairs = load_reward(REWARD), [], rows("preferences/val.jsonl")
     tok, fmt = reward.tokenizer, reward.format
     for pair in pairs:
         ask = prompt_ids(tok, fmt.format_question(pair["prompt"]))
         texts = [[*ask, *tok.encode(fmt.format_response(pair[key])), tok.eos_id]
                  for key in ("chosen", "rejected")]
         chosen, rejected = (reward.model.values(mx.array([ids]))[0, -1].item() for ids in texts)
-        right.append(chosen > rejected)
-    known = read_metadata(REWARD)["reward_model"]
-    assert abs(np.mean(right) - known["accuracy"]) < 2.5 / len(pairs) and np.mean(right) > 0.6
+        correct.append(chosen > rejected)
+    accuracy = read_metadata(REWARD)["reward_model"]["accuracy"]
+    assert abs(np.mean(correct) - accuracy) < 2.5 / len(pairs) and np.mean(correct) > 0.6
 
 
-def test_it_is_normalised_on_what_the_fine_tuned_model_says():
+def test_reward_is_normalized_on_the_fine_tuned_model():
     policy = load(SFT)
     asks = [policy.format.format_question(question) for question in questions() * 3]
     scores = load_reward(REWARD).compute_reward(asks, answers(policy, questions() * 3, seed=6))
     assert abs(scores.mean()) < 0.4 and 0.7 < scores.std() < 1.3
 
 
-def test_ppo_raised_what_was_meant(before):
-    "The gold score, which it never saw, by more than a standard deviation of what the fine-tuned model says."
+def test_ppo_raised_the_gold_reward(before):
+    "It was not trained on: by more than a standard deviation of the fine-tuned model's answers."
     after = friendly(answers(load(RL), questions() * 3, seed=5))
     assert after.mean() > before.mean() + before.std()
 
 
 @pytest.mark.parametrize("seed", [43, 44])
-def test_it_does_so_on_other_seeds(seed, before):
+def test_ppo_raises_the_gold_reward_on_other_seeds(seed, before):
     trainer = PPOTrainer(load_config(PPOConfig, Path("configs/demo-rl.yaml"), {"system.seed": seed}))
     kl = [trainer.step()["kl"] for _ in range(trainer.total_steps)]
     policy = load(SFT)._replace(model=trainer.model)
     after = friendly(answers(policy, questions() * 3, seed=5))
     gain = (after.mean() - before.mean()) / before.std()
-    print(
-        f"seed {seed}: {before.mean():.3f} → {after.mean():.3f}, {gain:+.2f} standard deviations, at {np.mean(kl[-5:]):.1f} nats"
-    )
+    print(f"seed {seed}: {before.mean():.3f} → {after.mean():.3f}, {gain:+.2f} standard deviations, "
+          f"KL {np.mean(kl[-5:]):.1f} nats")
     assert kl[0] == 0 < np.mean(kl[-5:]) < 40 and after.mean() > before.mean() + before.std()
 
 
@@ -107,7 +106,7 @@ class Page(HTMLParser):
         self.links += [value for name, value in attrs if name in ("src", "href")]
 
 
-def test_the_page_stands_alone_and_shows_what_was_measured():
+def test_report_is_self_contained_and_shows_the_accuracy():
     text, page = PAGE.read_text(encoding="utf-8"), Page()
     page.feed(text)
     assert page.tags.count("img") == 5 and "script" not in page.tags
@@ -116,8 +115,8 @@ def test_the_page_stands_alone_and_shows_what_was_measured():
     assert f"{read_metadata(REWARD)['reward_model']['accuracy']:.0%}" in text
 
 
-def test_the_page_shows_what_the_policies_say():
-    "Both are asked again: the first of the ten answers, and the means that the table shows."
+def test_report_shows_answers_of_both_policies():
+    "Sampled again: the first of the ten answers, and the means in the table."
     page, (evaluations, fmt) = PAGE.read_text(encoding="utf-8"), evaluate_checkpoints(SFT, RL)
     tok = load(SFT).tokenizer
     first, last = evaluations[0], evaluations[-1]

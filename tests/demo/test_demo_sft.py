@@ -1,4 +1,4 @@
-"What the fine-tuning of `make demo` left behind: measured again from the exported models, by other means than the trainer's."
+"The fine-tuned model of `make demo`, evaluated independently of the trainer."
 import json
 import re
 from pathlib import Path
@@ -30,24 +30,24 @@ def response_loss(model, tok, fmt, context=128):
     nats, count = 0.0, 0
     for row in rows(VAL):
         read = prompt_ids(tok, fmt.format_question(row["instruction"]))
-        said = [*tok.encode(" " + row["response"]), tok.eos_id]
-        ids = read + said
+        response = [*tok.encode(" " + row["response"]), tok.eos_id]
+        ids = read + response
         if len(ids) > context: continue
         logits = np.array(model(mx.array([ids[:-1]]))[0], np.float64)
         logp = logits - logits.max(-1, keepdims=True)
         logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
-        nats -= logp[np.arange(len(read) - 1, len(ids) - 1), said].sum()
-        count += len(said)
+        nats -= logp[np.arange(len(read) - 1, len(ids) - 1), response].sum()
+        count += len(response)
     return nats / count
 
 
-def test_the_loss_of_held_out_responses_fell(tuned):
+def test_held_out_loss_fell(tuned):
     after = response_loss(tuned.model, tuned.tokenizer, tuned.format)
     assert abs(after - read_metrics(RUN)[-1]["val_loss"]) < 1e-3
     assert after < 4.3 < 5.2 < response_loss(load(BASE).model, tuned.tokenizer, tuned.format)
 
 
-def test_it_stops_by_itself_and_the_base_model_does_not(tuned):
+def test_fine_tuned_model_writes_eos_and_the_base_does_not(tuned):
     tok, asked = tuned.tokenizer, dict.fromkeys(row["instruction"] for row in rows(VAL))
     prompts = [prompt_ids(tok, tuned.format.format_question(question)) for question in asked]
 
@@ -65,14 +65,12 @@ def test_no_prompt_is_in_both_files():
     assert len(set(pairs)) == len(pairs)
 
 
-def test_what_became_of_the_rows_is_written_down():
-    known = read_metadata(RUN)["data"]["input_file"]
-    assert (
-        known["rows"] == len(rows(TRAIN)) == known["kept"] + known["dropped"]
-        and known["skipped"] == known["truncated"] == 0
-    )
+def test_row_counts_are_recorded():
+    counts = read_metadata(RUN)["data"]["input_file"]
+    assert counts["rows"] == len(rows(TRAIN)) == counts["kept"] + counts["dropped"]
+    assert counts["skipped"] == counts["truncated"] == 0
     log = (RUN / "logs" / "log.txt").read_text(encoding="utf-8")
-    assert f"{known['rows']:,} rows, {known['kept']:,} kept" in log and log.count("### Response:") >= 3
+    assert f"{counts['rows']:,} rows, {counts['kept']:,} kept" in log and log.count("### Response:") >= 3
 
 
 def test_the_best_checkpoint_is_kept():
