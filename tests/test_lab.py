@@ -43,7 +43,7 @@ def jupyter(monkeypatch):
     monkeypatch.setattr(lab, "display", lambda *args, **kwargs: shown.append((args, kwargs)))
     yield shown
     assert signal.signal(signal.SIGINT, idle) == signal.SIG_IGN           # nobody listens any more
-    assert not [h for h in logging.getLogger("mlx_pretrain").handlers if isinstance(h, lab._Told)]
+    assert not [h for h in logging.getLogger("mlx_pretrain").handlers if isinstance(h, lab._WarningHandler)]
 
 
 def make(stage, tmp_path, name=None, steps=12, reward=count_a, **data):
@@ -102,7 +102,7 @@ async def until(true, most=3000):
     raise AssertionError("it did not come about")
 
 
-def at_rest(live): return live._task is not None and live._task.done() and not live.playing
+def at_rest(live): return live.task.is_finished and not live.playing
 def press(live, name): live.panel.buttons[name].click()
 
 
@@ -203,7 +203,7 @@ def steer(tmp_path, name="steered", stage="ppo", turns=TURNS):
 def check_reached(live, turns):
     metrics = read_metrics(live.trainer.run_dir.path)
     events = [(line["step"], line["name"], line["value"]) for line in metrics if line.get("event") == "knob"]
-    assert events == [(step, *turn) for step, turn in turns.items()] == live.curves.turns
+    assert events == [(step, *turn) for step, turn in turns.items()] == live.curves.knob_changes
 
 
 def test_a_slider_reaches_the_very_next_step(tmp_path, jupyter):
@@ -219,7 +219,7 @@ def test_a_slider_reaches_the_very_next_step(tmp_path, jupyter):
 
 def test_a_deaf_slider_is_found_out(tmp_path, jupyter, monkeypatch):
     "The check above fails on a panel whose sliders turn nothing."
-    monkeypatch.setattr(lab.Panel, "_turn", lambda self, name, value: None)
+    monkeypatch.setattr(lab.KnobSliders, "set_knob", lambda self, name, value: None)
     live = steer(tmp_path)
     with pytest.raises(AssertionError): check_reached(live, TURNS)
 
@@ -279,7 +279,7 @@ def test_interrupt_twice_cuts_the_step_short(tmp_path, jupyter):
         live = Live(make("ppo", tmp_path, steps=6, reward=Slow()), None)
         live.start()
         await until(lambda: len(calls) == 3 and at_rest(live))
-        assert live.trainer.steps_done == 3 and "Cut short" in live.panel.message.value
+        assert live.trainer.steps_done == 3 and "Step interrupted" in live.panel.message.value
         calls.append(1)
         press(live, "run")
         await until(lambda: live.is_over and at_rest(live))
@@ -441,7 +441,7 @@ def test_goes_on_from_a_checkpoint_with_its_curve(tmp_path, jupyter):
             len(live.curves["reward"][0]) == trainer.steps_done == at
             and live.panel.sliders["kl_coef"].value == 0.3
         )
-        assert live.curves.turns == [(0, "kl_coef", 0.3)]
+        assert live.curves.knob_changes == [(0, "kl_coef", 0.3)]
         await until(lambda: live.is_over and at_rest(live))
         return trainer
     at = asyncio.run(begin())
@@ -483,7 +483,7 @@ def test_in_a_script(cut, tmp_path):
         SCRIPT.format(cut=cut)
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert lab.NOBODY in done.stderr and "tok/s" in done.stderr
+    assert lab.NO_FRONT_END in done.stderr and "tok/s" in done.stderr
     assert read_metadata(tmp_path / "runs/run")["outcome"] == ("interrupted" if cut else "finished")
     assert (
         done.stdout.endswith("6\n")
@@ -512,7 +512,7 @@ def test_executed_by_a_program(tmp_path):
     NotebookClient(nb, timeout=120, kernel_name="python3",
                    resources={"metadata": {"path": str(tmp_path)}}).execute(env=environment)
     outputs = nb.cells[1].outputs
-    assert lab.NOBODY in (said := "".join(o.get("text", "") for o in outputs)) and "to its end\n" in said
+    assert lab.NO_FRONT_END in (said := "".join(o.get("text", "") for o in outputs)) and "to its end\n" in said
     assert [o.output_type for o in outputs].count("display_data") == 1
 
 

@@ -7,7 +7,7 @@ from conftest import Server
 SETUP = """import json
 import mlx_pretrain
 from toys import task
-from mlx_pretrain.lab import Live, Panel
+from mlx_pretrain.lab import KnobSliders, Live
 from mlx_pretrain.run import checkpoints, read_metrics
 def count_a(prompt, response): return response.count("a") / 8
 def ppo(name, steps=100_000, **data):
@@ -71,7 +71,7 @@ def test_slider_turns_a_running_training_and_its_curve(open_notebook):
 
 def test_a_panel_that_ignores_its_slider_is_found_out(open_notebook):
     "The same check, on a panel whose sliders turn nothing, must fail."
-    nb = begin(open_notebook, setup=SETUP + "\nPanel._turn = lambda self, name, value: None")
+    nb = begin(open_notebook, setup=SETUP + "\nKnobSliders.set_knob = lambda self, name, value: None")
     with pytest.raises(AssertionError): check_turned(*turn_kl_coef(nb))
 
 

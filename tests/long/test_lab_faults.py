@@ -234,7 +234,7 @@ def test_resume_at_the_end(tmp_path, jupyter):
     async def main(trainer):
         live = Live(trainer, tmp_path / "runs")
         live.start()
-        await until(lambda: live.is_over and live._task is not None and live._task.done())
+        await until(lambda: live.is_over and live.task.is_finished)
         return live
     assert outcome(asyncio.run(main(make("ppo", tmp_path, steps=3)))) == "finished"
     live = asyncio.run(main(going_on(make("ppo", tmp_path, steps=3))))
@@ -264,7 +264,7 @@ def test_started_when_it_is_over(tmp_path, jupyter):
         live.start()
         await finished(live)
         live.start()
-        await until(lambda: live._task.done())
+        await until(lambda: live.task.is_finished)
         assert not live.playing and live.panel.buttons["run"].description == "Run"
     asyncio.run(main())
 
@@ -280,7 +280,7 @@ def test_a_run_that_would_replace_its_own_beginning(tmp_path, jupyter):
         live = Live(SFTTrainer(cfg), tmp_path / "runs")
         with pytest.raises(UserError, match="would replace it"): live.start()
         live.pause()
-        await until(lambda: live._task is None or at_rest(live))
+        await until(lambda: live.task.task is None or at_rest(live))
     asyncio.run(main())
 
 
@@ -716,7 +716,7 @@ def test_texts_are_texts(jupyter):
     table = samples_table([("<b>$x$</b>", "</code><script>$y$", 1.0)], "after")
     assert "<b>" not in table and "<script>" not in table
     panel = Panel(Knobs(a=1), 1, lambda name: None)
-    panel.say("</code><script>$x$")
+    panel.show_message("</code><script>$x$")
     assert "<script>" not in panel.message.value
 
 
@@ -788,7 +788,7 @@ def test_a_save_at_stop_that_fails(saved, tmp_path, jupyter, monkeypatch):
         live.start()
         await until(lambda: live.trainer.steps_done >= 2)
         live.pause()
-        if saved: live._answer("save")
+        if saved: live._perform("save")
         live.trainer.knobs.kl_coef = 0.4
         at = live.trainer.steps_done
         for _ in range(2): live.trainer.step()
