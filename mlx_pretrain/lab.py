@@ -325,9 +325,9 @@ def message_html(text: str, is_error: bool) -> str:
 
 # %% ../nbs/63_lab.ipynb #58960b74
 NO_WIDGETS = (
-    "The panel needs the widgets of JupyterLab: run pip install ipywidgets where JupyterLab is installed, and "
-    "reload the page. Training continues without the panel; use live.pause(), live.start(), live.stop() and "
-    "trainer.knobs."
+    "The panel needs the widgets of JupyterLab: run pip install ipywidgets where JupyterLab is installed, "
+    "and reload the page. Training continues without the panel; use live.pause(), live.start(), "
+    "live.stop() and trainer.knobs."
 )
 
 
@@ -670,14 +670,11 @@ def log_rows(run: Run, rows: list[dict]):
 
 # %% ../nbs/63_lab.ipynb #a41b7c02
 class RunRecorder:
-    """The run directory of a training that is stopped and resumed; in a `with` block it is open.
-
-    `run`: the run, once there is one; `finished`: have all steps been taken, and the model been written?
-    """
-    def __init__(self, trainer: Trainer, root: str | Path | None): # directory of all runs; `None`: no recording
+    "The run directory of a training that is stopped and resumed; in a `with` block it is open."
+    def __init__(self, trainer: Trainer, root: str | Path | None): # of all runs; `None`: no recording
         self.trainer, self.root = trainer, root
-        self.run = None
-        self.finished = False
+        self.run = None # once there is one
+        self.finished = False # have all steps been taken, and the model been written?
         self.unlogged = [] # metrics of steps taken while it was closed
         self._exit = ExitStack()
         self._save = None
@@ -726,7 +723,6 @@ class RunRecorder:
         return is_over
 
     def __enter__(self): return self.open()
-
     def __exit__(self, *error):
         try: return self._exit.__exit__(*error)
         finally: self._save = None
@@ -1012,8 +1008,8 @@ def _take_over(live: "Live", other: "Live"):
 class Live(ViewedLoop):
     """A training in a panel: `Live(trainer).start()`.
 
-    In JupyterLab the cell returns immediately, and training continues between other cells. Elsewhere it trains
-    to the end.
+    In JupyterLab the cell returns immediately, and training continues between other cells. Elsewhere it
+    trains to the end.
     """
     _running: "Live | None" = None # the one that trains
 
@@ -1056,10 +1052,7 @@ class Live(ViewedLoop):
         self.view.draw(update=False)
 
     def run(self) -> None:
-        """Train to the end without a panel. Ctrl-C ends it after the step, and saves.
-
-        Raises whatever the training raises.
-        """
+        "Train to the end without a panel. Ctrl-C saves after the step. Raises whatever the training raises."
         self._open()
         try: _train_in_foreground(self)
         finally: self.playing = self.trainer.stop_requested = False
