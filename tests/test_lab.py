@@ -1,5 +1,6 @@
-"""The panel without a browser: its buttons, sliders, ■ and errors act on a training as they say, and never on its numbers."""
+"The live panel without a browser: buttons, sliders, interrupts and errors never change a training's numbers."
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -102,13 +103,26 @@ async def until(true, most=3000):
     raise AssertionError("it did not come about")
 
 
+async def reach(live, step, paused=False):
+    "Let the loop run until so many steps are done and, if `paused`, the training has come to rest."
+    await until(lambda: live.trainer.steps_done >= step and (at_rest(live) or not paused))
+
+
+def in_event_loop(test):
+    "Run an async test in an event loop of its own, as a cell runs in the kernel's."
+    @functools.wraps(test)
+    def run(**fixtures): return asyncio.run(test(**fixtures))
+    return run
+
+
+def logged_steps(live): return [row["step"] for row in lines(live.trainer.run_dir.path)]
 def at_rest(live): return live.task.is_finished and not live.playing
 def press(live, name): live.panel.buttons[name].click()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_panel_changes_nothing(stage, tmp_path, jupyter):
-    "Trained in a panel, a trainer of each stage has the weights, the log and the model that it has without one; a sample changes nothing."
+def test_panel_does_not_change_training(stage, tmp_path, jupyter):
+    "In a panel a trainer of each stage has the same weights, log and model; a sample changes nothing."
     plain = make(stage, tmp_path)
     plain.run()
 
@@ -135,7 +149,7 @@ def test_a_panel_changes_nothing(stage, tmp_path, jupyter):
 
 
 def test_buttons(tmp_path, jupyter):
-    "Pause, single steps, a checkpoint, run, stop, and run again: each does what it says, from another thread; no step counts twice."
+    "Pause, single steps, save, run, stop, and run again, pressed on another thread; no step counts twice."
     def pressed(live, name):
         thread = threading.Thread(target=press, args=(live, name))
         thread.start(); thread.join()
@@ -206,8 +220,8 @@ def check_reached(live, turns):
     assert events == [(step, *turn) for step, turn in turns.items()] == live.curves.knob_changes
 
 
-def test_a_slider_reaches_the_very_next_step(tmp_path, jupyter):
-    "Moved after step n, a slider is an event before step n + 1, which is taken with the new number."
+def test_slider_affects_next_step(tmp_path, jupyter):
+    "Moved after step n, a slider is an event before step n + 1, which uses the new value."
     live = steer(tmp_path)
     check_reached(live, TURNS)
     rates = [line["learning_rate"] for line in lines(live.trainer.run_dir.path)]
@@ -217,16 +231,16 @@ def test_a_slider_reaches_the_very_next_step(tmp_path, jupyter):
                                                            plain)]) and rates[4] > rates[3]
 
 
-def test_a_deaf_slider_is_found_out(tmp_path, jupyter, monkeypatch):
-    "The check above fails on a panel whose sliders turn nothing."
+def test_planted_dead_slider_is_detected(tmp_path, jupyter, monkeypatch):
+    "The check above fails on a panel whose sliders set no knob."
     monkeypatch.setattr(lab.KnobSliders, "set_knob", lambda self, name, value: None)
     live = steer(tmp_path)
     with pytest.raises(AssertionError): check_reached(live, TURNS)
 
 
 @pytest.mark.parametrize("stage", ["ppo", "pretrain"])
-def test_a_steered_run_can_be_had_again(stage, tmp_path, jupyter):
-    "From its metrics alone the turns of a steered run are repeated, to the same weights; without them the weights are others."
+def test_steered_run_is_replayed(stage, tmp_path, jupyter):
+    "From its metrics a steered run is repeated to the same weights; without its knob changes they differ."
     turns = TURNS if stage == "ppo" else {3: ("learning_rate_factor", 3.0), 6: ("learning_rate_factor", 0.2)}
     live = steer(tmp_path, stage=stage, turns=turns)
     again, plain = make(stage, tmp_path), make(stage, tmp_path)
@@ -236,8 +250,8 @@ def test_a_steered_run_can_be_had_again(stage, tmp_path, jupyter):
 
 
 @pytest.mark.parametrize("at", ["sample", "score", "update"])
-def test_interrupt_pauses_after_the_step(at, tmp_path, jupyter):
-    "■ in any phase of a step lets it end, and pauses; the training that goes on from there is the undisturbed one."
+def test_interrupt_pauses_after_step(at, tmp_path, jupyter):
+    "An interrupt in any phase of a step lets it end, and pauses; resumed, it is the undisturbed training."
     async def main():
         trainer = make("ppo", tmp_path, steps=8)
         live, phases, done = Live(trainer, None), trainer.phases, []
@@ -264,8 +278,8 @@ def test_interrupt_pauses_after_the_step(at, tmp_path, jupyter):
     assert same(trainer, plain)
 
 
-def test_interrupt_twice_cuts_the_step_short(tmp_path, jupyter):
-    "The second ■ does not wait: a reward that takes for ever is left, nothing is counted, and Run takes the step up again."
+def test_double_interrupt_cancels_step(tmp_path, jupyter):
+    "The second interrupt cancels a slow reward: nothing is counted, and Run resumes the step."
     def slow(prompts, responses):
         if len(calls) == 3: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
         calls.append(1)
@@ -289,8 +303,8 @@ def test_interrupt_twice_cuts_the_step_short(tmp_path, jupyter):
     assert same(trainer, plain)
 
 
-def test_an_error_in_a_step(tmp_path, jupyter, capsys):
-    "A reward that fails pauses the training; its sentence is in the panel, escaped; once mended, Run goes on as if nothing had been."
+def test_error_in_step_pauses(tmp_path, jupyter, capsys):
+    "A reward that fails pauses the training; its message is shown escaped; once fixed, Run resumes exactly."
     async def main():
         live = Live(make("ppo", tmp_path, steps=6, reward=reward), tmp_path / "runs")
         live.start()
@@ -312,8 +326,8 @@ def test_an_error_in_a_step(tmp_path, jupyter, capsys):
     assert same(trainer, plain) and read_metadata(trainer.run_dir.path)["outcome"] == "finished"
 
 
-def test_a_guard_pauses_and_a_slider_helps(tmp_path, jupyter):
-    "A training that breaks is stopped by its guards with a sentence; the same panel goes on with a smaller learning rate."
+def test_guard_pauses_and_slider_helps(tmp_path, jupyter):
+    "A training that a guard stops continues in the same panel with a smaller learning rate."
     async def main():
         live = Live(make("ppo", tmp_path, steps=30), None)
         live.panel.sliders["learning_rate_factor"].value = 10.0
@@ -327,8 +341,8 @@ def test_a_guard_pauses_and_a_slider_helps(tmp_path, jupyter):
     asyncio.run(main())
 
 
-def test_widgets_touch_no_mlx(tmp_path, jupyter, monkeypatch):
-    "Whatever is pressed or moved on another thread, MLX is called from the kernel's own only."
+def test_widgets_call_no_mlx(tmp_path, jupyter, monkeypatch):
+    "Whatever is pressed or moved on another thread, MLX is called on the kernel's own only."
     async def main():
         live = Live(make("ppo", tmp_path, steps=10), None)
         live.start()
@@ -354,8 +368,8 @@ def test_widgets_touch_no_mlx(tmp_path, jupyter, monkeypatch):
     asyncio.run(main())
 
 
-def test_other_cells(tmp_path, jupyter):
-    "Between pieces of a step others look at the weights; a step by hand is refused meanwhile, and taken, and drawn, once it is paused."
+def test_other_cells_between_pieces(tmp_path, jupyter):
+    "Between pieces of a step cells read the weights; a manual step is rejected until it is paused."
     async def main():
         live = Live(make("ppo", tmp_path, steps=10**6), None)
         live.start()
@@ -376,8 +390,8 @@ def test_other_cells(tmp_path, jupyter):
     asyncio.run(main())
 
 
-def test_one_at_a_time(tmp_path, jupyter):
-    "A second training pauses the first; a second panel of one training takes it over, with its curves and its run."
+def test_one_training_at_a_time(tmp_path, jupyter):
+    "A second training pauses the first; a second panel of one trainer takes over its curves and its run."
     async def main():
         first = Live(make("ppo", tmp_path, "one", steps=10**6), None)
         first.start()
@@ -420,8 +434,8 @@ def test_show_again(tmp_path, jupyter):
                for kwargs in pictures[2:]) and "finished: step 6 of 6" in jupyter[-1][0][0]["text/plain"]
 
 
-def test_goes_on_from_a_checkpoint_with_its_curve(tmp_path, jupyter):
-    "In a new kernel, with resume: latest, a stopped training goes on in its run directory, and its curve is there."
+def test_resume_in_new_kernel_keeps_curves(tmp_path, jupyter):
+    "In a new kernel, with resume: latest, a stopped training resumes in its run directory, with its curves."
     async def begin():
         live = Live(make("ppo", tmp_path, steps=10), tmp_path / "runs")
         live.start()
@@ -451,8 +465,8 @@ def test_goes_on_from_a_checkpoint_with_its_curve(tmp_path, jupyter):
     assert same(trainer, plain) and [line["step"] for line in lines(tmp_path / "runs/ppo")] == [*range(1, 11)]
 
 
-def test_a_place_that_is_taken(tmp_path, jupyter):
-    "A run that would replace another one is refused in the cell, before anything is trained."
+def test_existing_run_is_rejected(tmp_path, jupyter):
+    "A run that would replace another one is rejected in the cell, before anything is trained."
     async def main():
         Live(make("ppo", tmp_path, steps=2), tmp_path / "runs").run()
         live = Live(make("ppo", tmp_path, steps=2), tmp_path / "runs")
@@ -475,8 +489,8 @@ SCRIPT = """
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_in_a_script(cut, tmp_path):
-    "The same line in a script trains to its end, with a sentence and a progress line; Ctrl-C saves, and ends it."
+def test_live_in_a_script(cut, tmp_path):
+    "In a script `start` trains to the end, with a message and a progress bar; Ctrl-C saves, and ends it."
     env = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
     env.pop("IN_TEST", None)
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + textwrap.dedent(
@@ -501,23 +515,25 @@ print("to its end")
 
 
 @pytest.mark.long
-def test_executed_by_a_program(tmp_path):
-    "Executed by nbclient, as nbconvert and papermill do, where nobody can press a button, the cell trains to its end."
+def test_executed_by_nbclient(tmp_path):
+    "Executed by nbclient, as by nbconvert and papermill, which press no buttons, the cell trains to the end."
     from nbclient import NotebookClient
     from nbformat import v4
-    head = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\nfolder = Path({str(tmp_path)!r})\n"
-    cells = head + "import mlx_pretrain\nfrom test_lab import Live, make", EXECUTED
+    setup = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n"
+             f"folder = Path({str(tmp_path)!r})\nimport mlx_pretrain\nfrom test_lab import Live, make")
+    cells = setup, EXECUTED
     nb = v4.new_notebook(cells=[*map(v4.new_code_cell, cells)])
     environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
     NotebookClient(nb, timeout=120, kernel_name="python3",
                    resources={"metadata": {"path": str(tmp_path)}}).execute(env=environment)
     outputs = nb.cells[1].outputs
-    assert lab.NO_FRONT_END in (said := "".join(o.get("text", "") for o in outputs)) and "to its end\n" in said
+    printed = "".join(o.get("text", "") for o in outputs)
+    assert lab.NO_FRONT_END in printed and "to its end\n" in printed
     assert [o.output_type for o in outputs].count("display_data") == 1
 
 
-def test_nothing_piles_up(tmp_path, jupyter):
-    "A long training shows few pictures, keeps no task, and remembers two numbers a point."
+def test_long_training_does_not_accumulate(tmp_path, jupyter):
+    "A long training shows few pictures, keeps no task, and stores two numbers per point."
     async def main():
         live = Live(make("pretrain", tmp_path, steps=200), None)
         live.start()
