@@ -1,4 +1,4 @@
-"The panel in a real JupyterLab: buttons, sliders and interrupts reach the training, and its messages are shown."
+"The panel in a real JupyterLab: buttons, sliders and interrupts reach the training; messages are shown."
 import json
 
 import pytest
@@ -11,10 +11,12 @@ from mlx_pretrain.lab import KnobSliders, Live
 from mlx_pretrain.run import checkpoints, read_metrics
 def count_a(prompt, response): return response.count("a") / 8
 def ppo(name, steps=100_000, **data):
-    trainer = task(count_a, steps=steps, batch=16, lr=3e-3, response_length=8, **{"kl_coef": 0.02, "guards": "warn", **data})
+    data = {"kl_coef": 0.02, "guards": "warn", **data}
+    trainer = task(count_a, steps=steps, batch=16, lr=3e-3, response_length=8, **data)
     trainer.cfg = trainer.cfg.model_copy(update={"name": name})
     return trainer"""
-STATE = "print(json.dumps([live.trainer.steps_done, live.playing, live.trainer.knobs.kl_coef, sum(live.curves['kl'][1][-20:]) / 20]))"
+STATE = """kl = sum(live.curves['kl'][1][-20:]) / 20
+print(json.dumps([live.trainer.steps_done, live.playing, live.trainer.knobs.kl_coef, kl]))"""
 FIXABLE = """
 broken = []
 def count_a(prompt, response):
@@ -23,7 +25,10 @@ def count_a(prompt, response):
 EVENTS = "print(json.dumps([line for line in read_metrics('runs/turned') if line.get('event') == 'knob']))"
 
 
-def begin(open_notebook, *cells, start="live = Live(ppo('x'), root=None)\nlive.start()", setup=SETUP, **where):
+START = "live = Live(ppo('x'), root=None)\nlive.start()"
+
+
+def begin(open_notebook, *cells, start=START, setup=SETUP, **where):
     "A notebook in which a training has been started and the panel is shown; cell 2 prints its state."
     nb = open_notebook([setup, start, STATE, *cells], **where)
     nb.run(0)
@@ -43,7 +48,7 @@ def is_paused(nb):
 
 
 def move_kl_coef(nb):
-    "Let PPO leave its reference, drag the slider, run 150 steps: states before and after, and the slider's value."
+    "Let PPO leave its reference, drag the slider, run 150 steps: both states, and the slider's value."
     nb.until(lambda: state(nb)[3] > 3, timeout=60)
     before, shown = state(nb), nb.drag("kl_coef", 0.9)
     then = steps(nb)
@@ -106,7 +111,7 @@ def test_buttons(open_notebook):
 
 
 def test_interrupt_pauses_and_run_resumes(open_notebook):
-    "An interrupt pauses after the step, without an error; Run resumes; an interrupt of another cell is that cell's."
+    "An interrupt pauses after the step, without an error; another cell's interrupt does not pause."
     nb = begin(open_notebook, "import time\ntime.sleep(60)")
     nb.until(lambda: steps(nb) > 20)
     nb.command("kernelmenu:interrupt")
@@ -166,11 +171,11 @@ def test_run_all_interrupted(open_notebook):
 
 
 def test_reload_and_show_again(open_notebook):
-    "After a page reload the training still runs; `show()` brings back a panel with a working picture and sliders."
+    "After a page reload the training still runs; `show()` brings back a working panel."
     nb = begin(open_notebook, "live.show()")
     nb.until(lambda: steps(nb) > 20)
     nb.command("docmanager:save")
-    nb.open(anew=False)
+    nb.open(reset=False)
     at = steps(nb)
     nb.until(lambda: steps(nb) > at + 20)
     nb.run(3)
@@ -182,12 +187,15 @@ def test_reload_and_show_again(open_notebook):
 
 
 FLICKER = """() => new Promise(done => {
-  const cell = jupyterapp.shell.currentWidget.content.widgets[1].node, seen = {frames: 0, bare: 0, pictures: new Set()};
+  const cell = jupyterapp.shell.currentWidget.content.widgets[1].node;
+  const seen = {frames: 0, bare: 0, pictures: new Set()};
   const end = performance.now() + 9000, look = () => {
     const image = cell.querySelector(".jp-OutputArea img");
     seen.frames += 1;
-    if (image && image.complete && image.naturalWidth) seen.pictures.add(image.src.length + image.src.slice(-200)); else seen.bare += 1;
-    if (performance.now() < end) requestAnimationFrame(look); else done([seen.frames, seen.bare, seen.pictures.size]);
+    if (!image || !image.complete || !image.naturalWidth) seen.bare += 1;
+    else seen.pictures.add(image.src.length + image.src.slice(-200));
+    if (performance.now() < end) requestAnimationFrame(look);
+    else done([seen.frames, seen.bare, seen.pictures.size]);
   };
   requestAnimationFrame(look);
 })"""
@@ -205,7 +213,8 @@ def test_samples_are_escaped(open_notebook):
     "A script in a prompt, shown as a sample, is text: it does not run, and creates no element."
     evil = "<script>window.evil = 1</script><img src=x onerror='window.evil = 2'>"
     setup = SETUP + f"\nalphabet = ''.join(sorted({{*'abcdefgh', *{evil!r}}}))\nEVIL = {evil!r}"
-    start = "live = Live(task(count_a, alphabet, [EVIL], steps=10**6, batch=16, response_length=8, guards='warn'), root=None)\nlive.start()"
+    start = ("trainer = task(count_a, alphabet, [EVIL], steps=10**6, batch=16, response_length=8,\n"
+             "               guards='warn')\nlive = Live(trainer, root=None)\nlive.start()")
     nb = begin(open_notebook, setup=setup, start=start)
     nb.until(lambda: steps(nb) > 3)
     nb.press("Sample")

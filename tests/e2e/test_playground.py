@@ -4,9 +4,11 @@ SETUP = """import json, mlx_pretrain
 from mlx_pretrain.sft import SFTConfig, SFTTrainer
 from mlx_pretrain.playground import Playground
 rows = [{"instruction": "What is the capital of France?", "response": "Paris."},
-        {"instruction": "<script>window.evil = 1</script>", "response": "<img src=x onerror='window.evil = 2'> costs $5, not $6"}]
+        {"instruction": "<script>window.evil = 1</script>",
+         "response": "<img src=x onerror='window.evil = 2'> costs $5, not $6"}]
 open("rows.jsonl", "w").write("".join(json.dumps(row) + "\\n" for row in rows))
-data = {"input_file": "rows.jsonl", "prompt_format": "Q: {instruction}\\nSay: ", "response_format": "{response}"}
+data = {"input_file": "rows.jsonl", "prompt_format": "Q: {instruction}\\nSay: ",
+        "response_format": "{response}"}
 play = Playground(SFTConfig.model_validate_json(json.dumps({"data": data})))
 play"""
 TRAINED = """trainer = SFTTrainer(play.config())

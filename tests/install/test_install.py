@@ -1,4 +1,4 @@
-"The package as a user installs it: built by `python -m build`, in a new environment, used from an empty directory."
+"The package as a user installs it: built by `python -m build`, used in a new environment."
 import json
 import os
 import shutil
