@@ -1029,10 +1029,7 @@ class Live(ViewedLoop):
         trainer.callbacks.insert(0, self._observe)
 
     def start(self) -> None:
-        """Train. An error of the training is shown in the panel, or raised where there is none.
-
-        Raises `UserError` if the run directory cannot be used.
-        """
+        "Train. Raises `UserError` if the run directory cannot be used; without a panel, also other errors."
         if self._is_replaced:
             raise TrainingError(REPLACED)
         if (loop := kernel_loop()) is None: return self.run()

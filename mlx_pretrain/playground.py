@@ -167,23 +167,20 @@ def check_edited(
 
 # %% ../nbs/64_playground.ipynb #0f1d3b72
 class Playground:
-    """Edit prompt formats on the rows of a file.
-
-    Raises `UserError` as `SFTTrainer` does, if the file or the model cannot be used.
-    """
+    "Edit prompt formats on the rows of a file. Raises `UserError` if the file or the model cannot be used."
     def __init__(
         self,
         cfg: SFTConfig, # the rows, and the formats to begin with
         pretrained: Pretrained | None = None, # by default `cfg.pretrained_model`
     ):
         data = cfg.data
-        path = data_file(data, "input_file")
         if pretrained is None and cfg.pretrained_model: pretrained = load(cfg.pretrained_model)
         self.pretrained = pretrained
         self.cfg = resolve_config(cfg, pretrained.model) if pretrained else cfg
         self.tokenizer = pretrained.tokenizer if pretrained else make_tokenizer(data)
         self.rows = read_rows(data)
-        self.start = resolve_format(data, read_first_row(path, data), pretrained and pretrained.format)
+        first_row = read_first_row(data_file(data, "input_file"), data)
+        self.start = resolve_format(data, first_row, pretrained and pretrained.format)
         self.widgets = _Widgets(self.start, len(self.rows), self.update)
         self.texts, self.row, self.view = self.widgets.texts, self.widgets.row, self.widgets.view
         self._last_view = "" # of valid formats

@@ -121,21 +121,18 @@ def press(live, name): live.panel.buttons[name].click()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_panel_does_not_change_training(stage, tmp_path, jupyter):
+@in_event_loop
+async def test_panel_does_not_change_training(stage, tmp_path, jupyter):
     "In a panel a trainer of each stage has the same weights, log and model; a sample changes nothing."
     plain = make(stage, tmp_path)
     plain.run()
-
-    async def main():
-        live = Live(make(stage, tmp_path), tmp_path / "runs")
-        live.start()
-        assert live.trainer.steps_done == 0                               # the cell returns at once
-        await until(lambda: live.trainer.steps_done >= 3)
-        press(live, "sample")
-        await until(lambda: live.is_over and at_rest(live))
-        assert "after step" in live.panel.samples.value
-        return live
-    live = asyncio.run(main())
+    live = Live(make(stage, tmp_path), tmp_path / "runs")
+    live.start()
+    assert live.trainer.steps_done == 0                               # the cell returns at once
+    await reach(live, 3)
+    press(live, "sample")
+    await until(lambda: live.is_over and at_rest(live))
+    assert "after step" in live.panel.samples.value
     assert same(live.trainer, plain)
     run = live.trainer.run_dir.path
     assert read_metadata(run)["outcome"] == "finished" and (run / "model" / "model.safetensors").exists()
@@ -148,46 +145,44 @@ def test_panel_does_not_change_training(stage, tmp_path, jupyter):
             for name in panel if len(live.curves[name][0]) == 12]
 
 
-def test_buttons(tmp_path, jupyter):
+@in_event_loop
+async def test_buttons(tmp_path, jupyter):
     "Pause, single steps, save, run, stop, and run again, pressed on another thread; no step counts twice."
     def pressed(live, name):
         thread = threading.Thread(target=press, args=(live, name))
         thread.start(); thread.join()
-
-    async def main():
-        live = Live(make("ppo", tmp_path, steps=24), tmp_path / "runs")
-        live.start()
-        await until(lambda: live.trainer.steps_done >= 3)
-        assert live.panel.buttons["run"].description == "Pause"
-        pressed(live, "run")
-        await until(lambda: at_rest(live))
-        at = live.trainer.steps_done
-        await asyncio.sleep(0.05)
-        assert (
-            live.trainer.steps_done == at
-            and live.panel.buttons["run"].description == "Run"
-            and "paused" in live.panel.status.value
-        )
-        for n in (1, 2):
-            pressed(live, "step")
-            await until(lambda n=n: live.trainer.steps_done == at + n and at_rest(live))
-        pressed(live, "save")
-        await until(lambda: "Saved in" in live.panel.message.value)
-        assert checkpoints(live.trainer.run_dir.path)[-1].name == f"step_{at + 2:06d}"
-        pressed(live, "run")
-        await until(lambda: live.trainer.steps_done >= at + 5)
-        pressed(live, "stop")
-        await until(lambda: "Stopped after step" in live.panel.message.value and at_rest(live))
-        stopped, run = live.trainer.steps_done, live.trainer.run_dir.path
-        assert (
-            read_metadata(run)["outcome"] == "interrupted"
-            and checkpoints(run)[-1].name == f"step_{stopped:06d}"
-        )
-        pressed(live, "run")
-        await until(lambda: live.is_over and at_rest(live))
-        assert read_metadata(run)["outcome"] == "finished"
-        return live
-    live, plain = asyncio.run(main()), make("ppo", tmp_path, steps=24)
+    live = Live(make("ppo", tmp_path, steps=24), tmp_path / "runs")
+    live.start()
+    await reach(live, 3)
+    assert live.panel.buttons["run"].description == "Pause"
+    pressed(live, "run")
+    await until(lambda: at_rest(live))
+    at = live.trainer.steps_done
+    await asyncio.sleep(0.05)
+    assert (
+        live.trainer.steps_done == at
+        and live.panel.buttons["run"].description == "Run"
+        and "paused" in live.panel.status.value
+    )
+    for n in (1, 2):
+        pressed(live, "step")
+        await until(lambda n=n: live.trainer.steps_done == at + n and at_rest(live))
+    pressed(live, "save")
+    await until(lambda: "Saved in" in live.panel.message.value)
+    assert checkpoints(live.trainer.run_dir.path)[-1].name == f"step_{at + 2:06d}"
+    pressed(live, "run")
+    await until(lambda: live.trainer.steps_done >= at + 5)
+    pressed(live, "stop")
+    await until(lambda: "Stopped after step" in live.panel.message.value and at_rest(live))
+    stopped, run = live.trainer.steps_done, live.trainer.run_dir.path
+    assert (
+        read_metadata(run)["outcome"] == "interrupted"
+        and checkpoints(run)[-1].name == f"step_{stopped:06d}"
+    )
+    pressed(live, "run")
+    await until(lambda: live.is_over and at_rest(live))
+    assert read_metadata(run)["outcome"] == "finished"
+    plain = make("ppo", tmp_path, steps=24)
     plain.run()
     assert same(live.trainer, plain) and [line["step"]
                                           for line in lines(live.trainer.run_dir.path)] == [*range(1, 25)]
@@ -250,35 +245,35 @@ def test_steered_run_is_replayed(stage, tmp_path, jupyter):
 
 
 @pytest.mark.parametrize("at", ["sample", "score", "update"])
-def test_interrupt_pauses_after_step(at, tmp_path, jupyter):
+@in_event_loop
+async def test_interrupt_pauses_after_step(at, tmp_path, jupyter):
     "An interrupt in any phase of a step lets it end, and pauses; resumed, it is the undisturbed training."
-    async def main():
-        trainer = make("ppo", tmp_path, steps=8)
-        live, phases, done = Live(trainer, None), trainer.phases, []
+    trainer = make("ppo", tmp_path, steps=8)
+    live, phases, done = Live(trainer, None), trainer.phases, []
 
-        def watched():
-            pieces = phases()
-            while True:
-                try: phase = next(pieces)
-                except StopIteration as end: return end.value
-                if phase == at and trainer.now.number == 3 and not done:
-                    done.append(os.kill(os.getpid(), signal.SIGINT))
-                yield phase
-        trainer.phases = watched
-        live.start()
-        await until(lambda: done and at_rest(live))
-        assert (
-            trainer.steps_done == 4 and "paused" in live.panel.status.value and not live.panel.message.value
-        )
-        press(live, "run")
-        await until(lambda: live.is_over and at_rest(live))
-        return trainer
-    trainer, plain = asyncio.run(main()), make("ppo", tmp_path, steps=8)
+    def watched():
+        pieces = phases()
+        while True:
+            try: phase = next(pieces)
+            except StopIteration as end: return end.value
+            if phase == at and trainer.now.number == 3 and not done:
+                done.append(os.kill(os.getpid(), signal.SIGINT))
+            yield phase
+    trainer.phases = watched
+    live.start()
+    await until(lambda: done and at_rest(live))
+    assert (
+        trainer.steps_done == 4 and "paused" in live.panel.status.value and not live.panel.message.value
+    )
+    press(live, "run")
+    await until(lambda: live.is_over and at_rest(live))
+    plain = make("ppo", tmp_path, steps=8)
     plain.run()
     assert same(trainer, plain)
 
 
-def test_double_interrupt_cancels_step(tmp_path, jupyter):
+@in_event_loop
+async def test_double_interrupt_cancels_step(tmp_path, jupyter):
     "The second interrupt cancels a slow reward: nothing is counted, and Run resumes the step."
     def slow(prompts, responses):
         if len(calls) == 3: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
@@ -288,142 +283,135 @@ def test_double_interrupt_cancels_step(tmp_path, jupyter):
 
     class Slow(mlx_pretrain.core.RewardModel):
         compute_reward = staticmethod(slow)
-
-    async def main():
-        live = Live(make("ppo", tmp_path, steps=6, reward=Slow()), None)
-        live.start()
-        await until(lambda: len(calls) == 3 and at_rest(live))
-        assert live.trainer.steps_done == 3 and "Step interrupted" in live.panel.message.value
-        calls.append(1)
-        press(live, "run")
-        await until(lambda: live.is_over and at_rest(live))
-        return live.trainer
-    trainer, plain = asyncio.run(main()), make("ppo", tmp_path, steps=6)
+    live = Live(make("ppo", tmp_path, steps=6, reward=Slow()), None)
+    live.start()
+    await until(lambda: len(calls) == 3 and at_rest(live))
+    assert live.trainer.steps_done == 3 and "Step interrupted" in live.panel.message.value
+    calls.append(1)
+    press(live, "run")
+    await until(lambda: live.is_over and at_rest(live))
+    trainer = live.trainer
+    plain = make("ppo", tmp_path, steps=6)
     plain.run()
     assert same(trainer, plain)
 
 
-def test_error_in_step_pauses(tmp_path, jupyter, capsys):
+@in_event_loop
+async def test_error_in_step_pauses(tmp_path, jupyter, capsys):
     "A reward that fails pauses the training; its message is shown escaped; once fixed, Run resumes exactly."
-    async def main():
-        live = Live(make("ppo", tmp_path, steps=6, reward=reward), tmp_path / "runs")
-        live.start()
-        await until(lambda: live.trainer.steps_done >= 2)
-        broken.append(1)
-        await until(lambda: at_rest(live))
-        assert "&lt;b&gt;salt" in live.panel.message.value and "<b>salt" not in live.panel.message.value
-        assert "paused" in live.panel.status.value and not live.is_over
-        broken.clear()
-        press(live, "run")
-        await until(lambda: live.is_over and at_rest(live))
-        return live.trainer
     broken = []
     def reward(prompt, response):
         if broken: raise ValueError("<b>salt</b> is out")
         return count_a(prompt, response)
-    trainer, plain = asyncio.run(main()), make("ppo", tmp_path, steps=6)
+    live = Live(make("ppo", tmp_path, steps=6, reward=reward), tmp_path / "runs")
+    live.start()
+    await reach(live, 2)
+    broken.append(1)
+    await until(lambda: at_rest(live))
+    assert "&lt;b&gt;salt" in live.panel.message.value and "<b>salt" not in live.panel.message.value
+    assert "paused" in live.panel.status.value and not live.is_over
+    broken.clear()
+    press(live, "run")
+    await until(lambda: live.is_over and at_rest(live))
+    trainer = live.trainer
+    plain = make("ppo", tmp_path, steps=6)
     plain.run()
     assert same(trainer, plain) and read_metadata(trainer.run_dir.path)["outcome"] == "finished"
 
 
-def test_guard_pauses_and_slider_helps(tmp_path, jupyter):
+@in_event_loop
+async def test_guard_pauses_and_slider_helps(tmp_path, jupyter):
     "A training that a guard stops continues in the same panel with a smaller learning rate."
-    async def main():
-        live = Live(make("ppo", tmp_path, steps=30), None)
-        live.panel.sliders["learning_rate_factor"].value = 10.0
-        live.trainer.schedule = lambda step: 0.3
-        live.start()
-        await until(lambda: at_rest(live))
-        assert not live.is_over and "step" in live.panel.message.value
-        at, live.trainer.schedule = live.trainer.steps_done, lambda step: 1e-9
-        press(live, "step")
-        await until(lambda: live.trainer.steps_done == at + 1 and at_rest(live))
-    asyncio.run(main())
+    live = Live(make("ppo", tmp_path, steps=30), None)
+    live.panel.sliders["learning_rate_factor"].value = 10.0
+    live.trainer.schedule = lambda step: 0.3
+    live.start()
+    await until(lambda: at_rest(live))
+    assert not live.is_over and "step" in live.panel.message.value
+    at, live.trainer.schedule = live.trainer.steps_done, lambda step: 1e-9
+    press(live, "step")
+    await until(lambda: live.trainer.steps_done == at + 1 and at_rest(live))
 
 
-def test_widgets_call_no_mlx(tmp_path, jupyter, monkeypatch):
+@in_event_loop
+async def test_widgets_call_no_mlx(tmp_path, jupyter, monkeypatch):
     "Whatever is pressed or moved on another thread, MLX is called on the kernel's own only."
-    async def main():
-        live = Live(make("ppo", tmp_path, steps=10), None)
-        live.start()
-        await until(lambda: live.trainer.steps_done >= 2)
-        threads, others = set(), []
-        for name in ("eval", "where", "exp", "arange"):
-            monkeypatch.setattr(
-                mx,
-                name,
-                lambda *a, real=getattr(mx, name), **k: (threads.add(threading.get_ident()), real(*a, **k))[
-                    1
-                ],
-            )
-        def all_of_it():
-            others.append(threading.get_ident())
-            for name in ("sample", "save", "run", "step", "run"): press(live, name)
-            for slider in live.panel.sliders.values(): slider.value = slider.value * 0.9
-        thread = threading.Thread(target=all_of_it)
-        thread.start()
-        await until(lambda: live.is_over and at_rest(live))
-        thread.join()
-        assert threads == {threading.get_ident()} and others[0] not in threads
-    asyncio.run(main())
-
-
-def test_other_cells_between_pieces(tmp_path, jupyter):
-    "Between pieces of a step cells read the weights; a manual step is rejected until it is paused."
-    async def main():
-        live = Live(make("ppo", tmp_path, steps=10**6), None)
-        live.start()
-        refused = 0
-        for _ in range(200):
-            await asyncio.sleep(0.002)
-            tree_flatten(live.trainer.arrays())
-            if live._pieces is None: continue
-            with pytest.raises(TrainingError, match="under way"): live.trainer.step()
-            refused += 1
-            if refused > 3: break
-        assert refused > 3
-        live.pause()
-        at = live.trainer.steps_done
-        live.trainer.step()
-        assert live.trainer.steps_done == at + 1 == live.curves["reward"][0][-1]
-        await until(lambda: at_rest(live))
-    asyncio.run(main())
-
-
-def test_one_training_at_a_time(tmp_path, jupyter):
-    "A second training pauses the first; a second panel of one trainer takes over its curves and its run."
-    async def main():
-        first = Live(make("ppo", tmp_path, "one", steps=10**6), None)
-        first.start()
-        await until(lambda: first.trainer.steps_done >= 2)
-        second = Live(make("pretrain", tmp_path, steps=10**6), None)
-        second.start()
-        await until(lambda: second.trainer.steps_done >= 2 and at_rest(first))
-        assert "another training" in first.panel.message.value
-        second.pause()
-        third = Live(make("ppo", tmp_path, "two", steps=12), tmp_path / "runs")
-        third.start()
-        await until(lambda: third.trainer.steps_done >= 3)
-        fourth = Live(third.trainer, tmp_path / "runs")
-        at = third.trainer.steps_done
-        press(third, "run")  # nobody listens to the old panel any more
-        assert (
-            fourth.curves["reward"][0].tolist() == [*range(1, at + 1)] and third.panel.buttons["run"].disabled
+    live = Live(make("ppo", tmp_path, steps=10), None)
+    live.start()
+    await reach(live, 2)
+    threads, others = set(), []
+    for name in ("eval", "where", "exp", "arange"):
+        monkeypatch.setattr(
+            mx,
+            name,
+            lambda *a, real=getattr(mx, name), **k: (threads.add(threading.get_ident()), real(*a, **k))[
+                1
+            ],
         )
-        fourth.start()
-        await until(lambda: fourth.is_over and at_rest(fourth))
-        assert [line["step"] for line in lines(tmp_path / "runs/two")] == [*range(1, 13)]
-    asyncio.run(main())
+    def all_of_it():
+        others.append(threading.get_ident())
+        for name in ("sample", "save", "run", "step", "run"): press(live, name)
+        for slider in live.panel.sliders.values(): slider.value = slider.value * 0.9
+    thread = threading.Thread(target=all_of_it)
+    thread.start()
+    await until(lambda: live.is_over and at_rest(live))
+    thread.join()
+    assert threads == {threading.get_ident()} and others[0] not in threads
 
 
-def test_show_again(tmp_path, jupyter):
+@in_event_loop
+async def test_other_cells_between_pieces(tmp_path, jupyter):
+    "Between pieces of a step cells read the weights; a manual step is rejected until it is paused."
+    live = Live(make("ppo", tmp_path, steps=10**6), None)
+    live.start()
+    refused = 0
+    for _ in range(200):
+        await asyncio.sleep(0.002)
+        tree_flatten(live.trainer.arrays())
+        if live._pieces is None: continue
+        with pytest.raises(TrainingError, match="under way"): live.trainer.step()
+        refused += 1
+        if refused > 3: break
+    assert refused > 3
+    live.pause()
+    at = live.trainer.steps_done
+    live.trainer.step()
+    assert live.trainer.steps_done == at + 1 == live.curves["reward"][0][-1]
+    await until(lambda: at_rest(live))
+
+
+@in_event_loop
+async def test_one_training_at_a_time(tmp_path, jupyter):
+    "A second training pauses the first; a second panel of one trainer takes over its curves and its run."
+    first = Live(make("ppo", tmp_path, "one", steps=10**6), None)
+    first.start()
+    await until(lambda: first.trainer.steps_done >= 2)
+    second = Live(make("pretrain", tmp_path, steps=10**6), None)
+    second.start()
+    await until(lambda: second.trainer.steps_done >= 2 and at_rest(first))
+    assert "another training" in first.panel.message.value
+    second.pause()
+    third = Live(make("ppo", tmp_path, "two", steps=12), tmp_path / "runs")
+    third.start()
+    await until(lambda: third.trainer.steps_done >= 3)
+    fourth = Live(third.trainer, tmp_path / "runs")
+    at = third.trainer.steps_done
+    press(third, "run")  # nobody listens to the old panel any more
+    assert (
+        fourth.curves["reward"][0].tolist() == [*range(1, at + 1)] and third.panel.buttons["run"].disabled
+    )
+    fourth.start()
+    await until(lambda: fourth.is_over and at_rest(fourth))
+    assert [line["step"] for line in lines(tmp_path / "runs/two")] == [*range(1, 13)]
+
+
+@in_event_loop
+async def test_show_again(tmp_path, jupyter):
     "Shown again, the panel is the same, and both places of the picture are updated by one name."
-    async def main():
-        live = Live(make("ppo", tmp_path, steps=6), None)
-        live.start()
-        live.show()
-        await until(lambda: live.is_over and at_rest(live))
-    asyncio.run(main())
+    live = Live(make("ppo", tmp_path, steps=6), None)
+    live.start()
+    live.show()
+    await until(lambda: live.is_over and at_rest(live))
     panels = [args[0] for args, kwargs in jupyter if "display_id" not in kwargs]
     pictures = [kwargs for _, kwargs in jupyter if "display_id" in kwargs]
     assert len(panels) == 2 and panels[0] is panels[1]
@@ -440,7 +428,7 @@ def test_resume_in_new_kernel_keeps_curves(tmp_path, jupyter):
         live = Live(make("ppo", tmp_path, steps=10), tmp_path / "runs")
         live.start()
         live.panel.sliders["kl_coef"].value = 0.3
-        await until(lambda: live.trainer.steps_done >= 4)
+        await reach(live, 4)
         live.stop()
         return live.trainer.steps_done
 
@@ -465,17 +453,14 @@ def test_resume_in_new_kernel_keeps_curves(tmp_path, jupyter):
     assert same(trainer, plain) and [line["step"] for line in lines(tmp_path / "runs/ppo")] == [*range(1, 11)]
 
 
-def test_existing_run_is_rejected(tmp_path, jupyter):
+@in_event_loop
+async def test_existing_run_is_rejected(tmp_path, jupyter):
     "A run that would replace another one is rejected in the cell, before anything is trained."
-    async def main():
-        Live(make("ppo", tmp_path, steps=2), tmp_path / "runs").run()
-        live = Live(make("ppo", tmp_path, steps=2), tmp_path / "runs")
-        with pytest.raises(UserError, match="overwrite"): live.start()
-        await asyncio.sleep(0.05)
-        assert live.trainer.steps_done == 0 and not live.playing
-    asyncio.run(main())
-
-
+    Live(make("ppo", tmp_path, steps=2), tmp_path / "runs").run()
+    live = Live(make("ppo", tmp_path, steps=2), tmp_path / "runs")
+    with pytest.raises(UserError, match="overwrite"): live.start()
+    await asyncio.sleep(0.05)
+    assert live.trainer.steps_done == 0 and not live.playing
 SCRIPT = """
     import mlx_pretrain, os, signal
     from toys import task
@@ -532,12 +517,10 @@ def test_executed_by_nbclient(tmp_path):
     assert [o.output_type for o in outputs].count("display_data") == 1
 
 
-def test_long_training_does_not_accumulate(tmp_path, jupyter):
+@in_event_loop
+async def test_long_training_does_not_accumulate(tmp_path, jupyter):
     "A long training shows few pictures, keeps no task, and stores two numbers per point."
-    async def main():
-        live = Live(make("pretrain", tmp_path, steps=200), None)
-        live.start()
-        await until(lambda: live.is_over and at_rest(live))
-        return live
-    live = asyncio.run(main())
+    live = Live(make("pretrain", tmp_path, steps=200), None)
+    live.start()
+    await until(lambda: live.is_over and at_rest(live))
     assert len(jupyter) < 30 and live.curves["loss"][1].nbytes == 8 * 200

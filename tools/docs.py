@@ -105,7 +105,7 @@ def stage():
         name = path.relative_to(NBS)
         if (
             path.is_file()
-            and path.suffix != ".ipynb"
+            and path.suffix not in (".ipynb", ".py")
             and not any(part.startswith(".") for part in name.parts)
         ):
             (PROC / name).parent.mkdir(parents=True, exist_ok=True)

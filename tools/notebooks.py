@@ -43,6 +43,7 @@ def key_of(name):
     for path in (
         NBS / name,
         ROOT / "settings.ini",
+        *sorted(NBS.glob("*.py")),
         *sorted(LIB.rglob("*.py")),
         *sorted((ROOT / "configs").rglob("*.yaml")),
     ):
