@@ -36,14 +36,14 @@ def count_a(prompt, response): return response.count("a") / 8
 
 @pytest.fixture
 def jupyter(monkeypatch):
-    "As in JupyterLab: a loop that runs, a shell, and a list of all that was shown."
+    "As in JupyterLab: a running event loop, a shell, and a list of what was displayed."
     shown, idle = [], signal.signal(signal.SIGINT, signal.SIG_IGN)        # as an idle kernel has it
     kernel = SimpleNamespace(get_parent=lambda channel: {})
     monkeypatch.setattr(lab, "kernel_loop", lambda: asyncio.get_running_loop())
     monkeypatch.setattr(lab, "get_ipython", lambda: SimpleNamespace(ast_transformers=[], kernel=kernel))
     monkeypatch.setattr(lab, "display", lambda *args, **kwargs: shown.append((args, kwargs)))
     yield shown
-    assert signal.signal(signal.SIGINT, idle) == signal.SIG_IGN           # nobody listens any more
+    assert signal.signal(signal.SIGINT, idle) == signal.SIG_IGN           # no handler is left
     assert not [h for h in logging.getLogger("mlx_pretrain").handlers if isinstance(h, lab._WarningHandler)]
 
 
@@ -95,12 +95,12 @@ def lines(run):
             for line in read_metrics(run) if "event" not in line]
 
 
-async def until(true, most=3000):
-    "Let the loop run until something is so."
-    for _ in range(most):
-        if true(): return
+async def until(condition, attempts=3000):
+    "Let the loop run until a condition holds."
+    for _ in range(attempts):
+        if condition(): return
         await asyncio.sleep(0.005)
-    raise AssertionError("it did not come about")
+    raise AssertionError("the condition was not met in time")
 
 
 async def reach(live, step, paused=False):
@@ -128,7 +128,7 @@ async def test_panel_does_not_change_training(stage, tmp_path, jupyter):
     plain.run()
     live = Live(make(stage, tmp_path), tmp_path / "runs")
     live.start()
-    assert live.trainer.steps_done == 0                               # the cell returns at once
+    assert live.trainer.steps_done == 0  # the cell returns immediately
     await reach(live, 3)
     press(live, "sample")
     await until(lambda: live.is_over and at_rest(live))
@@ -188,18 +188,18 @@ async def test_buttons(tmp_path, jupyter):
                                           for line in lines(live.trainer.run_dir.path)] == [*range(1, 25)]
 
 
-TURNS = {2: ("kl_coef", 0.4), 4: ("learning_rate_factor", 2.0), 5: ("clip_range", 0.1),
+KNOB_CHANGES = {2: ("kl_coef", 0.4), 4: ("learning_rate_factor", 2.0), 5: ("clip_range", 0.1),
          7: ("temperature", 1.3), 8: ("target_kl", 0.01), 9: ("learning_rate_factor", 0.5)}
 
 
-def steer(tmp_path, name="steered", stage="ppo", turns=TURNS):
-    "A training whose sliders are moved, each by its own thread right after a step."
+def steer(tmp_path, name="steered", stage="ppo", changes=KNOB_CHANGES):
+    "A training whose sliders are moved, each on its own thread right after a step."
     async def main():
         live = Live(make(stage, tmp_path, name), tmp_path / "runs")
 
         def move(trainer, metrics):
-            if metrics["step"] not in turns: return
-            knob, value = turns[metrics["step"]]
+            if metrics["step"] not in changes: return
+            knob, value = changes[metrics["step"]]
             thread = threading.Thread(target=lambda: setattr(live.panel.sliders[knob], "value", value))
             thread.start(); thread.join()
         live.trainer.callbacks.append(move)
@@ -209,35 +209,37 @@ def steer(tmp_path, name="steered", stage="ppo", turns=TURNS):
     return asyncio.run(main())
 
 
-def check_reached(live, turns):
+def check_reached(live, changes):
     metrics = read_metrics(live.trainer.run_dir.path)
     events = [(line["step"], line["name"], line["value"]) for line in metrics if line.get("event") == "knob"]
-    assert events == [(step, *turn) for step, turn in turns.items()] == live.curves.knob_changes
+    assert events == [(step, *change) for step, change in changes.items()] == live.curves.knob_changes
 
 
 def test_slider_affects_next_step(tmp_path, jupyter):
     "Moved after step n, a slider is an event before step n + 1, which uses the new value."
     live = steer(tmp_path)
-    check_reached(live, TURNS)
+    check_reached(live, KNOB_CHANGES)
     rates = [line["learning_rate"] for line in lines(live.trainer.run_dir.path)]
-    plain = [line["learning_rate"] for line in lines(steer(tmp_path, "plain", turns={}).trainer.run_dir.path)]
-    assert rates == pytest.approx([factor * rate
-                                   for factor, rate in zip([1] * 4 + [2] * 5 + [0.5] * 3,
-                                                           plain)]) and rates[4] > rates[3]
+    unsteered = steer(tmp_path, "plain", changes={})
+    scheduled = [line["learning_rate"] for line in lines(unsteered.trainer.run_dir.path)]
+    factors = [1] * 4 + [2] * 5 + [0.5] * 3
+    assert rates == pytest.approx([factor * rate for factor, rate in zip(factors, scheduled)])
+    assert rates[4] > rates[3]
 
 
 def test_planted_dead_slider_is_detected(tmp_path, jupyter, monkeypatch):
     "The check above fails on a panel whose sliders set no knob."
     monkeypatch.setattr(lab.KnobSliders, "set_knob", lambda self, name, value: None)
     live = steer(tmp_path)
-    with pytest.raises(AssertionError): check_reached(live, TURNS)
+    with pytest.raises(AssertionError): check_reached(live, KNOB_CHANGES)
 
 
 @pytest.mark.parametrize("stage", ["ppo", "pretrain"])
 def test_steered_run_is_replayed(stage, tmp_path, jupyter):
     "From its metrics a steered run is repeated to the same weights; without its knob changes they differ."
-    turns = TURNS if stage == "ppo" else {3: ("learning_rate_factor", 3.0), 6: ("learning_rate_factor", 0.2)}
-    live = steer(tmp_path, stage=stage, turns=turns)
+    changes = {3: ("learning_rate_factor", 3.0), 6: ("learning_rate_factor", 0.2)}
+    if stage == "ppo": changes = KNOB_CHANGES
+    live = steer(tmp_path, stage=stage, changes=changes)
     again, plain = make(stage, tmp_path), make(stage, tmp_path)
     replay_knobs(again, live.trainer.run_dir.path)
     again.run(); plain.run()
@@ -396,7 +398,7 @@ async def test_one_training_at_a_time(tmp_path, jupyter):
     await until(lambda: third.trainer.steps_done >= 3)
     fourth = Live(third.trainer, tmp_path / "runs")
     at = third.trainer.steps_done
-    press(third, "run")  # nobody listens to the old panel any more
+    press(third, "run")  # the replaced panel is disabled
     assert (
         fourth.curves["reward"][0].tolist() == [*range(1, at + 1)] and third.panel.buttons["run"].disabled
     )
@@ -432,7 +434,7 @@ def test_resume_in_new_kernel_keeps_curves(tmp_path, jupyter):
         live.stop()
         return live.trainer.steps_done
 
-    async def go_on():
+    async def resume():
         trainer = make("ppo", tmp_path, steps=10)
         trainer.cfg = trainer.cfg.model_copy(
             update={"resume": trainer.cfg.resume.model_copy(update={"checkpoint": "latest"})}
@@ -447,7 +449,7 @@ def test_resume_in_new_kernel_keeps_curves(tmp_path, jupyter):
         await until(lambda: live.is_over and at_rest(live))
         return trainer
     at = asyncio.run(begin())
-    trainer, plain = asyncio.run(go_on()), make("ppo", tmp_path, steps=10)
+    trainer, plain = asyncio.run(resume()), make("ppo", tmp_path, steps=10)
     plain.knobs.kl_coef = 0.3
     plain.run()
     assert same(trainer, plain) and [line["step"] for line in lines(tmp_path / "runs/ppo")] == [*range(1, 11)]
@@ -495,7 +497,7 @@ EXECUTED = """
 live = Live(make("ppo", folder, steps=30), folder / "runs")
 live.start()
 assert live.is_done and live.trainer.steps_done == 30
-print("to its end")
+print("trained to the end")
 """
 
 
@@ -513,7 +515,7 @@ def test_executed_by_nbclient(tmp_path):
                    resources={"metadata": {"path": str(tmp_path)}}).execute(env=environment)
     outputs = nb.cells[1].outputs
     printed = "".join(o.get("text", "") for o in outputs)
-    assert lab.NO_FRONT_END in printed and "to its end\n" in printed
+    assert lab.NO_FRONT_END in printed and "trained to the end\n" in printed
     assert [o.output_type for o in outputs].count("display_data") == 1
 
 

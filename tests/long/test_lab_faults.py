@@ -41,23 +41,23 @@ def events(run):
     return [(row["step"], row["name"], row["value"])
             for row in read_metrics(run) if row.get("event") == "knob"]
 def outcome(live): return read_metadata(live.trainer.run_dir.path)["outcome"]
-def hit(times=1): [os.kill(os.getpid(), signal.SIGINT) for _ in range(times)]
+def interrupt(times=1): [os.kill(os.getpid(), signal.SIGINT) for _ in range(times)]
 
 
-def going_on(trainer, **changes):
-    "The trainer, told to go on with its run."
+def configured_to_resume(trainer, **changes):
+    "The trainer, configured to resume its run."
     resume = trainer.cfg.resume.model_copy(update={"checkpoint": "latest"})
     trainer.cfg = trainer.cfg.model_copy(update={"resume": resume, **changes})
     return trainer
 
 
-def once(true, what):
-    "A callback or reward part that does something the first time that something is so."
+def once(condition, action):
+    "A callback that acts the first time that a condition holds."
     done = []
     def call(*args):
-        if done or not true(*args): return
+        if done or not condition(*args): return
         done.append(1)
-        what()
+        action()
     return call
 
 
@@ -67,17 +67,17 @@ def fail(): raise ValueError("no more")
 async def finished(live): await until(lambda: live.is_over and at_rest(live))
 
 
-async def stopped(live):
+async def stop_and_wait(live):
     press(live, "stop")
     await until(lambda: at_rest(live) and not live._actions)
 
 
-async def gone_on(live):
+async def resume_to_end(live):
     press(live, "run")
     await finished(live)
 
 
-# What is counted is written down
+# Counted steps are logged
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -87,9 +87,9 @@ async def test_interrupt_in_callback_logs_step(times, tmp_path, jupyter):
     trainer = make("ppo", tmp_path, steps=6)
     live = Live(trainer, tmp_path / "runs")
     live.start()
-    trainer.callbacks.insert(1, once(lambda t, m: m["step"] == 3, lambda: hit(times)))
+    trainer.callbacks.insert(1, once(lambda t, m: m["step"] == 3, lambda: interrupt(times)))
     await reach(live, 3, paused=True)
-    await gone_on(live)
+    await resume_to_end(live)
     assert logged_steps(live) == [*range(1, 7)]
     assert [*live.curves["reward"][0]] == [*range(1, 7)]
 
@@ -99,12 +99,12 @@ async def test_double_interrupt_in_validation_keeps_step(tmp_path, jupyter):
     "Interrupted twice during validation: the validation is lost, the step is not, and training resumes."
     trainer = make("pretrain", tmp_path, steps=6)
     trainer.validation_interval, evaluate = 3, trainer.evaluate
-    cut = once(lambda: trainer.steps_done == 3, lambda: hit(2))
+    cut = once(lambda: trainer.steps_done == 3, lambda: interrupt(2))
     trainer.validate = lambda: (cut(), evaluate())[1]
     live = Live(trainer, tmp_path / "runs")
     live.start()
     await reach(live, 3, paused=True)
-    await gone_on(live)
+    await resume_to_end(live)
     assert [*live.curves["loss"][0]] == [*range(1, 7)] and [*live.curves["val_loss"][0]] == [6]
     assert logged_steps(live) == [1, 6] and outcome(live) == "finished"
 
@@ -118,7 +118,7 @@ async def test_failing_extra_metric_loses_no_log_line(tmp_path, jupyter):
     live.start()
     await reach(live, 3, paused=True)
     assert "ZeroDivisionError" in live.panel.message.value
-    await gone_on(live)
+    await resume_to_end(live)
     assert logged_steps(live) == [*range(1, 7)]
 
 
@@ -172,7 +172,7 @@ async def test_error_after_last_step_leaves_no_open_run(steps, tmp_path, jupyter
 async def test_double_interrupt_in_last_validation(tmp_path, jupyter):
     "Interrupted twice during the last validation: the run can still be finished from its panel."
     trainer = make("pretrain", tmp_path, steps=3)
-    cut, evaluate = once(lambda: True, lambda: hit(2)), trainer.evaluate
+    cut, evaluate = once(lambda: True, lambda: interrupt(2)), trainer.evaluate
     trainer.validate = lambda: (cut(), evaluate())[1]
     live = Live(trainer, tmp_path / "runs")
     live.start()
@@ -187,7 +187,7 @@ async def test_double_interrupt_in_last_validation(tmp_path, jupyter):
 async def test_double_interrupt_while_writing_model(tmp_path, jupyter):
     "Interrupted twice while a finished run writes its model: no message names a missing model."
     trainer = make("ppo", tmp_path, steps=3)
-    cut, leave = once(lambda: True, lambda: hit(2)), trainer.finalize
+    cut, leave = once(lambda: True, lambda: interrupt(2)), trainer.finalize
     trainer.finalize = lambda run: (cut(), leave(run))
     live = Live(trainer, tmp_path / "runs")
     live.start()
@@ -219,7 +219,7 @@ def test_resuming_a_finished_run(tmp_path, jupyter):
         await until(lambda: live.is_over and live.task.is_finished)
         return live
     assert outcome(asyncio.run(main(make("ppo", tmp_path, steps=3)))) == "finished"
-    live = asyncio.run(main(going_on(make("ppo", tmp_path, steps=3))))
+    live = asyncio.run(main(configured_to_resume(make("ppo", tmp_path, steps=3))))
     assert outcome(live) == "finished" and not live.record.is_open
 
 
@@ -263,7 +263,7 @@ async def test_run_cannot_overwrite_its_base_model(tmp_path, jupyter):
     await until(lambda: live.task.task is None or at_rest(live))
 
 
-# Stop, and on again
+# Stop and resume
 
 
 @in_event_loop
@@ -271,17 +271,17 @@ async def test_stop_within_a_step_completes_it(tmp_path, jupyter):
     "A step is interrupted between its updates, then Stop: it is completed and saved; Run resumes exactly."
     trainer = make("ppo", tmp_path, steps=6)
     update = trainer._one_update
-    cut = once(lambda now: now.number == 3 and len(now.updates) == 2, lambda: hit(2))
+    cut = once(lambda now: now.number == 3 and len(now.updates) == 2, lambda: interrupt(2))
     trainer._one_update = lambda now, *args: (update(now, *args), cut(now))
     live = Live(trainer, tmp_path / "runs")
     live.start()
     await until(lambda: trainer.steps_done == 3 and at_rest(live))
-    await stopped(live)
+    await stop_and_wait(live)
     assert (
         outcome(live) == "interrupted"
         and checkpoints(live.trainer.run_dir.path)[-1].name == "step_000004"
     )
-    await gone_on(live)
+    await resume_to_end(live)
     plain = make("ppo", tmp_path, steps=6)
     plain.run()
     assert same(live.trainer, plain)
@@ -309,13 +309,13 @@ def test_knob_change_before_failed_step_is_logged(again, tmp_path, jupyter):
             await finished(live)
         return live
 
-    async def go_on():
-        live = Live(going_on(make("ppo", tmp_path, steps=6)), tmp_path / "runs")
+    async def resume():
+        live = Live(configured_to_resume(make("ppo", tmp_path, steps=6)), tmp_path / "runs")
         live.start()
         await finished(live)
         return live
     live = asyncio.run(begin())
-    if again == "kernel": live = asyncio.run(go_on())
+    if again == "kernel": live = asyncio.run(resume())
     assert events(live.trainer.run_dir.path) == [(3, "kl_coef", 0.4)]
     replayed = make("ppo", tmp_path, steps=6)
     replay_knobs(replayed, live.trainer.run_dir.path)
@@ -333,7 +333,7 @@ async def test_manual_steps_after_stop_are_logged(tmp_path, jupyter):
     at = live.trainer.steps_done
     live.trainer.knobs.kl_coef = 0.4
     live.trainer.step()
-    await gone_on(live)
+    await resume_to_end(live)
     assert events(live.trainer.run_dir.path) == [(at, "kl_coef", 0.4)]
     assert logged_steps(live) == [*range(1, 9)]
 
@@ -349,7 +349,7 @@ async def test_manual_steps_before_start(stage, tmp_path, jupyter):
     trainer.callbacks.append(once(lambda t, m: m["step"] == 5, live.stop))
     live.start()
     await until(lambda: trainer.steps_done == 5 and at_rest(live))
-    await gone_on(live)
+    await resume_to_end(live)
     assert outcome(live) == "finished"
     if stage == "ppo": assert logged_steps(live) == [*range(3, 13)]
 
@@ -363,8 +363,8 @@ async def test_stop_before_first_checkpoint_with_overwrite(tmp_path, jupyter):
     live = Live(trainer, tmp_path / "runs")
     live.start()
     await until(lambda: trainer.steps_done >= 3)
-    await stopped(live)
-    await gone_on(live)
+    await stop_and_wait(live)
+    await resume_to_end(live)
     assert logged_steps(live) == [*range(1, 9)]
 
 
@@ -379,7 +379,7 @@ async def test_random_button_sequences(seed, tmp_path, jupyter):
         match rng.choice(["run", "step", "stop", "sample", "save", "hit", "pause", "hand", "start"]):
             case "hit":
                 is_ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
-                if live.playing and not is_ignored: hit()
+                if live.playing and not is_ignored: interrupt()
             case "pause": live.pause()
             case "start": live.start()
             case "hand":
@@ -536,7 +536,7 @@ async def test_new_trainer_of_the_same_run(tmp_path, jupyter):
     assert outcome(live) == "finished"
 
 
-# ■
+# Interrupts
 
 
 @in_event_loop
@@ -552,7 +552,7 @@ async def test_no_interrupt_handler_is_left(tmp_path, jupyter):
     second = Live(make("ppo", tmp_path, "two", steps=25), None)
     second.start()
     await reach(second, 2)
-    hit()
+    interrupt()
     await until(lambda: at_rest(second))
     stopped = second.trainer.steps_done
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -564,7 +564,7 @@ async def test_interrupt_cancels_sampling(tmp_path, jupyter):
     "Sampling that takes very long can be interrupted."
     live = Live(make("ppo", tmp_path, steps=4), None)
     def samples():
-        hit(3)
+        interrupt(3)
         reached.append(1)
         return []
     reached, live.trainer.samples = [], samples
@@ -578,7 +578,7 @@ async def test_interrupt_cancels_sampling(tmp_path, jupyter):
 async def test_interrupt_during_wait(tmp_path, jupyter):
     "`wait` trains to the end, pauses at an interrupt, and restores the handler."
     live = Live(make("ppo", tmp_path, steps=8), tmp_path / "runs")
-    live.trainer.callbacks.append(once(lambda t, m: m["step"] == 3, hit))
+    live.trainer.callbacks.append(once(lambda t, m: m["step"] == 3, interrupt))
     live.start()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     assert not live.wait() and live.trainer.steps_done == 3
@@ -696,7 +696,7 @@ async def test_error_message_is_cleared_on_run(tmp_path, jupyter):
     live.start()
     await until(lambda: at_rest(live))
     broken.clear()
-    await gone_on(live)
+    await resume_to_end(live)
     assert "no more" not in live.panel.message.value
 
 
@@ -709,7 +709,7 @@ async def test_dollar_in_title(tmp_path, jupyter):
     assert live.is_over
 
 
-# What a second reader found
+# Further faults
 
 
 @in_event_loop
@@ -742,7 +742,7 @@ async def test_failed_save_at_stop_loses_nothing(saved, tmp_path, jupyter, monke
     with monkeypatch.context() as patch:
         patch.setattr("mlx_pretrain.run.write_checkpoint", lambda *args: fail())
         with pytest.raises(ValueError): live.stop()
-    await gone_on(live)
+    await resume_to_end(live)
     assert logged_steps(live) == [*range(1, 9)]
     assert events(live.trainer.run_dir.path) == [(at, "kl_coef", 0.4)] and outcome(live) == "finished"
 
@@ -753,13 +753,13 @@ async def test_interrupt_during_save_at_stop(tmp_path, jupyter, monkeypatch):
     live = Live(make("ppo", tmp_path, steps=50), tmp_path / "runs")
     live.start()
     await reach(live, 2)
-    cut, write = once(lambda: True, lambda: hit(2)), run.write_checkpoint
+    cut, write = once(lambda: True, lambda: interrupt(2)), run.write_checkpoint
     monkeypatch.setattr("mlx_pretrain.run.write_checkpoint", lambda *args: (cut(), write(*args))[1])
-    await stopped(live)
+    await stop_and_wait(live)
     assert not checkpoints(live.trainer.run_dir.path) and "saved" not in live.panel.message.value
     press(live, "run")
     await reach(live, 8)
-    await stopped(live)
+    await stop_and_wait(live)
     assert "saved" in live.panel.message.value and checkpoints(live.trainer.run_dir.path)
     assert logged_steps(live) == [*range(1, live.trainer.steps_done + 1)]
 
@@ -876,7 +876,7 @@ async def test_pauses_do_not_count_as_training_time(tmp_path, jupyter):
     await reach(live, 2)
     live.pause()
     await asyncio.sleep(1)
-    await gone_on(live)
+    await resume_to_end(live)
     live, passed = live, time.perf_counter() - began
     assert 0 < read_metadata(live.trainer.run_dir.path)["took"]["seconds"] <= passed - 1
 
@@ -918,7 +918,7 @@ async def test_finished_training_is_freed(tmp_path, jupyter, monkeypatch):
 # Playground
 
 
-def ground(tmp_path, rows, pretrained=None, **data):
+def make_playground(tmp_path, rows, pretrained=None, **data):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     cfg = {"data": {"input_file": str(file), "preprocessing": {"max_context_size": 64}, **data},
@@ -927,45 +927,46 @@ def ground(tmp_path, rows, pretrained=None, **data):
     return Playground(SFTConfig.model_validate_json(json.dumps(cfg)), pretrained)
 
 
-def shown(play):
-    "The tokens of the first row, and which are trained, as the playground has them."
+def playground_tokens(play):
+    "The tokens of the first row, and which are trained, in the playground."
     fmt = play.start.model_copy(update=play.formats)
     example, cut, _ = tokenize_row(play.rows[0], fmt, play.tokenizer, play.cfg)
     kept = [n for n in range(len(example.ids)) if n not in cut]
     return [example.ids[n] for n in kept], [example.loss_mask[n] for n in kept]
 
 
-def taken(play):
-    "And as a trainer has them."
+def trainer_tokens(play):
+    "The same of a trainer."
     ids, mask = SFTTrainer(play.config(), play.pretrained).data[0]
     return [*map(int, ids)], [*map(bool, mask)]
 
 
-TALK = {"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a"}]}
-FORMS = {"messages": TALK, "text": {"text": "the cat sat"}, "verbatim": {"prompt": "2+2=", "completion": "4"},
-         "pair": {"instruction": "say a", "response": "a"}, "output": {"instruction": "say a", "output": "a"}}
+CONVERSATION = {"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a"}]}
+ROWS = {"messages": CONVERSATION, "text": {"text": "the cat sat"},
+        "verbatim": {"prompt": "2+2=", "completion": "4"},
+        "pair": {"instruction": "say a", "response": "a"}, "output": {"instruction": "say a", "output": "a"}}
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ROWS)
 def test_playground_tokens_are_the_trainers(form, mask_prompt, tmp_path):
     "Rows of every kind: the playground shows the tokens and the mask of a trainer."
-    play = ground(tmp_path, [FORMS[form]], mask_prompt=mask_prompt)
+    play = make_playground(tmp_path, [ROWS[form]], mask_prompt=mask_prompt)
     assert "border-left" not in play.view.value
-    assert shown(play) == taken(play)
+    assert playground_tokens(play) == trainer_tokens(play)
 
 
 @pytest.mark.parametrize("form", ["messages", "pair"])
 @pytest.mark.parametrize("edit", [False, True])
 def test_playground_tokens_with_chat_template(form, edit, tmp_path):
     "With a pretrained model's chat template, formats are accepted by a trainer, and give the same tokens."
-    play = ground(tmp_path, [FORMS[form]], chatty())
+    play = make_playground(tmp_path, [ROWS[form]], chat_model())
     if edit: play.texts["system_prompt"].value = "be brief"
     assert "border-left" not in play.view.value
-    assert shown(play) == taken(play)
+    assert playground_tokens(play) == trainer_tokens(play)
 
 
-def chatty(system=None, fmt=None):
+def chat_model(system=None, fmt=None):
     "A pretrained model with a chat template."
     tok = tokenizer("bytes")
     args = LlamaArgs(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
@@ -982,22 +983,23 @@ def chatty(system=None, fmt=None):
 @pytest.mark.parametrize("form", ["messages", "pair"])
 def test_inherited_system_prompt_can_be_cleared(form, tmp_path):
     "A pretrained model's system prompt that is cleared in the playground is absent in the trainer too."
-    play = ground(tmp_path, [FORMS[form]], chatty(fmt=PromptFormat(system_prompt="SYSTEM")))
-    assert "S" in map(play.tokenizer.piece, shown(play)[0])
+    play = make_playground(tmp_path, [ROWS[form]], chat_model(fmt=PromptFormat(system_prompt="SYSTEM")))
+    assert "S" in map(play.tokenizer.piece, playground_tokens(play)[0])
     play.texts["system_prompt"].value = ""
-    assert "Y" not in map(play.tokenizer.piece, shown(play)[0]) and shown(play) == taken(play)
+    assert "Y" not in map(play.tokenizer.piece, playground_tokens(play)[0])
+    assert playground_tokens(play) == trainer_tokens(play)
 
 
 def test_model_context_limits_rows(tmp_path):
     "A row that is longer than the model's context is not reported to fit."
-    play = ground(tmp_path, [{"instruction": "x" * 80, "response": "y"}, FORMS["pair"]],
-                  chatty(fmt=PromptFormat()), preprocessing={})
+    play = make_playground(tmp_path, [{"instruction": "x" * 80, "response": "y"}, ROWS["pair"]],
+                  chat_model(fmt=PromptFormat()), preprocessing={})
     assert "there is room" not in play.view.value
 
 
 def test_response_in_prompt_is_rejected(tmp_path):
     "A prompt that contains the column of the response is rejected, as by a trainer."
-    play = ground(tmp_path, [FORMS["output"]])
+    play = make_playground(tmp_path, [ROWS["output"]])
     play.texts["prompt_format"].value = "{instruction} {output}"
     assert "border-left" in play.view.value
     with pytest.raises(ConfigError, match="response"): SFTTrainer(play.config())
@@ -1005,14 +1007,14 @@ def test_response_in_prompt_is_rejected(tmp_path):
 
 def test_long_trained_prompt_is_rejected(tmp_path):
     "With mask_prompt: false, a prompt that leaves no room gives the trainer's error."
-    play = ground(tmp_path, [{"instruction": "x" * 90, "response": "y"}], mask_prompt=False)
+    play = make_playground(tmp_path, [{"instruction": "x" * 90, "response": "y"}], mask_prompt=False)
     with pytest.raises(UserError, match="the prompt has"): SFTTrainer(play.config())
     assert "the prompt has" in play.view.value
 
 
 def test_huge_row_makes_small_page(tmp_path):
     "A row of a hundred thousand characters does not make a page of many megabytes."
-    play = ground(tmp_path, [{"instruction": "x", "response": "y" * 10**5}])
+    play = make_playground(tmp_path, [{"instruction": "x", "response": "y" * 10**5}])
     assert len(play.view.value) < 2 * 10**6
 
 
@@ -1020,13 +1022,13 @@ def test_huge_row_makes_small_page(tmp_path):
 @pytest.mark.parametrize("how", ["error", "skip"])
 def test_file_without_usable_rows(rows, how, tmp_path):
     "A file without a usable row is one sentence."
-    with pytest.raises(UserError): ground(tmp_path, rows, on_bad_row=how)
+    with pytest.raises(UserError): make_playground(tmp_path, rows, on_bad_row=how)
 
 
 def test_bad_rows_are_skipped(tmp_path):
     "Bad rows are left out with skip; one that lacks a column is shown with its error and the file's line."
-    play = ground(tmp_path, ["broken\n", FORMS["pair"], "[1]\n", {"instruction": "only"}, FORMS["pair"]],
-                  on_bad_row="skip")
+    rows = ["broken\n", ROWS["pair"], "[1]\n", {"instruction": "only"}, ROWS["pair"]]
+    play = make_playground(tmp_path, rows, on_bad_row="skip")
     assert [row.line for row in play.rows] == [2, 4, 5]
     play.row.value = 2
     assert "line 4" in play.view.value and "border-left" in play.view.value
@@ -1039,26 +1041,26 @@ def test_bad_rows_are_skipped(tmp_path):
 @pytest.mark.parametrize("key", ["prompt_format", "response_format"])
 def test_broken_formats(key, text, tmp_path):
     "Any text as a format gives a sentence or tokens, and a trainer agrees."
-    play = ground(tmp_path, [FORMS["pair"]])
+    play = make_playground(tmp_path, [ROWS["pair"]])
     play.texts[key].value = text
     bad = "border-left" in play.view.value
-    try: taken(play)
+    try: trainer_tokens(play)
     except UserError: assert bad
-    else: assert not bad and shown(play) == taken(play)
+    else: assert not bad and playground_tokens(play) == trainer_tokens(play)
 
 
 def test_rows_are_escaped(tmp_path):
     "Text of rows, formats and file names stays text, and dollar signs are inside code."
     folder = tmp_path / "a$b$<b>"
     folder.mkdir()
-    play = ground(folder, [{"instruction": "<script>$x$", "response": "</code><b>"}])
+    play = make_playground(folder, [{"instruction": "<script>$x$", "response": "</code><b>"}])
     assert "<script>" not in play.view.value and "<b>" not in play.view.value
     assert "$" not in re.sub(r"<code.*?</code>", "", play.view.value, flags=re.S)
 
 
 def test_edits_on_another_thread(tmp_path):
     "Formats edited on another thread end as they were written last."
-    play = ground(tmp_path, [FORMS["pair"]])
+    play = make_playground(tmp_path, [ROWS["pair"]])
     def edit():
         for n in range(20): play.texts["prompt_format"].value = f"{n} {{instruction}}"
     thread = threading.Thread(target=edit)
