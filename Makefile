@@ -1,11 +1,11 @@
-# `make` lists what there is. Every target makes its own environment in .venv the first time.
-#   make PYTHON=/path/to/python3.12 test    with a Python of your choice
+# `make` lists the targets. Each creates its environment in .venv the first time.
+#   make PYTHON=/path/to/python3.12 test    with another Python
 #   make DEVICE=cpu demo                    without the NVIDIA libraries (DEVICE=cuda: with them)
 
 BIN = .venv/bin
 PYTHONS = python3.13 python3.12 python3.11 python3
 DEVICE = $(shell [ `uname -s` = Linux ] && { nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu; })
-LEFT_OUT = `make test` left out the demo, install, interop, e2e, tutorials and docs, and tests that take long (known optima, large files, the panel under attack): run `make check` for all of it.
+LEFT_OUT = Not run: the demo, install, interop, e2e, tutorials, docs, and long tests (known optima, large files, panel faults). `make check` runs them.
 CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 UNITS = tests $(foreach part,install interop demo long e2e site chaos,--ignore=tests/$(part))
@@ -15,18 +15,18 @@ UNITS = tests $(foreach part,install interop demo long e2e site chaos,--ignore=t
 .PHONY: help demo test e2e interop install docs site lab check chaos chaos-short nightly clean units demo-result long browser check-rest
 
 help:
-	@echo "make demo      train a small Llama on two centuries of speeches, teach it to answer, and align it with a learned reward"
+	@echo "make demo      pretrain a small Llama, fine-tune it, train a reward model and run PPO (8 minutes on 2 cores)"
 	@echo "make lab       open the notebooks in JupyterLab"
-	@echo "make test      run the notebooks, the tests and the checks"
-	@echo "make e2e       press the buttons of the panels in a real JupyterLab, with a real browser"
+	@echo "make test      run the notebooks, the tests and the linters"
+	@echo "make e2e       test the panels in a real JupyterLab with a real browser"
 	@echo "make interop   compare with mlx-lm, transformers and torch (a large download)"
-	@echo "make install   build the package, and use it from new environments (a large download)"
-	@echo "make docs      run the tutorials, and build the site in _docs/ and README.md"
-	@echo "make site      the same, and open its pages in a real browser"
-	@echo "make check     everything above but lab"
-	@echo "make chaos     kill, stop, starve and damage trainings at random moments (SEED=17: the same moments again)"
-	@echo "make nightly   everything that takes long and seldom fails"
-	@echo "make clean     remove what was built; your runs, data and .venv stay"
+	@echo "make install   build the package, and test it in new environments (a large download)"
+	@echo "make docs      run the tutorials, build the site in _docs/ and README.md"
+	@echo "make site      the same, and test its pages in a real browser"
+	@echo "make check     run everything above except lab"
+	@echo "make chaos     kill, stop and damage training runs at random moments (SEED=17 repeats them)"
+	@echo "make nightly   run everything, including tests with many seeds"
+	@echo "make clean     remove build results, but not runs, data and .venv"
 
 demo: .venv/.stamp-data
 	$(BIN)/python tools/demo.py
@@ -37,7 +37,7 @@ lab: .venv/.stamp-dev .venv/.stamp-data
 test: units
 	@echo '$(LEFT_OUT)'
 
-# The environments of interop, demo, e2e and dev are one: each adds to it, none takes away.
+# interop, demo, e2e and dev share one environment: each adds packages.
 interop: .venv/.stamp-dev .venv/.stamp-interop
 	$(BIN)/python -m pytest -q -rs tests/interop
 
@@ -57,11 +57,11 @@ e2e: .venv/.stamp-dev .venv/.stamp-data browser
 site: docs browser
 	$(BIN)/python -m pytest -q -rs tests/site
 
-# The browser is Debian's where that can be installed, else the one that playwright fetches.
+# Debian's browser where it can be installed, else playwright's.
 browser: .venv/.stamp-e2e
 	@test -n "$(CHROMIUM)" || { test `id -u` = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || $(BIN)/playwright install chromium
 
-# The package is built and installed as a user would do it; that needs PyPI.
+# Builds and installs the package as a user would; needs PyPI.
 install: .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs tests/install
 
@@ -69,7 +69,7 @@ long: .venv/.stamp-dev
 	$(BIN)/python -m pytest -q -rs -m "not nightly" tests/long
 	$(BIN)/python -m pytest -q -rs -m long $(UNITS)
 
-# Each fault prints the command that repeats it alone. The short part takes two minutes, the whole six.
+# Each fault prints the command that repeats it. The short part takes two minutes, all of it six.
 CHAOS = $(BIN)/python -m pytest -q -rs tests/chaos $(SEED:%=--seed %)
 
 chaos: .venv/.stamp-dev
@@ -93,18 +93,18 @@ clean:
 	find mlx_pretrain nbs tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
 
-# One stamp for each extra. The extra for this machine (cpu, cuda, none on a Mac) comes along with every one.
+# One stamp per extra. The extra for this machine (cpu, cuda, none on a Mac) is added to each.
 .venv/.stamp-%: settings.ini setup.py .venv/bin/python
 	@device='$(strip $(DEVICE))'; extras="$${device:+$$device,}$*"; \
 	echo "Installing mlx-pretrain[$$extras] into .venv; the first time this takes a few minutes."; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$$extras]"
 	@touch $@
 
-# A name on the PATH proves little: the Python must run, be new enough, and be able to make environments.
+# The Python must run, be new enough, and be able to create environments.
 .venv/bin/python:
 	@for python in $(if $(PYTHON),"$(PYTHON)",$(PYTHONS)); do \
 	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
-	    echo "Making .venv with $$("$$python" -c 'import sys; print(sys.executable, sys.version.split()[0])')."; \
+	    echo "Creating .venv with $$("$$python" -c 'import sys; print(sys.executable, sys.version.split()[0])')."; \
 	    "$$python" -m venv --clear .venv; exit $$?; \
 	  fi; \
 	done; \

@@ -1,4 +1,4 @@
-"The commands as a user types them: what they do, and what they say when something is wrong."
+"Commands as a user types them: results, and messages for mistakes."
 import json
 import os
 import shutil
@@ -37,7 +37,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_script_is_the_command(here):
+def test_script_and_command_are_equal(here):
     "The same run three ways, to the same weights."
     ways = {"script": [sys.executable, str(ROOT / "train.py")],
             "module": [sys.executable, "-m", "mlx_pretrain", "train"],
@@ -50,8 +50,8 @@ def test_the_script_is_the_command(here):
     assert len(weights) == 1
 
 
-def test_overwrite_never_touches_a_runs_tokenizer(here, capfd):
-    "A tokenizer inside a run, and a model's directory, stay as they are, whatever `overwrite` says."
+def test_overwrite_keeps_a_runs_tokenizer(here, capfd):
+    "A tokenizer inside a run, and a model's directory, are never overwritten."
     assert main(["train", "--config", "run.yaml"]) == 0
     for path in ("runs/run/tokenizer", "runs/run/model"):
         before = {p.name: p.read_bytes() for p in Path(path).iterdir()}
@@ -63,20 +63,20 @@ def test_overwrite_never_touches_a_runs_tokenizer(here, capfd):
     assert [main(made), main(made), main([*made, "--overwrite"])] == [0, 2, 0]
 
 
-def test_two_dashes_among_the_flags_are_no_traceback(here, capfd):
+def test_double_dash_gives_no_traceback(here, capfd):
     assert main(["train", "--config", "run.yaml", "--"]) == 2
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_null_on_the_command_line_is_the_default(here):
+def test_null_on_command_line_is_default(here):
     Path("run.yaml").write_text(YAML + "system: {seed: 7}\n")
     assert main(["train", "--config", "run.yaml", "--system.seed", "null",
                  "--data.validation_file=null"]) == 0
     assert load_config(PretrainConfig, "runs/run/config.yaml").system.seed == PretrainConfig().system.seed
 
 
-def test_stopped_and_gone_on_with_by_command(here, capfd):
-    "Ctrl-C says how to go on, the command goes on, and the list of runs shows both states."
+def test_interrupt_and_resume_by_command(here, capfd):
+    "Ctrl-C prints how to resume, the command resumes, and the table of runs shows both states."
     train = [sys.executable, str(ROOT / "train.py"), "--config", "run.yaml",
              "--training.hyperparameters.iters", "3000"]
     child = subprocess.Popen(train, stderr=subprocess.PIPE, text=True)
@@ -92,15 +92,15 @@ def test_stopped_and_gone_on_with_by_command(here, capfd):
     assert main(["runs"]) == 0 and "finished" in capfd.readouterr().out
 
 
-def test_a_traceback_is_ours_only(here):
+def test_missing_config_gives_no_traceback(here):
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--config", "nothing.yaml"],
                           capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
 @pytest.mark.linux
-def test_without_a_backend(tmp_path):
-    "MLX's own half alone, as `pip install mlx` gives it on Linux: what needs no MLX works, the rest says in one sentence what to install."
+def test_without_mlx_backend(tmp_path):
+    "With `pip install mlx` alone on Linux, what needs no MLX works, the rest prints what to install."
     import mlx.core
     (tmp_path / "mlx").mkdir()
     shutil.copy(mlx.core.__file__, tmp_path / "mlx")
@@ -121,20 +121,20 @@ def test_without_a_backend(tmp_path):
     assert done.returncode == 1 and "mlx-pretrain[cpu]" in done.stderr.splitlines()[-1], done.stderr
 
 
-def test_a_config_is_found_in_configs(here, caplog):
+def test_config_is_found_in_configs(here, caplog):
     Path("configs").mkdir()
     os.rename("run.yaml", "configs/run.yaml")
     assert main(["train", "--config", "run.yaml"]) == 0
     assert "configs/run.yaml" in caplog.text
 
 
-def test_a_config_that_is_nowhere(here, capfd):
-    "The package brings no configurations; whoever knows them from the source code is told where they are."
+def test_missing_example_config(here, capfd):
+    "The package contains no configurations; the error for a known name says where they are."
     assert main(["train", "--config", "model-config.yaml"]) == 2
     check_sentence(capfd.readouterr().err.strip(), "model-config.yaml", "source code")
 
 
-def test_an_existing_run_is_not_overwritten(here, capfd):
+def test_existing_run_is_not_overwritten(here, capfd):
     assert main(["train", "--config", "run.yaml"]) == 0
     first = Path("runs/run/metrics.jsonl").read_bytes()
     assert main(["train", "--config", "run.yaml", "--system.seed", "7"]) == 2
@@ -143,7 +143,7 @@ def test_an_existing_run_is_not_overwritten(here, capfd):
     assert Path("runs/run/metrics.jsonl").read_bytes() != first
 
 
-def test_a_name_with_blanks_and_brackets(here, capfd):
+def test_name_with_spaces_and_parentheses(here, capfd):
     assert main(["train", "--config", "run.yaml", "--name", "Llama (2M)"]) == 0
     capfd.readouterr()
     assert main(["generate", "--run", "runs/Llama (2M)", "--prompt", "Line", "--max_new_tokens", "5"]) == 0
@@ -153,7 +153,7 @@ def test_a_name_with_blanks_and_brackets(here, capfd):
 
 
 @pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
-def test_the_configs_are_valid(config):
+def test_configs_are_valid(config):
     from mlx_pretrain.model import parameter_count
     kinds = {"reward": RewardConfig, "sft": SFTConfig, "chat": SFTConfig, "rl": PPOConfig}
     cfg = load_config(next((kind for word, kind in kinds.items() if word in config), PretrainConfig),

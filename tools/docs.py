@@ -1,6 +1,7 @@
 """Build the site in _docs/ and README.md from the executed notebooks, without Quarto.
 
-nbdev's processors turn the notebooks in _exec/ into pages and document the exported symbols; smalldocs renders them.
+nbdev's processors turn the notebooks in _exec/ into pages with documentation of exported symbols; smalldocs
+renders them.
 """
 import ast
 import json
@@ -30,7 +31,7 @@ WEB_FONTS = re.compile(r"@import\s*(?:url\()?[\"']?https://fonts[^;]*;")
 
 
 def page_path(name):
-    "Where the page of a notebook goes."
+    "The path of a notebook's page."
     return name.with_name(NUMBER.sub("", name.name))
 
 
@@ -40,14 +41,14 @@ def write(path, text):
 
 
 def is_imports(source):
-    "Whether a cell has imports only."
+    "Does a cell contain imports only?"
     return all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(source).body)
 
 
 def with_source(nb):
-    """A notebook whose exported code will stay on its page (nbdev would leave only the signature), imports excepted.
+    """A notebook whose exported code stays on its page, except imports; nbdev would keep only signatures.
 
-    A hidden cell brings in the module first: nbdev documents a function where it stands, and its types may come later.
+    A hidden cell imports the module first: nbdev documents a function at its cell, before later types.
     """
     cells = []
     for cell in nb["cells"]:
@@ -62,7 +63,7 @@ def with_source(nb):
 
 
 def plain(nb, up, host):
-    "Make nbdev's page a plain notebook: links relative to the site, widgets as the HTML that shows them."
+    "nbdev's page as a plain notebook: links relative to the site, widgets as HTML."
     state, used = nb["metadata"].get("widgets", {}).get(STATE, {}).get("state", {}), False
     for cell in nb["cells"]:
         source = "".join(cell["source"]).replace(host, up)
@@ -72,10 +73,8 @@ def plain(nb, up, host):
         for output in cell.get("outputs", []):
             view = output.get("data", {}).get(VIEW)
             if view and view["model_id"] in state:
-                used, output["data"] = (
-                    True,
-                    {"text/html": f'<script type="{VIEW}">{json.dumps(view)}</script>'},
-                )
+                used = True
+                output["data"] = {"text/html": f'<script type="{VIEW}">{json.dumps(view)}</script>'}
     if used:
         nb["cells"].append({"cell_type": "markdown", "metadata": {},
                             "source": widget_manager(nb["metadata"]["widgets"][STATE])})
@@ -83,13 +82,15 @@ def plain(nb, up, host):
 
 
 def widget_manager(state):
-    "The HTML that brings a page's widgets to life without a kernel."
+    "The HTML that shows a page's widgets without a kernel."
     data = json.dumps(state).replace("</", "<\\/")
-    return f'```{{=html}}\n<script type="{STATE}">{data}</script>\n<script src="{CDN}/{WIDGETS}/dist/embed.js"></script>\n```\n'
+    scripts = (f'<script type="{STATE}">{data}</script>\n'
+               f'<script src="{CDN}/{WIDGETS}/dist/embed.js"></script>')
+    return f"```{{=html}}\n{scripts}\n```\n"
 
 
 def stage():
-    "Fill `_proc/` with what the renderer reads: pages, the files beside them, the site's name and its sidebar."
+    "Fill `_proc/` with the renderer's input: pages, other files, and the site's settings."
     cfg = get_config()
     shutil.rmtree(PAGES, ignore_errors=True)
     for name in notebooks():
@@ -104,7 +105,7 @@ def stage():
         name = path.relative_to(NBS)
         if (
             path.is_file()
-            and path.suffix != ".ipynb"
+            and path.suffix not in (".ipynb", ".py")
             and not any(part.startswith(".") for part in name.parts)
         ):
             (PROC / name).parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ def vendor(package, folder):
 
 
 def localise():
-    "Serve KaTeX and the widget manager from the site itself where npm is there to fetch them, and drop the theme's web fonts."
+    "Serve KaTeX and the widget manager from the site, if npm can fetch them; drop the theme's web fonts."
     for path in SITE.rglob("*.css"): write(path, WEB_FONTS.sub("", path.read_text(encoding="utf-8")))
     pages = {path: path.read_text(encoding="utf-8") for path in SITE.rglob("*.html")}
     packages = {found for text in pages.values()

@@ -1,8 +1,8 @@
-"""Run the notebooks, and check that the library is what they say.
+"""Run the notebooks, export the library from them, and check that the two agree.
 
-    python tools/notebooks.py execute    every notebook but the tutorials, in a kernel of its own, into _exec/ (or those that are named)
-    python tools/notebooks.py sync       notebooks are clean, mlx_pretrain/ and README.md come from them
+    python tools/notebooks.py execute    run the named notebooks (default: all but the tutorials) into _exec/
     python tools/notebooks.py export     clean the notebooks, write mlx_pretrain/ and README.md
+    python tools/notebooks.py sync       check that `export` would change nothing
 """
 import argparse
 import hashlib
@@ -20,8 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, LIB, EXEC, README = (ROOT / name for name in ("nbs", "mlx_pretrain", "_exec", "README.md"))
-TIMEOUT = 600  # seconds a notebook
-WORKERS = 2  # notebooks at a time
+TIMEOUT = 600  # seconds per notebook
+WORKERS = 2  # notebooks in parallel
 BY_HAND = ("__init__.py", "__main__.py")  # modules without a notebook
 NOT_RUN = re.compile(r"^#\|\s*eval:\s*false", re.MULTILINE)
 HIDDEN = re.compile(r"^#\|\s*(hide|default_exp|exporti?|exports)\b", re.MULTILINE)
@@ -29,7 +29,7 @@ DIRECTIVE = re.compile(r"^#\|.*\n?", re.MULTILINE)
 
 
 def notebooks(folder=NBS):
-    "Every notebook below `folder`, as paths relative to it; names that start with a dot or an underscore do not count."
+    "Paths of the notebooks below `folder`, relative to it; names that start with `.` or `_` are ignored."
     found = (path.relative_to(folder) for path in folder.rglob("*.ipynb"))
     return sorted(path for path in found if not any(part[0] in "._" for part in path.parts))
 
@@ -38,11 +38,12 @@ def notebooks(folder=NBS):
 
 
 def key_of(name):
-    "A hash of all that a notebook's outputs depend on."
+    "A hash of everything that a notebook's outputs depend on."
     digest = hashlib.sha256(f"{sys.version} mlx {version('mlx')}".encode())
     for path in (
         NBS / name,
         ROOT / "settings.ini",
+        *sorted(NBS.glob("*.py")),
         *sorted(LIB.rglob("*.py")),
         *sorted((ROOT / "configs").rglob("*.yaml")),
     ):
@@ -51,15 +52,14 @@ def key_of(name):
 
 
 def is_fresh(name):
-    "Whether `_exec/` holds this notebook as it would run now."
+    "Is the notebook in `_exec/` up to date?"
     executed = EXEC / name
-    return executed.exists() and json.loads(executed.read_text(encoding="utf-8"))["metadata"].get(
-        "key"
-    ) == key_of(name)
+    if not executed.exists(): return False
+    return json.loads(executed.read_text(encoding="utf-8"))["metadata"].get("key") == key_of(name)
 
 
 def run_one(name):
-    "Run one notebook in a kernel of this Python, and write it with outputs and widget state."
+    "Run a notebook in a kernel of this Python, and write it with outputs and widget state."
     import nbformat
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
@@ -84,18 +84,18 @@ def run_one(name):
 
 
 def run_in_child(name, workers):
-    "Run one of several notebooks in a process that can be stopped: seconds it took, and what went wrong."
+    "Run a notebook in a process with a timeout: the seconds it took, and its error."
     start, threads = time.perf_counter(), str(max(1, (os.cpu_count() or 1) // workers))
     env = os.environ | {"IN_TEST": "1", "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
     command = [sys.executable, __file__, "run-one", str(name)]
     try: done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired: return TIMEOUT, f"stopped after {TIMEOUT} seconds"
-    return time.perf_counter() - start, (done.stderr
-                                         or f"exit status {done.returncode}") if done.returncode else ""
+    problem = (done.stderr or f"exit status {done.returncode}") if done.returncode else ""
+    return time.perf_counter() - start, problem
 
 
 def execute(names=None, only_stale=False):
-    "Run notebooks into `_exec/`, print a line each, and exit with the tracebacks of those that fail."
+    "Run notebooks into `_exec/`, print one line each, and exit with the tracebacks of failures."
     names = [name for name in names or notebooks() if not (only_stale and is_fresh(name))]
     for name in notebooks(EXEC):
         if name in names or not (NBS / name).exists(): (EXEC / name).unlink()
@@ -121,7 +121,7 @@ def cells_of(path):
 
 
 def readme():
-    "README.md's text: the visible cells of the index, executed if it has code, with links that work from the repository's root."
+    "The text of README.md: the index's visible cells, with outputs, and links from the repository's root."
     cells = cells_of(NBS / "index.ipynb")
     if any(cell["cell_type"] == "code" and not NOT_RUN.search("".join(cell["source"])) for cell in cells):
         execute([Path("index.ipynb")], only_stale=True)
@@ -138,13 +138,13 @@ def readme():
 
 
 def as_text(output):
-    "A cell's output as an indented block; the README has no place to put pictures."
+    "A cell's output as an indented block; pictures are left out."
     if "name" in output: text = output["text"] if output["name"] == "stdout" else ""
     else: text = output["data"].get("text/plain", "")
     return "\n".join(f"    {line}".rstrip() for line in "".join(text).rstrip().splitlines())
 
 
-# In step
+# Export and sync
 
 
 def nbdev(command, root):
@@ -161,7 +161,7 @@ def export():
 
 
 def stored_outputs(name):
-    "What a notebook holds that git should not: outputs, counts and widget state."
+    "Content of a notebook that should not be committed: outputs, counts and widget state."
     nb = json.loads((NBS / name).read_text(encoding="utf-8"))
     if "widgets" in nb["metadata"]: yield f"nbs/{name} holds widget state"
     if any(cell.get("outputs") or cell.get("execution_count") for cell in nb["cells"]):
@@ -174,7 +174,7 @@ def hashes(root):
 
 
 def out_of_step():
-    "Files that cleaning and exporting would change, add or leave orphaned; tried on a copy, so nothing here is touched."
+    "Files that `export` would change, add or orphan; tried on a copy."
     with tempfile.TemporaryDirectory(prefix="sync") as folder:
         copy = Path(folder, "copy")
         for source in (NBS, LIB):
@@ -182,7 +182,7 @@ def out_of_step():
         for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, copy)
         before = hashes(copy)
         for module in (copy / LIB.name).rglob("*.py"):
-            if module.name not in BY_HAND: module.unlink()  # what has no notebook does not come back
+            if module.name not in BY_HAND: module.unlink()  # modules without a notebook do not come back
         nbdev("clean", copy)
         nbdev("export", copy)
         after = hashes(copy)
@@ -194,12 +194,12 @@ def out_of_step():
 
 
 def sync():
-    "Exit with everything that is out of step, or say that nothing is."
+    "Exit with a list of everything that is out of sync."
     problems = [problem for name in notebooks() for problem in stored_outputs(name)] + [*out_of_step()]
     if not README.exists() or README.read_text(encoding="utf-8") != readme():
         problems.append("README.md differs from nbs/index.ipynb")
-    if problems: sys.exit("\n".join(problems) + "\nOut of step: run `python tools/notebooks.py export`.")
-    print(f"in step: {len(notebooks())} notebooks, mlx_pretrain/ and README.md")
+    if problems: sys.exit("\n".join(problems) + "\nOut of sync: run `python tools/notebooks.py export`.")
+    print(f"in sync: {len(notebooks())} notebooks, mlx_pretrain/ and README.md")
 
 
 def main():

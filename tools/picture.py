@@ -1,6 +1,6 @@
-"""Make nbs/images/panel.png, the picture of the panel in the README: PPO in a real JupyterLab, whose kl_coef is turned by a mouse.
+"""Make nbs/images/panel.png, the README's picture: PPO in a real JupyterLab, with kl_coef dragged.
 
-    make e2e && .venv/bin/python tools/picture.py      (the first installs what this needs)
+    make e2e && .venv/bin/python tools/picture.py      (the first installs the browser)
 """
 import sys
 import tempfile
@@ -39,7 +39,7 @@ def main():
                 notebook.until(lambda step=step: int(notebook.run(2)) > step, timeout=120)
                 if share: notebook.drag("kl_coef", share)
                 if step == 260: notebook.press("Sample")
-            notebook.press("Pause")                                       # draws
+            notebook.press("Pause")                                       # draws the picture
             notebook.page.wait_for_timeout(1000)
             page.locator(".jp-Notebook .jp-Cell").nth(1).locator(".jp-OutputArea").first.screenshot(path=out)
             browser.close()

@@ -1,4 +1,4 @@
-"""A real JupyterLab on loopback and a real browser: one server, one browser, and a fresh page for each test."""
+"A real JupyterLab on loopback and a real browser: one server, one browser, a new page for each test."
 import json
 import os
 import shutil
@@ -31,7 +31,7 @@ def free_port():
 
 
 class Server:
-    "JupyterLab with a home of its own, so that nobody's settings or extensions have a say."
+    "JupyterLab with a home directory of its own, without the user's settings and extensions."
     def __init__(self, home, disabled=()):
         self.root, self.url, self.log = home / "root", f"http://127.0.0.1:{free_port()}", home / "lab.log"
         self.root.mkdir(parents=True)
@@ -50,7 +50,7 @@ class Server:
                             "IPYTHONDIR": str(home / "ipython"),
                             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
                             "PYTHONPATH": str(ROOT / "tests")}
-        env.pop("IN_TEST", None)                                          # here somebody can press a button
+        env.pop("IN_TEST", None)                                          # tests of the panel press buttons
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1",
                    f"--port={self.url.rpartition(':')[2]}", "--ServerApp.port_retries=0", "--allow-root",
                    f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={self.root}",
@@ -88,12 +88,12 @@ def browser():
 
 
 class Notebook:
-    "An open notebook: cells are run by JupyterLab's own commands, and read from its own model; the mouse is for buttons and sliders."
+    "An open notebook: JupyterLab's commands run cells, its model has their outputs; the mouse moves sliders."
     def __init__(self, page, server, name): self.page, self.server, self.name = page, server, name
 
-    def open(self, anew=True):
-        "Load the page; `anew`: into an empty workspace."
-        self.page.goto(f"{self.server.url}/lab/tree/{self.name}?token={TOKEN}{'&reset' * anew}",
+    def open(self, reset=True):
+        "Load the page; `reset`: into an empty workspace."
+        self.page.goto(f"{self.server.url}/lab/tree/{self.name}?token={TOKEN}{'&reset' * reset}",
                        wait_until="domcontentloaded")
         self.page.wait_for_function(
             "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
@@ -107,19 +107,22 @@ class Notebook:
         )
 
     def send(self, i):
-        "Ask for a cell to be run, and do not wait."
-        self.page.evaluate("""i => { const nb = jupyterapp.shell.currentWidget.content; nb.activeCellIndex = i; nb.deselectAll();
-                                     jupyterapp.commands.execute('notebook:run-cell'); return null }""", i)
+        "Run a cell, and do not wait."
+        self.page.evaluate("""i => { const nb = jupyterapp.shell.currentWidget.content;
+                                     nb.activeCellIndex = i;
+                                     nb.deselectAll();
+                                     jupyterapp.commands.execute('notebook:run-cell');
+                                     return null }""", i)
 
     def wait(self, i, timeout=60):
-        self.page.wait_for_function("""i => { const m = jupyterapp.shell.currentWidget.content.widgets[i].model;
-                                              return m.executionCount !== null && m.executionState !== 'running' }""",
+        self.page.wait_for_function("""i => {
+            const m = jupyterapp.shell.currentWidget.content.widgets[i].model;
+            return m.executionCount !== null && m.executionState !== 'running' }""",
                                     arg=i, timeout=1000 * timeout)
 
     def run(self, i, timeout=60):
         self.page.evaluate(
-            "i => { const m = jupyterapp.shell.currentWidget.content.widgets[i].model; m.executionCount = null }",
-            i,
+            "i => { jupyterapp.shell.currentWidget.content.widgets[i].model.executionCount = null }", i
         )
         self.send(i)
         self.wait(i, timeout)
@@ -140,7 +143,7 @@ class Notebook:
     def press(self, name): self.button(name).click()
 
     def drag(self, label, share):
-        "Move a slider's handle with the mouse to a share of its way; its new value, as it is shown."
+        "Move a slider's handle with the mouse to a share of its range; returns the value that it shows."
         row = self.page.locator(".widget-slider").filter(has_text=label).first
         row.scroll_into_view_if_needed()
         handle, way = row.locator(".noUi-handle").bounding_box(), row.locator(".noUi-base").bounding_box()
@@ -172,7 +175,7 @@ def write_notebook(path, cells):
 
 @pytest.fixture
 def open_notebook(server, browser, request):
-    "A function that opens a notebook of the server, or makes one of some cells first. No request may leave loopback."
+    "A function that opens a notebook, or creates one of some cells. No request may leave loopback."
     context = browser.new_context(viewport={"width": 1300, "height": 1500})
     page, problems, outside, opened = context.new_page(), [], [], []
     page.on("pageerror", lambda error: problems.append(str(error)))

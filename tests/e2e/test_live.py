@@ -1,4 +1,4 @@
-"""The panel in a real JupyterLab: what is turned, pressed and stopped there reaches the training, and what it says is shown."""
+"The panel in a real JupyterLab: buttons, sliders and interrupts reach the training; messages are shown."
 import json
 
 import pytest
@@ -7,15 +7,17 @@ from conftest import Server
 SETUP = """import json
 import mlx_pretrain
 from toys import task
-from mlx_pretrain.lab import Live, Panel
+from mlx_pretrain.lab import KnobSliders, Live
 from mlx_pretrain.run import checkpoints, read_metrics
 def count_a(prompt, response): return response.count("a") / 8
 def ppo(name, steps=100_000, **data):
-    trainer = task(count_a, steps=steps, batch=16, lr=3e-3, response_length=8, **{"kl_coef": 0.02, "guards": "warn", **data})
+    data = {"kl_coef": 0.02, "guards": "warn", **data}
+    trainer = task(count_a, steps=steps, batch=16, lr=3e-3, response_length=8, **data)
     trainer.cfg = trainer.cfg.model_copy(update={"name": name})
     return trainer"""
-STATE = "print(json.dumps([live.trainer.steps_done, live.playing, live.trainer.knobs.kl_coef, sum(live.curves['kl'][1][-20:]) / 20]))"
-MENDABLE = """
+STATE = """kl = sum(live.curves['kl'][1][-20:]) / 20
+print(json.dumps([live.trainer.steps_done, live.playing, live.trainer.knobs.kl_coef, kl]))"""
+FIXABLE = """
 broken = []
 def count_a(prompt, response):
     assert not broken, "<b>salt</b> is out"
@@ -23,8 +25,11 @@ def count_a(prompt, response):
 EVENTS = "print(json.dumps([line for line in read_metrics('runs/turned') if line.get('event') == 'knob']))"
 
 
-def begin(open_notebook, *cells, start="live = Live(ppo('x'), root=None)\nlive.start()", setup=SETUP, **where):
-    "A notebook in which a training has been started by somebody who then looks at the panel; the third cell says how it stands."
+START = "live = Live(ppo('x'), root=None)\nlive.start()"
+
+
+def begin(open_notebook, *cells, start=START, setup=SETUP, **where):
+    "A notebook in which a training has been started and the panel is shown; cell 2 prints its state."
     nb = open_notebook([setup, start, STATE, *cells], **where)
     nb.run(0)
     nb.run(1)
@@ -32,36 +37,36 @@ def begin(open_notebook, *cells, start="live = Live(ppo('x'), root=None)\nlive.s
     return nb
 
 
-def ask(nb, i=2): return json.loads(nb.run(i))
-def steps(nb): return ask(nb)[0]
+def state(nb, i=2): return json.loads(nb.run(i))
+def steps(nb): return state(nb)[0]
 
 
-def stands_still(nb):
+def is_paused(nb):
     before = steps(nb)
     nb.page.wait_for_timeout(400)
     return steps(nb) == before
 
 
-def turn_kl_coef(nb):
-    "Let PPO go far from its reference, drag the slider, and watch 150 more steps: the state before and after, and what the slider shows."
-    nb.until(lambda: ask(nb)[3] > 3, timeout=60)
-    before, shown = ask(nb), nb.drag("kl_coef", 0.9)
+def move_kl_coef(nb):
+    "Let PPO leave its reference, drag the slider, run 150 steps: both states, and the slider's value."
+    nb.until(lambda: state(nb)[3] > 3, timeout=60)
+    before, shown = state(nb), nb.drag("kl_coef", 0.9)
     then = steps(nb)
     nb.until(lambda: steps(nb) > then + 150, timeout=60)
-    return before, ask(nb), shown
+    return before, state(nb), shown
 
 
-def check_turned(before, after, shown):
+def check_moved(before, after, shown):
     assert before[2] == 0.02 and shown > 0.4 and after[2] == pytest.approx(shown)
     assert after[3] < 0.6 * before[3]
 
 
-def test_slider_turns_a_running_training_and_its_curve(open_notebook):
-    "kl_coef is dragged while PPO runs: the trainer has it, it is an event in the metrics, and in the picture the KL comes down."
+def test_slider_steers_running_training(open_notebook):
+    "kl_coef is dragged while PPO runs: the trainer has it, it is logged as an event, and the KL falls."
     nb = begin(open_notebook, EVENTS, start="live = Live(ppo('turned'))\nlive.start()")
     picture = nb.pictures(1)
-    before, after, shown = turn_kl_coef(nb)
-    check_turned(before, after, shown)
+    before, after, shown = move_kl_coef(nb)
+    check_moved(before, after, shown)
     nb.until(lambda: nb.pictures(1) != picture)
     assert len(nb.outputs(1)) == 2  # panel and picture, however long it runs
     events = json.loads(nb.run(3))
@@ -69,26 +74,26 @@ def test_slider_turns_a_running_training_and_its_curve(open_notebook):
     assert before[0] <= events[0]["step"] <= events[-1]["step"] < after[0]
 
 
-def test_a_panel_that_ignores_its_slider_is_found_out(open_notebook):
-    "The same check, on a panel whose sliders turn nothing, must fail."
-    nb = begin(open_notebook, setup=SETUP + "\nPanel._turn = lambda self, name, value: None")
-    with pytest.raises(AssertionError): check_turned(*turn_kl_coef(nb))
+def test_planted_dead_slider_is_detected(open_notebook):
+    "The same check fails on a panel whose sliders set no knob."
+    nb = begin(open_notebook, setup=SETUP + "\nKnobSliders.set_knob = lambda self, name, value: None")
+    with pytest.raises(AssertionError): check_moved(*move_kl_coef(nb))
 
 
 def test_buttons(open_notebook):
-    "Pause and Run, single steps, a sample, a checkpoint, and the end; between them the training stands still."
+    "Pause and Run, single steps, a sample, a checkpoint, and Stop; between them the training is paused."
     nb = begin(open_notebook,
                "print(json.dumps([[p.name for p in checkpoints('runs/pressed')], live.trainer.steps_done]))",
                start="live = Live(ppo('pressed'))\nlive.start()")
     nb.until(lambda: steps(nb) > 20)
     nb.press("Pause")
     nb.page.wait_for_selector("text=/paused: step/")
-    assert stands_still(nb)
+    assert is_paused(nb)
     at = steps(nb)
     for n in (1, 2):
         nb.press("Step")
         nb.until(lambda n=n: steps(nb) == at + n)
-    assert stands_still(nb)
+    assert is_paused(nb)
     nb.press("Sample")
     nb.page.wait_for_selector(f"text=after step {at + 2}")
     nb.press("Save")
@@ -100,18 +105,18 @@ def test_buttons(open_notebook):
     nb.press("Stop")
     nb.page.wait_for_selector("text=/Stopped after step/")
     saved, done = json.loads(nb.run(3))
-    assert saved[-1] == f"step_{done:06d}" and stands_still(nb)
-    nb.press("Run")  # it was closed, and goes on all the same
+    assert saved[-1] == f"step_{done:06d}" and is_paused(nb)
+    nb.press("Run")  # the run was closed, and is reopened
     nb.until(lambda: steps(nb) > done + 5)
 
 
-def test_interrupt_pauses_and_it_goes_on(open_notebook):
-    "■ while it trains pauses after the step, without an error anywhere; Run goes on; ■ in another cell is that cell's."
+def test_interrupt_pauses_and_run_resumes(open_notebook):
+    "An interrupt pauses after the step, without an error; another cell's interrupt does not pause."
     nb = begin(open_notebook, "import time\ntime.sleep(60)")
     nb.until(lambda: steps(nb) > 20)
     nb.command("kernelmenu:interrupt")
     nb.page.wait_for_selector(".jupyter-button:has-text('Run')")
-    assert stands_still(nb) and not ask(nb)[1]
+    assert is_paused(nb) and not state(nb)[1]
     at = steps(nb)
     nb.press("Run")
     nb.until(lambda: steps(nb) > at + 20)
@@ -121,13 +126,13 @@ def test_interrupt_pauses_and_it_goes_on(open_notebook):
     nb.wait(3)
     assert nb.errors(3) == ["KeyboardInterrupt: "]
     at = steps(nb)
-    nb.until(lambda: steps(nb) > at + 20)                                 # the training did not mind
+    nb.until(lambda: steps(nb) > at + 20)                                 # the training continues
     assert not nb.errors(1) and len(nb.outputs(1)) == 2
 
 
-def test_an_error_in_a_step_pauses_and_is_shown(open_notebook):
-    "A reward that fails is one sentence in the panel; mended, the training goes on from there."
-    setup = SETUP + MENDABLE
+def test_error_in_step_pauses_and_is_shown(open_notebook):
+    "A reward that fails is one message in the panel; once fixed, the training resumes."
+    setup = SETUP + FIXABLE
     nb = begin(open_notebook, "broken.append(1)", "broken.clear()", setup=setup)
     nb.until(lambda: steps(nb) > 20)
     nb.run(3)
@@ -140,7 +145,7 @@ def test_an_error_in_a_step_pauses_and_is_shown(open_notebook):
 
 
 def test_run_all_waits_for_the_end(open_notebook):
-    "Sent together, the cell below finds a training that is over; one that is run later does not wait."
+    "Sent together, the cell below sees a finished training; one that is run later does not wait."
     nb = open_notebook([SETUP, "live = Live(ppo('x', steps=60), root=None)\nlive.start()",
                         "print(live.trainer.steps_done, live.is_over)"])
     nb.command("notebook:run-all-cells")
@@ -150,7 +155,7 @@ def test_run_all_waits_for_the_end(open_notebook):
 
 
 def test_run_all_interrupted(open_notebook):
-    "■ while the cells below wait: the training pauses, they are not run, and Run goes on."
+    "Interrupted while the cells below wait: the training pauses, they are not run, and Run resumes."
     nb = open_notebook([SETUP, "live = Live(ppo('x'), root=None)\nlive.start()", "print('not yet')", STATE])
     nb.command("notebook:run-all-cells")
     nb.page.wait_for_selector("text=/running: step/")
@@ -159,53 +164,57 @@ def test_run_all_interrupted(open_notebook):
     nb.page.wait_for_selector(".jupyter-button:has-text('Run')")
     nb.until(lambda: nb.errors(2))
     assert "InputRejected" in nb.errors(2)[0] and not nb.text(2)
-    at = ask(nb, 3)[0]
+    at = state(nb, 3)[0]
     nb.press("Run")
-    nb.until(lambda: ask(nb, 3)[0] > at + 5)
+    nb.until(lambda: state(nb, 3)[0] > at + 5)
     assert nb.run(2) == "not yet\n"                                       # sent alone, it does not wait
 
 
 def test_reload_and_show_again(open_notebook):
-    "After the page is loaded anew the training is still there; `show()` brings back a panel whose picture grows and whose sliders work."
+    "After a page reload the training still runs; `show()` brings back a working panel."
     nb = begin(open_notebook, "live.show()")
     nb.until(lambda: steps(nb) > 20)
     nb.command("docmanager:save")
-    nb.open(anew=False)
+    nb.open(reset=False)
     at = steps(nb)
     nb.until(lambda: steps(nb) > at + 20)
     nb.run(3)
     [picture] = nb.pictures(3)
     nb.until(lambda: nb.pictures(3) != [picture])
     shown = nb.drag("kl_coef", 0.7)
-    nb.until(lambda: ask(nb)[2] == pytest.approx(shown))
+    nb.until(lambda: state(nb)[2] == pytest.approx(shown))
     assert shown > 0.2
 
 
 FLICKER = """() => new Promise(done => {
-  const cell = jupyterapp.shell.currentWidget.content.widgets[1].node, seen = {frames: 0, bare: 0, pictures: new Set()};
+  const cell = jupyterapp.shell.currentWidget.content.widgets[1].node;
+  const seen = {frames: 0, bare: 0, pictures: new Set()};
   const end = performance.now() + 9000, look = () => {
     const image = cell.querySelector(".jp-OutputArea img");
     seen.frames += 1;
-    if (image && image.complete && image.naturalWidth) seen.pictures.add(image.src.length + image.src.slice(-200)); else seen.bare += 1;
-    if (performance.now() < end) requestAnimationFrame(look); else done([seen.frames, seen.bare, seen.pictures.size]);
+    if (!image || !image.complete || !image.naturalWidth) seen.bare += 1;
+    else seen.pictures.add(image.src.length + image.src.slice(-200));
+    if (performance.now() < end) requestAnimationFrame(look);
+    else done([seen.frames, seen.bare, seen.pictures.size]);
   };
   requestAnimationFrame(look);
 })"""
 
 
-def test_the_picture_does_not_flicker(open_notebook):
-    "While it trains, the picture changes a few times, and is there in every frame, panel and buttons beside it."
+def test_picture_does_not_flicker(open_notebook):
+    "During training the picture changes a few times, and is present in every frame."
     nb = begin(open_notebook)
     nb.until(lambda: steps(nb) > 5)
     frames, bare, pictures = nb.page.evaluate(FLICKER)
     assert frames > 50 and bare == 0 and pictures >= 3, (frames, bare, pictures)
 
 
-def test_text_stays_text(open_notebook):
-    "A script in a prompt, shown as a sample, is text: it does not run, and makes no element."
+def test_samples_are_escaped(open_notebook):
+    "A script in a prompt, shown as a sample, is text: it does not run, and creates no element."
     evil = "<script>window.evil = 1</script><img src=x onerror='window.evil = 2'>"
     setup = SETUP + f"\nalphabet = ''.join(sorted({{*'abcdefgh', *{evil!r}}}))\nEVIL = {evil!r}"
-    start = "live = Live(task(count_a, alphabet, [EVIL], steps=10**6, batch=16, response_length=8, guards='warn'), root=None)\nlive.start()"
+    start = ("trainer = task(count_a, alphabet, [EVIL], steps=10**6, batch=16, response_length=8,\n"
+             "               guards='warn')\nlive = Live(trainer, root=None)\nlive.start()")
     nb = begin(open_notebook, setup=setup, start=start)
     nb.until(lambda: steps(nb) > 3)
     nb.press("Sample")
@@ -218,14 +227,14 @@ def test_text_stays_text(open_notebook):
 
 @pytest.fixture
 def bare_server(tmp_path):
-    "A JupyterLab that knows no widgets."
+    "A JupyterLab without widgets."
     server = Server(tmp_path, disabled=["@jupyter-widgets/jupyterlab-manager"])
     yield server
     server.stop()
 
 
-def test_without_the_widgets_front_end(bare_server, open_notebook):
-    "A JupyterLab that knows no widgets shows a sentence and a picture that grows, with a line of progress; the cells work."
+def test_without_widgets(bare_server, open_notebook):
+    "A JupyterLab without widgets shows a message, and a growing picture with a status line; the cells work."
     nb = begin(open_notebook, "live.pause()", on=bare_server)
     seen = nb.page.inner_text(".jp-Notebook")
     assert "The panel needs the widgets of JupyterLab" in seen and "Error" not in seen and "VBox(" not in seen
@@ -233,4 +242,4 @@ def test_without_the_widgets_front_end(bare_server, open_notebook):
     nb.until(lambda: nb.pictures(1) != picture)
     assert "running: step" in nb.outputs(1)[1]["data"]["text/plain"]
     nb.run(3)
-    assert stands_still(nb) and "paused" in nb.outputs(1)[1]["data"]["text/plain"]
+    assert is_paused(nb) and "paused" in nb.outputs(1)[1]["data"]["text/plain"]

@@ -1,12 +1,14 @@
-"""The playground in a real JupyterLab: what is typed changes the tokens, and a row of data never becomes a part of the page."""
+"The playground in a real JupyterLab: edits change the tokens, and rows of data are escaped."
 
 SETUP = """import json, mlx_pretrain
 from mlx_pretrain.sft import SFTConfig, SFTTrainer
 from mlx_pretrain.playground import Playground
 rows = [{"instruction": "What is the capital of France?", "response": "Paris."},
-        {"instruction": "<script>window.evil = 1</script>", "response": "<img src=x onerror='window.evil = 2'> costs $5, not $6"}]
+        {"instruction": "<script>window.evil = 1</script>",
+         "response": "<img src=x onerror='window.evil = 2'> costs $5, not $6"}]
 open("rows.jsonl", "w").write("".join(json.dumps(row) + "\\n" for row in rows))
-data = {"input_file": "rows.jsonl", "prompt_format": "Q: {instruction}\\nSay: ", "response_format": "{response}"}
+data = {"input_file": "rows.jsonl", "prompt_format": "Q: {instruction}\\nSay: ",
+        "response_format": "{response}"}
 play = Playground(SFTConfig.model_validate_json(json.dumps({"data": data})))
 play"""
 TRAINED = """trainer = SFTTrainer(play.config())
@@ -14,7 +16,7 @@ print(repr("".join(map(trainer.tokenizer.piece, [i for i, t in zip(*trainer.data
 
 
 def tokens(nb, color):
-    "The texts of the tokens of a colour."
+    "The texts of the tokens of a color."
     return nb.page.evaluate("""color => [...document.querySelectorAll('.widget-html code span[title]')]
         .filter(s => s.getAttribute('style').includes(color)).map(s => s.textContent)""", color)
 
@@ -27,8 +29,8 @@ def write(nb, label, text):
     nb.page.locator(".widget-textarea").filter(has_text=label).locator("textarea").fill(text)
 
 
-def test_an_edit_turns_tokens_from_grey_to_green(open_notebook):
-    "Words moved from the prompt's format to the response's turn from grey to green, a broken format is a sentence, and the trainer agrees."
+def test_edit_changes_trained_tokens(open_notebook):
+    "Words moved from the prompt's format to the response's become green; a broken format is a message."
     nb = open_notebook([SETUP, TRAINED, "print(play.yaml())"])
     nb.run(0)
     nb.until(lambda: green(nb) == "Paris.<eos>")
@@ -45,8 +47,8 @@ def test_an_edit_turns_tokens_from_grey_to_green(open_notebook):
     assert 'response_format: "Say: {response}"' in nb.run(2)
 
 
-def test_a_row_stays_text(open_notebook):
-    "A row with a script, an image that runs one, and dollars is shown as it is written."
+def test_rows_are_escaped(open_notebook):
+    "A row with a script, an image that runs one, and dollar signs is shown as written."
     nb = open_notebook([SETUP])
     nb.run(0)
     nb.page.locator(".widget-text input").fill("2")

@@ -1,4 +1,4 @@
-"""The story, run cell by cell by a browser, as a reader does: no error, no flood, and panels that move."""
+"The story notebooks, run cell by cell in a browser: no error, no excessive output, and panels that finish."
 import shutil
 
 import pytest
@@ -6,16 +6,16 @@ from conftest import ROOT
 
 STORIES = sorted(path.name for path in (ROOT / "nbs").glob("0*.ipynb"))
 LAB = ["63_lab.ipynb", "61_views.ipynb", "64_playground.ipynb"]
-# trainings in a panel
+# number of trainings in a panel
 PANELS = {"02_pretrain.ipynb": 1, "04_ppo.ipynb": 1, "05_reward.ipynb": 1, "63_lab.ipynb": 1}
 
 
-def test_there_are_stories(): assert len(STORIES) == 6
+def test_all_stories_are_found(): assert len(STORIES) == 6
 
 
 @pytest.mark.parametrize("name", STORIES + LAB)
 def test_story(name, server, open_notebook):
-    "Each cell runs, and shows at most a page of text and half a megabyte; each panel comes to its end."
+    "Each cell runs, with at most a page of text and half a megabyte of output; each panel finishes."
     shutil.copytree(ROOT / "nbs", server.root / "nbs", dirs_exist_ok=True)
     nb = open_notebook(name=f"nbs/{name}")
     for i, kind in enumerate(nb.cells()):

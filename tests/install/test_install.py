@@ -1,4 +1,4 @@
-"The package as somebody installs it: built as `python -m build` does, in a new environment, used from an empty directory."
+"The package as a user installs it: built by `python -m build`, used in a new environment."
 import json
 import os
 import shutil
@@ -23,14 +23,14 @@ COMMANDS = ("tokenizer", "train", "sft", "reward", "rl", "generate", "chat", "pl
 
 
 def run(*words, cwd):
-    "A command as from a shell that knows nothing of this repository."
+    "Run a command as from a shell outside of this repository."
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    "(source distribution, wheel), from a copy without anything that an earlier build has left."
+    "(source distribution, wheel), from a copy without the results of an earlier build."
     folder = tmp_path_factory.mktemp("build")
     shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*NOT_SOURCE), symlinks=True)
     done = run(sys.executable, "-m", "build", str(folder / "source"), "--outdir", str(folder / "dist"),
@@ -40,7 +40,7 @@ def built(tmp_path_factory):
 
 
 class Environment:
-    "A new environment, and an empty directory beside it."
+    "A new environment, and an empty directory next to it."
     def __init__(self, folder):
         self.bin, self.empty = folder / "env" / "bin", folder / "empty"
         self.empty.mkdir()
@@ -59,7 +59,7 @@ class Environment:
         assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("mlx-pretrain "), done
 
     def check_training(self):
-        "Five steps on a few lines, and one sentence for a configuration that is not there."
+        "Five steps on a few lines, and one sentence for a missing configuration."
         self.check_version()
         (self.empty / "text.jsonl").write_text(
             "".join(json.dumps({"text": f"Line {i} of a short text."}) + "\n" for i in range(20))
@@ -79,7 +79,7 @@ class Environment:
 
 
 def test_contents(built):
-    "The library, and what it takes to build it; no tests, no notebooks, no configurations."
+    "The library and its build files; no tests, no notebooks, no configurations."
     modules = {f"mlx_pretrain/{path.name}" for path in (ROOT / "mlx_pretrain").glob("*.py")}
     with tarfile.open(built[0]) as archive: source = {name.partition("/")[2] for name in archive.getnames()}
     with zipfile.ZipFile(built[1]) as archive: wheel = set(archive.namelist())

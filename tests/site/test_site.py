@@ -1,4 +1,4 @@
-"""The site as it was built, in a real browser that may talk to nobody: pages load, and what needs no kernel works."""
+"The built site in a real browser without network access: pages load, and what needs no kernel works."
 import shutil
 import threading
 from functools import partial
@@ -37,7 +37,7 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-    "A page that notes what went wrong, and what was asked of anybody but this machine."
+    "A page that records errors, missing files and requests to other machines."
     context = browser.new_context(viewport={"width": 1200, "height": 1000})
     page = context.new_page()
     page.wrong, page.outside = [], []
@@ -54,7 +54,7 @@ def page(browser):
     context.close()
 
 
-def test_all_pages_are_there():
+def test_all_pages_exist():
     "A page for each notebook, tutorials included, and for each module."
     assert {"index.html", "model.html", "ppo.html", "lab.html", "views.html", "playground.html",
             "tutorials/chat.html"} <= {*PAGES}
@@ -63,7 +63,7 @@ def test_all_pages_are_there():
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page(name, site, page):
-    "Nothing is missing, no script fails, nobody else is asked, and each picture has a size."
+    "Nothing is missing, no script fails, no other machine is contacted, and each picture has a size."
     page.goto(f"{site}/{name}", wait_until="load")
     page.wait_for_timeout(100)
     assert not page.wrong and not page.outside, (page.wrong, page.outside)
@@ -73,8 +73,8 @@ def test_page(name, site, page):
     assert len(page.inner_text("body")) > 200
 
 
-def test_explorer_lives_without_a_kernel(site, page):
-    "On PPO's page the sliders move, and with them the sentences and the numbers: beyond clip_range a token teaches nothing."
+def test_explorer_works_without_kernel(site, page):
+    "On PPO's page the sliders change sentences and numbers: beyond clip_range the gradient is 0."
     page.goto(f"{site}/ppo.html")
     explorer = page.locator(".ppo-explorer").first
     explorer.scroll_into_view_if_needed()
@@ -91,7 +91,7 @@ def test_explorer_lives_without_a_kernel(site, page):
     assert float(explorer.get_attribute("data-best-kl")) < float(before)
 
 
-def test_inspector_opens_its_box(site, page):
+def test_inspector_shows_token_numbers(site, page):
     "Pointing at a token of a rollout shows its numbers."
     page.goto(f"{site}/ppo.html")
     token = page.locator(".ppo-rollout .token").last
