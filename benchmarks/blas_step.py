@@ -1,6 +1,7 @@
 """What a fast BLAS does for a training step on a Linux CPU, and how the stock trainer of mlx-lm compares.
 
-    python benchmarks/blas_step.py                 the trainers take turns in fresh processes; medians and ratios
+    python benchmarks/blas_step.py                 the trainers take turns in fresh processes; medians and
+    ratios
     python benchmarks/blas_step.py --rounds 5      more turns
 
 The rows with mlx-lm need `pip install mlx-lm` (`make interop` installs it); without it they are left out.
@@ -111,14 +112,16 @@ def main():
             print(f"round {turn + 1} of {args.rounds}: {name} {seconds[name][-1]:.2f} s", file=sys.stderr,
                   flush=True)
     print(
-        f"{SIZES['num_hidden_layers']} layers of width {SIZES['hidden_size']}, batch {BATCH} x {CONTEXT} tokens, "
+        f"{SIZES['num_hidden_layers']} layers of width {SIZES['hidden_size']}, "
+        f"batch {BATCH} x {CONTEXT} tokens, "
         f"median of {args.rounds * TIMED} steps"
     )
     best = statistics.median(seconds["mlx-pretrain"])
     for name, times in seconds.items():
         middle = statistics.median(times)
         print(
-            f"{name:26}{middle:8.2f} s a step {BATCH * CONTEXT / middle:8.0f} tokens/s {middle / best:7.1f} x the time"
+            f"{name:26}{middle:8.2f} s per step {BATCH * CONTEXT / middle:8.0f} tokens/s "
+            f"{middle / best:7.1f} x the time"
         )
     if len(cases) < len(CASES): print("mlx-lm is not installed, so its rows are missing.")
 

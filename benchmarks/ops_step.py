@@ -1,4 +1,5 @@
-"""What the quick exponential and the spelled-out attention of `ops` are worth in a training step on a Linux CPU.
+"""What the quick exponential and the spelled-out attention of `ops` are worth in a training step on a Linux
+CPU.
 
     python benchmarks/ops_step.py       both forms take turns in one process; medians and their ratio
 """
@@ -39,7 +40,8 @@ def main():
             seconds[name].append(time.perf_counter() - start)
     plain, quick = (statistics.median(times) for times in seconds.values())
     print(
-        f"{BATCH} x {CONTEXT} tokens: plain {1000 * plain:.0f} ms, quick {1000 * quick:.0f} ms, {plain / quick:.2f} x as fast"
+        f"{BATCH} x {CONTEXT} tokens: plain {1000 * plain:.0f} ms, quick {1000 * quick:.0f} ms, "
+        f"{plain / quick:.2f} x as fast"
     )
 
 

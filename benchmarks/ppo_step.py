@@ -1,6 +1,8 @@
-"""What it is worth to cut mini-batches of PPO to their own width: the same rollouts, cut and as wide as the whole step.
+"""What it is worth to cut mini-batches of PPO to their own width: the same rollouts, cut and as wide as the
+whole step.
 
-    python benchmarks/ppo_step.py       the two take turns in one process; each in a first round that compiles, and in later ones
+    python benchmarks/ppo_step.py       the two take turns in one process; each in a first round that
+    compiles, and in later ones
 """
 import time
 
@@ -57,10 +59,12 @@ def main():
             seconds[name].append((time.perf_counter() - start) / STEPS)
     for name, times in seconds.items():
         print(
-            f"{name:<6} first round {times[0]:.2f}, later {min(times[1:]):.2f} seconds for a pass over {ROWS} rows"
+            f"{name:<6} first round {times[0]:.2f}, later {min(times[1:]):.2f} seconds "
+            f"per pass over {ROWS} rows"
         )
     print(
-        f"as wide as the step takes {min(seconds['whole'][1:]) / min(seconds['cut'][1:]):.2f} times as long; in the first round "
+        f"as wide as the step takes {min(seconds['whole'][1:]) / min(seconds['cut'][1:]):.2f} times as long; "
+        "in the first round "
         f"{seconds['whole'][0] / seconds['cut'][0]:.2f}"
     )
 

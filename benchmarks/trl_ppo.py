@@ -1,10 +1,12 @@
-"""PPO here and in TRL 1.12.0, the last one that had it: one policy, one reward, the same hyperparameters; reward against updates and time.
+"""PPO here and in TRL 1.12.0, the last one that had it: one policy, one reward, the same hyperparameters;
+reward against updates and time.
 
     pip install trl==1.12.0 accelerate==1.15.0 datasets==5.2.0 transformers==5.23.0 torch==2.13.0
-    python benchmarks/trl_ppo.py [trl_ppo.png] [--seeds 3] [--threads 1]     a table and a figure; no network; 4 to 5 minutes
+    python benchmarks/trl_ppo.py [trl_ppo.png] [--seeds 3] [--threads 1]     table, figure; 4 to 5 min
 
-The task: 12 characters, letters if the prompt is made of letters, digits if of digits. A Llama of a million parameters is first taught, on
-random text, to say any character equally often, so the best policy is known. Runs take turns, each in a process of its own.
+The task: 12 characters, letters if the prompt is made of letters, digits if of digits. A Llama of a million
+parameters is first taught, on random text, to say any character equally often, so the best policy is known.
+Runs take turns, each in a process of its own.
 
 Seen with three seeds, one thread a run, on two cores that others used too:
 
@@ -13,21 +15,27 @@ Seen with three seeds, one thread a run, on two cores that others used too:
     TRL      1.14   0.97   0.937   18.6                0.751
     best                   0.999   17.9                0.820
 
-Both end alike; on the way ours was a few steps ahead, on three seeds. Of TRL's step, 0.38 s are two calls of gc.collect(). Its 16 updates
-are faster, some 43 ms each against 62: gradients 35 against 40, the optimizer 3 to 5 against 15 (Adam 6, clipping 4, the check that all
-is finite 4). So TRL is ahead where updates weigh more: with 1.8 million parameters and 64 responses of 16 tokens it took 2.8 s a step,
-ours 3.8 to 4.8. Two threads gave it 0.93 s (ours 1.03), on one seed, while little else ran; beside other work single steps of TRL took up
-to 58 s then, but none did with one thread.
+Both end alike; on the way ours was a few steps ahead, on three seeds. Of TRL's step, 0.38 s are two calls of
+gc.collect(). Its 16 updates are faster, some 43 ms each against 62: gradients 35 against 40, the optimizer 3
+to 5 against 15 (Adam 6, clipping 4, the check that all is finite 4). So TRL is ahead where updates weigh
+more: with 1.8 million parameters and 64 responses of 16 tokens it took 2.8 s a step, ours 3.8 to 4.8. Two
+threads gave it 0.93 s (ours 1.03), on one seed, while little else ran; beside other work single steps of TRL
+took up to 58 s then, but none did with one thread.
 
 What could not be made equal:
 
-- TRL adds the score one place after the token that ends a response, if there is room, and trains the critic there; we add it on that token.
-- TRL keeps the log-probabilities of sampling; we compute them anew by the pass that is differentiated, so that the first ratio is 1.
-- To TRL a padding token that the policy says ends the response, and gets no gradient. A policy with random weights came to say it more and
-  more (reward 0.23 after 30 steps, ours 0.70, one seed, 16 characters), which is why the policy is taught first.
-- TRL does not clip gradients, whatever max_grad_norm says, so ours are not clipped here; by default we clip at 1.
+- TRL adds the score one place after the token that ends a response, if there is room, and trains the critic
+  there; we add it on that token.
+- TRL keeps the log-probabilities of sampling; we compute them anew by the pass that is differentiated, so
+  that the first ratio is 1.
+- To TRL a padding token that the policy says ends the response, and gets no gradient. A policy with random
+  weights came to say it more and more (reward 0.23 after 30 steps, ours 0.70, one seed, 16 characters), which
+  is why the policy is taught first.
+- TRL does not clip gradients, whatever max_grad_norm says, so ours are not clipped here; by default we clip
+  at 1.
 - TRL's critic is a trunk of its own, like ours; its head starts random, but here with zeros, as ours does.
-- TRL whitens by the variance over n - 1, we by that over n; its batches are as wide as their longest row, ours rounded up to fours.
+- TRL whitens by the variance over n - 1, we by that over n; its batches are as wide as their longest row,
+  ours rounded up to fours.
 - Prompts come in another order, and samples from another generator.
 """
 import argparse
@@ -63,7 +71,7 @@ ALL = "".join(KINDS) + string.punctuation
 
 
 def reward(prompt, response):
-    "The share of the places that hold a letter if the prompt is made of letters, a digit if it is made of digits."
+    "Fraction of characters that are letters if the prompt is made of letters, or digits if of digits."
     return sum(c in KINDS[prompt[0].isdigit()] for c in response) / LENGTH
 
 
@@ -146,7 +154,7 @@ def trl(model, seed, note):
 
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
 
-    class Rule(torch.nn.Module):                                          # its hidden state is the reward of the whole row
+    class Rule(torch.nn.Module):  # its hidden state is the reward of the row
         base_model_prefix, itself, score = "itself", property(lambda self: self), torch.nn.Identity()
 
         def forward(self, input_ids, attention_mask, **_):
@@ -210,7 +218,8 @@ def tell(runs):
     for name, found in runs.items():
         gain, kl = found[:, -5:, 1:].mean(axis=(0, 1))
         print(
-            f"{name:5} {steps[name]:7.2f} {np.median(found[:, 0, 0]):6.2f} {gain:7.3f} {kl:6.1f} {gain - PRICE * kl:20.3f}"
+            f"{name:5} {steps[name]:7.2f} {np.median(found[:, 0, 0]):6.2f} {gain:7.3f} {kl:6.1f} "
+            f"{gain - PRICE * kl:20.3f}"
         )
     gain, kl = best()
     print(f"best  {'':14} {gain:7.3f} {kl:6.1f} {gain - PRICE * kl:20.3f}")

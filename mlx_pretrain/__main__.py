@@ -1,4 +1,4 @@
-"The command `mlx-pretrain`, also as `python -m mlx_pretrain`; signals are handled before anything large is imported."
+"The command `mlx-pretrain`, or `python -m mlx_pretrain`: signal handlers first, then the large imports."
 import sys
 
 from mlx_pretrain.console import run_process

@@ -55,7 +55,7 @@ def write_documents(path, documents):
     return path
 
 
-REMEDY = ("write", "save", "keep", "remove", "fix", "convert", "give", "check", "copy", "make", "mend", "set", "add",
+REMEDY = ("write", "save", "keep", "remove", "fix", "convert", "give", "check", "copy", "make", "set", "add",
           "unpack", "let", "return", "name", "did you", "start", "delete", "a row is", "each line must",
           "each row needs", "change")
 

@@ -15,7 +15,7 @@ def pytest_configure(config):
     config.stash[CACHE] = tempfile.TemporaryDirectory(prefix="mlx-pretrain-")
     os.environ["MLX_PRETRAIN_CACHE"] = config.stash[CACHE].name  # tests keep no tokens in the home directory
     config.addinivalue_line("markers", "long: takes many seconds; `make test` leaves it to `make long`")
-    config.addinivalue_line("markers", "nightly: takes a minute, or is one seed of many; `make nightly` runs it")
+    config.addinivalue_line("markers", "nightly: takes a minute, or is one seed of many; see `make nightly`")
     config.addinivalue_line("markers",
                             "linux: what is tested exists on Linux only; elsewhere the test is not collected")
 

@@ -217,7 +217,8 @@ def test_tokens_do_not_depend_on_group_size(monkeypatch):
     documents = [f"document {i} " * (i % 4) for i in range(30)]
     whole = pack(documents, tokenizer("sentencepiece"), 16, 4)
     groups = token_cache.group_by_size
-    monkeypatch.setattr(token_cache, "group_by_size", lambda texts, **length: groups(texts, size=20, **length))
+    monkeypatch.setattr(token_cache, "group_by_size",
+                        lambda texts, **length: groups(texts, size=20, **length))
     assert np.array_equal(pack(documents, tokenizer("sentencepiece"), 16, 4).tokens, whole.tokens)
 
 

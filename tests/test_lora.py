@@ -192,8 +192,8 @@ def trains_only_the_adapters(**sections):
     names = {f"model.layers.{i}.{name}.lora_{x}" for i in range(2) for name in SEVEN for x in "ab"}
     before, base = weights(t.model), weights(load("base").model)
     t.step()
-    grads = dict(tree_flatten(nn.value_and_grad(t.model,
-                                                lambda batch: t.loss(t.model, batch)[0])(t.batches_at(1)[0])[1]))
+    loss_and_grad = nn.value_and_grad(t.model, lambda batch: t.loss(t.model, batch)[0])
+    grads = dict(tree_flatten(loss_and_grad(t.batches_at(1)[0])[1]))
     for _ in range(2): t.step()
     after = weights(t.model)
     moved = {name for name in after if not mx.array_equal(before[name], after[name])}
@@ -285,7 +285,8 @@ def test_gradient_checkpointing_uses_the_same_dropout(place, monkeypatch, plante
     for t in models:
         step_module.assign_arrays(t.model, start())
         with dropping(t.model, key):
-            _, g = nn.value_and_grad(t.model, lambda batch, t=t: t.loss(t.model, batch)[0])(t.batches_at(0)[0])
+            loss_and_grad = nn.value_and_grad(t.model, lambda batch, t=t: t.loss(t.model, batch)[0])
+            _, g = loss_and_grad(t.batches_at(0)[0])
         grads.append(flat(g))
     assert near(*grads) != planted
     assert planted or near(*(gradient(t, key) for t in models))            # compiled

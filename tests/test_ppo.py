@@ -63,7 +63,8 @@ def agree(trainer, steps=2):
     "Do samples, scores and the first update of each step have the same log-probabilities?"
     ok = True
     for step in range(steps):
-        trainer.before = llama_from_weights(trainer.model.args, dict(tree_flatten(trainer.model.parameters())))
+        weights = dict(tree_flatten(trainer.model.parameters()))
+        trainer.before = llama_from_weights(trainer.model.args, weights)
         phases = trainer.phases()
         while next(phases) != "update": pass
         state = trainer.partial_step

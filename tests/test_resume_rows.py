@@ -375,10 +375,8 @@ def test_raised_epochs_of_a_finished_run(stopped, capsys, counted):
     tune(epochs=1)
     counted.clear(); capsys.readouterr()
     tune(epochs=1)
-    assert (
-        'Run already completed (6 steps); to train longer, raise "training.epochs".' in capsys.readouterr().out
-        and not counted
-    )
+    finished = 'Run already completed (6 steps); to train longer, raise "training.epochs".'
+    assert finished in capsys.readouterr().out and not counted
     path = tune(epochs=3)
     assert "22 rows left in epoch 2; 12 steps to go instead of 0." in capsys.readouterr().out
     assert (

@@ -191,7 +191,7 @@ def test_message_about_equal_responses_ends_with_a_remedy(place, home):
     same = [row(rejected="b")]
     message = home.refused("reward", home.reward(*([same] if place == "input_file" else [PAIRS, same])),
                         "identical responses")
-    assert message.rpartition("; ")[2].startswith("mend")
+    assert message.rpartition("; ")[2].startswith("fix")
 
 
 def test_invalid_row_from_preprocess_is_named_or_skipped(home):

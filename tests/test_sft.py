@@ -88,7 +88,8 @@ def expected(rows, context=128):
 
 def trained(config, **data):
     trainer = SFTTrainer(config(data=data))
-    return sorted(predictions(batch for step in range(trainer.total_steps) for batch in trainer.batches_at(step)))
+    steps = range(trainer.total_steps)
+    return sorted(predictions(batch for step in steps for batch in trainer.batches_at(step)))
 
 
 def test_only_the_response_and_its_eos_are_trained(config):
@@ -196,7 +197,8 @@ def test_each_row_once_per_epoch(config, batch_size, accumulate, epochs):
     per_epoch = trainer.total_steps // epochs
     for epoch in range(epochs):
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        assert sorted(predictions(b for step in steps for b in trainer.batches_at(step))) == sorted(expected(ROWS))
+        predicted = predictions(batch for step in steps for batch in trainer.batches_at(step))
+        assert sorted(predicted) == sorted(expected(ROWS))
     trainer.run()
     assert trainer.tokens == epochs * trainer.data.n_targets
 
@@ -391,7 +393,8 @@ def test_base_model_from_a_run_a_checkpoint_or_a_directory(config, base):
 def test_disagreement_with_the_base_model_is_one_warning(config, base, caplog):
     other = {"dimensions": {"hidden_size": 2048, "intermediate_size": 32}}
     with caplog.at_level(logging.WARNING): trainer = SFTTrainer(config(pretrained_model="base", model=other))
-    said = '"model.dimensions.hidden_size" is 2048, the pretrained model has 16. The pretrained model\'s values are used.'
+    said = ('"model.dimensions.hidden_size" is 2048, the pretrained model has 16. '
+            "The pretrained model's values are used.")
     assert others(caplog) == [said]
     assert trainer.cfg.model.dimensions.hidden_size == 16
     caplog.clear()

@@ -195,7 +195,8 @@ def test_system_prompt_of_a_row(row, tok, fmt):
             assert pieces(own, tok, {**row, "system": none}) == pieces(
                 fmt.model_copy(update={"system_prompt": "For all."}), tok, row
             )
-        with pytest.raises(DataError, match='"system" must be a string'): pieces(own, tok, {**row, "system": 5})
+        with pytest.raises(DataError, match='"system" must be a string'):
+            pieces(own, tok, {**row, "system": 5})
     if "messages" in row:
         with pytest.raises(DataError, match="keep one of them"):
             row_pieces(own, tok, {**row, "messages": [message("system", "x"), *TALK]})

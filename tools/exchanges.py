@@ -1,8 +1,10 @@
-"""Write short exchanges as JSON Lines: data/exchanges/train.jsonl, and a tenth of the prompts in data/exchanges/val.jsonl.
+"""Write short exchanges as JSON Lines: data/exchanges/train.jsonl, and a tenth of the prompts in
+data/exchanges/val.jsonl.
 
-They come from the package `chatterbot-corpus` (BSD); pip install chatterbot-corpus vaderSentiment. Of each conversation the first two
-lines are taken, and each pair once. A prompt is either in one file or in the other, however it is spelt. Beside each response stands how
-friendly it sounds to VADER, from -1 to 1, as its `reward`; fine-tuning passes over it.
+They come from the package `chatterbot-corpus` (BSD); pip install chatterbot-corpus vaderSentiment. Of each
+conversation the first two lines are taken, and each pair once. A prompt is either in one file or in the
+other, however it is spelt. Beside each response stands how friendly it sounds to VADER, from -1 to 1, as its
+`reward`; fine-tuning passes over it.
 """
 import hashlib
 import json

