@@ -100,7 +100,8 @@ def _check_messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         hint = ', which `json.loads` in a function of "data.preprocess" can make of a text'
         raise DataError(
-            f"a conversation must be a list of messages, found {kind_name(value)}; give each a role and a content"
+            f"a conversation must be a list of messages, found {kind_name(value)}; "
+            "give each a role and a content"
             + (hint if isinstance(value, str) else "")
         )
     messages = [_message(entry, n) for n, entry in enumerate(value)]

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .chat import row_conversation, ask_pieces, asked_messages, by_instruction, judged_pieces, read_messages, template_pieces
-from .jsonl import Row
-from .dataset import RowDataset, RowFunction, RowReader, bucket_size, read_number
-from .prompt import Piece, PromptFormat, encode_pieces, pair_pieces
+from mlx_pretrain.chat import (
+    ask_pieces, asked_messages, by_instruction, judged_pieces, read_messages, row_conversation,
+    template_pieces)
 from .config import DataError
+from .dataset import RowDataset, RowFunction, RowReader, bucket_size, read_number
+from .jsonl import Row
+from .prompt import Piece, PromptFormat, encode_pieces, pair_pieces
 from .tokenizer import Tokenizer
 
 # %% ../nbs/50_preferences.ipynb #83f26ffb

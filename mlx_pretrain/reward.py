@@ -22,21 +22,24 @@ from mlx.utils import tree_flatten
 from pydantic import Field
 
 from .chat import dated
+from .checkpoint import load_checkpoint, writing
 from .config import ConfigError
 from .console import say
 from .core import RewardModel, atomic_write, logger
 from .generate import generate_text
 from .lora import base_identity, merge
 from .model import Llama, ScalarLlama
-from .preferences import ColumnNames, PreferenceBatch, PreferenceDataset, has_pairs, read_preferences, split_conversations
+from .preferences import (
+    ColumnNames, PreferenceBatch, PreferenceDataset, has_pairs, read_preferences, split_conversations)
 from .pretrained import Pretrained, load_weights
 from .prompt import PromptFormat, split_format
 from .reward_model import TrainedReward, last_score, make_scorer
-from .sampler import LengthGroupedSampler
 from .rows import PromptConfig, read_first_row, resolve_format
 from .run import Run, checkpoints
-from .checkpoint import writing, load_checkpoint
-from .stage import StageTrainer, FinetuneConfig, open_base_model, check_not_overwriting_base, resolve_config, data_file, keep_date, run_stage
+from .sampler import LengthGroupedSampler
+from .stage import (
+    FinetuneConfig, StageTrainer, check_not_overwriting_base, data_file, keep_date, open_base_model,
+    resolve_config, run_stage)
 from .tokenizer import Tokenizer
 from .trainer import Hyperparameters, TrainingConfig
 

@@ -112,7 +112,8 @@ def _checked(returned: Any, responses: list[str]) -> np.ndarray: # float32
     try: values = _numbers(returned)
     except Exception: # any, since conversion may run user code
         raise ValueError(
-            f"returned {kind_name(returned)}, not numbers; return a list with one number per response") from None
+            f"returned {kind_name(returned)}, not numbers; return a list with one number per "
+            "response") from None
     if values.shape != (len(responses),):
         raise ValueError(
             f"returned the shape {values.shape} for {len(responses)} responses; return one number for each")

@@ -21,9 +21,12 @@ from .generate import generate_text
 from .model import Llama
 from .pretrained import Pretrained, open_checkpoint
 from .prompt import PromptFormat
-from .rows import PromptConfig, SFTBatch, SFTDataset, Truncation, read_examples, read_first_row, resolve_format
+from .rows import (
+    PromptConfig, SFTBatch, SFTDataset, Truncation, read_examples, read_first_row, resolve_format)
 from .sampler import LengthGroupedSampler
-from .stage import LoRATrainingConfig, StageTrainer, FinetuneConfig, open_base_model, check_not_overwriting_base, resolve_config, data_file, keep_date, run_stage, add_lora
+from .stage import (
+    FinetuneConfig, LoRATrainingConfig, StageTrainer, add_lora, check_not_overwriting_base, data_file,
+    keep_date, open_base_model, resolve_config, run_stage)
 from .tokenizer import Tokenizer
 from .trainer import Hyperparameters
 

@@ -56,7 +56,7 @@ def write_documents(path, documents):
 
 
 REMEDY = ("write", "save", "keep", "remove", "fix", "convert", "give", "check", "copy", "make", "set", "add",
-          "unpack", "let", "return", "name", "did you", "start", "delete", "a row is", "each line must",
+          "unpack", "merge", "let", "return", "name", "did you", "start", "delete", "a row is", "each line must",
           "each row needs", "change")
 
 

@@ -228,7 +228,7 @@ MISTAKES = {  # name: (what to break first, command, the pieces of each line)
     "tokenizer over a run's": (
         None,
         ["tokenizer", "--config", "run.yaml", DATA + "tokenizer_path", "runs/run/tokenizer", "--overwrite"],
-        [("runs/run/tokenizer", "choose another place")],
+        [("runs/run/tokenizer", "choose another directory")],
     ),
     # the run
     "the run is there": (None, TRAIN, [("runs/run exists already", "overwrite: true")]),

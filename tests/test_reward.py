@@ -713,7 +713,7 @@ def test_reward_name_does_not_depend_on_the_path(tmp_path, monkeypatch):
     names = [reward_name(load_reward(path)) for path in ("mine", "runs/mine", tmp_path / "runs" / "mine",
                                                          "runs/mine/model")]
     assert len({name.partition(" ")[2] for name in names}) == 1  # weights, mean and standard deviation
-    assert len({PPOTrainer(ppo_cfg(tmp_path, "al"), reward=path).rewarded_by
+    assert len({PPOTrainer(ppo_cfg(tmp_path, "al"), reward=path).reward_name
                 for path in ("mine", str(tmp_path / "runs" / "mine"))}) == 1
 
 
