@@ -432,10 +432,9 @@ def check_place(
             "choose another `name`, or move it away."
         )
     if _has_artifacts(final) and not overwrite:
-        raise RunError(
-            f"{final} exists already: choose another `name`, "
-            "set `resume.checkpoint: latest` to resume the run there, or `overwrite: true` to replace it."
-        )
+        resume = "set `resume.checkpoint: latest` to resume the run there, " if checkpoints(final) else ""
+        raise RunError(f"{final} exists already: choose another `name`, {resume}"
+                       "or `overwrite: true` to replace it.")
 
 # %% ../nbs/19_run.ipynb #c22c3959
 def _initial_metadata(name: str, logging: LoggingConfig) -> dict:

@@ -56,8 +56,8 @@ def write_documents(path, documents):
 
 
 REMEDY = ("write", "save", "keep", "remove", "fix", "convert", "give", "check", "copy", "make", "set", "add",
-          "unpack", "merge", "let", "return", "name", "did you", "start", "delete", "a row is", "each line must",
-          "each row needs", "change")
+          "unpack", "merge", "let", "return", "name", "did you", "start", "delete", "a row is",
+          "each line must", "each row needs", "change")
 
 
 def check_sentence(sentence, *parts):

@@ -1328,3 +1328,15 @@ def test_planted_in_place_saving_is_detected_by_kills(tmp_path):
     with pytest.raises((AssertionError, RunError)):
         for _ in range(30):
             step = check_training(tmp_path, max(step, kill_a_training("in place", tmp_path, rng)))
+
+
+def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path):
+    "The message about a taken name offers to resume only where there is a checkpoint."
+    run = Run("a", "", root=tmp_path)
+    run.save_checkpoint(1, {}, {})
+    run.finish("finished")
+    with pytest.raises(RunError, match="set `resume.checkpoint: latest` to resume"): Run("a", "", root=tmp_path)
+    (run.path / "model").mkdir()
+    shutil.rmtree(run.path / "checkpoints")
+    with pytest.raises(RunError, match="choose another `name`, or `overwrite: true`"):
+        Run("a", "", root=tmp_path)

@@ -127,7 +127,8 @@ class Place:
         "The last checkpoint, the metrics without the speed, and the model."
         arrays, state = load_checkpoint(checkpoints(self.run)[-1])
         state["base"] = {key: value for key, value in (state["base"] or {}).items() if key != "path"}
-        rows = [row for row in read_metrics(self.run) if row.get("event") != "resume"]
+        logged = read_metrics(self.run) if (self.run / "metrics.jsonl").exists() else []
+        rows = [row for row in logged if row.get("event") != "resume"]
         lines = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
         return {**dict(tree_flatten(arrays)),
                 **mx.load(str(self.run / "model" / "model.safetensors"))}, state, lines
@@ -228,6 +229,11 @@ def test_deleted(what, number, world, reference, rng, tmp_path):
         if what == "a file for the run": target.write_text("")
     place.finish(process)
     if place.run.is_file(): place.run.unlink()
+    if (place.run / "model").is_dir() and not checkpoints(place.run):  # it had finished: nothing to resume
+        again = place.start()
+        output = place.finish(again)
+        assert again.returncode == 2 and "exists already" in output and "`resume.checkpoint" not in output
+        return
     check(place, wanted, metrics=False)  # the trainer's state is saved again, without the history
 
 
