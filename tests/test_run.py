@@ -1335,7 +1335,8 @@ def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path):
     run = Run("a", "", root=tmp_path)
     run.save_checkpoint(1, {}, {})
     run.finish("finished")
-    with pytest.raises(RunError, match="set `resume.checkpoint: latest` to resume"): Run("a", "", root=tmp_path)
+    with pytest.raises(RunError, match="set `resume.checkpoint: latest` to resume"):
+        Run("a", "", root=tmp_path)
     (run.path / "model").mkdir()
     shutil.rmtree(run.path / "checkpoints")
     with pytest.raises(RunError, match="choose another `name`, or `overwrite: true`"):
