@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_pretrain.chat import (
-    ask_pieces, asked_messages, by_instruction, judged_pieces, read_messages, row_conversation,
+    prompt_pieces, prompt_messages, by_instruction, reward_pieces, read_messages, row_conversation,
     template_pieces)
 from .config import DataError
 from .dataset import RowDataset, RowFunction, RowReader, bucket_size, read_number
@@ -68,7 +68,7 @@ def encode_prompt_response(
         if fmt.prompt_format is None and conversation is None:
             conversation = [{"role": "user", "content": _extract_message(tokenizer, prompt)}]
         if conversation is not None and by_instruction(fmt):
-            pieces = judged_pieces(fmt, tokenizer, conversation, response)
+            pieces = reward_pieces(fmt, tokenizer, conversation, response)
         else: pieces = pair_pieces(tokenizer, prompt, response)
         rows.append(pieces if fmt.prompt_format is None else _join_texts(pieces))
     return [example.ids for example in encode_pieces(tokenizer, rows)]
@@ -255,8 +255,8 @@ def _prepare_row(reader: RowReader, row: Row, columns: ColumnNames, pairs: bool)
     fmt, tokenizer = reader.fmt, reader.tokenizer
     row, responses = _split_responses(row, fmt, columns, pairs)
     try:
-        [(prompt, _)] = encode_pieces(tokenizer, [ask_pieces(fmt, tokenizer, row.value)])
-        messages = asked_messages(fmt, row.value)
+        [(prompt, _)] = encode_pieces(tokenizer, [prompt_pieces(fmt, tokenizer, row.value)])
+        messages = prompt_messages(fmt, row.value)
     except DataError as e: raise DataError(f"{row.file}, line {row.line}: {e}") from None
     key = columns.margin if pairs else columns.reward
     value = 0.0 if pairs and row.value.get(key) is None else read_number(row, key)

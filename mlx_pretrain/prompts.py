@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .chat import ask_pieces, asked_messages, row_pieces
+from .chat import prompt_pieces, prompt_messages, row_pieces
 from .jsonl import Row
 from .dataset import RowDataset, RowFunction, RowReader, bucket_size, read_number
 from .prompt import Example, Piece, PromptFormat
@@ -68,12 +68,12 @@ class PromptDataset(RowDataset):
         """The columns of the rows, `None` where a row lacks one.
 
         `prompt_messages` is the prompt as a list of messages, each with `role` and `content`, or `None`,
-        see `asked_messages`.
+        see `prompt_messages`.
         """
         if not self.rows: return {}
         rows = [self.rows[i] for i in indices]
         columns = {name: [deepcopy(row.get(name)) for row in rows] for name in self._column_names}
-        return {**columns, "prompt_messages": [asked_messages(self.format, row) for row in rows]}
+        return {**columns, "prompt_messages": [prompt_messages(self.format, row) for row in rows]}
 
     @property
     def n_targets(self) -> int:
@@ -142,11 +142,11 @@ def _iter_prompt_rows(
 ) -> Iterator[_PromptRow]:
     "The rows that can be used."
     fmt, tokenizer = reader.fmt, reader.tokenizer
-    to_pieces = ask_pieces if reward_field is None else row_pieces
+    to_pieces = prompt_pieces if reward_field is None else row_pieces
     for row in reader.rows():
         try:
             pieces = to_pieces(fmt, tokenizer, row.value)
-            columns = check(row.value, asked_messages(fmt, row.value)) if check else []
+            columns = check(row.value, prompt_messages(fmt, row.value)) if check else []
         except DataError as e:
             reader.reject(row.line, e)
             continue

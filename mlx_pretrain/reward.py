@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from pydantic import Field
 
-from .chat import dated
+from .chat import with_date
 from .checkpoint import load_checkpoint, writing
 from .config import ConfigError
 from .console import say
@@ -306,7 +306,7 @@ def resolve_inputs(
     columns = ColumnNames(section.chosen_field, section.rejected_field, section.margin_field,
                           section.output_field or "response", section.reward_field)
     pairs, fmt = _resolve_rows(path, section, columns, pretrained.format)
-    fmt = dated(fmt, tokenizer)
+    fmt = with_date(fmt, tokenizer)
     columns = columns._replace(response=fmt.output_field)
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())})
     data, held_out = (_read_data(cfg.data, key, tokenizer, fmt, pairs, columns)

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .chat import by_instruction, judged_pieces
+from .chat import by_instruction, reward_pieces
 from .core import RewardModel, logger
 from .model import ScalarLlama
 from .preferences import pad_right, encode_prompt_response
@@ -96,7 +96,7 @@ def check_readable(
 ):
     "Raise `DataError` if the reward model's chat template rejects these messages."
     if messages is None or not by_instruction(fmt): return
-    try: judged_pieces(fmt, tokenizer, messages, "")
+    try: reward_pieces(fmt, tokenizer, messages, "")
     except DataError as e:
         problem = str(e).rpartition("; ")[0] or e
         raise DataError(

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .chat import dated
+from .chat import with_date
 from .checkpoint import Checkpoint
 from .config import ConfigError
 from .core import RewardModel, logger, rng_for
@@ -53,7 +53,7 @@ def resolve_prompt_format(
     row = read_first_row(path, cfg.data, off_policy and cfg.data.on_bad_row == "skip")
     key = cfg.data.reward_field
     if off_policy and key not in row.value and cfg.data.on_bad_row == "error": raise no_reward(row, key)
-    fmt = dated(resolve_format(cfg.data, row, pretrained.format, off_policy), pretrained.tokenizer)
+    fmt = with_date(resolve_format(cfg.data, row, pretrained.format, off_policy), pretrained.tokenizer)
     if not fmt.input_field:
         raise ConfigError(f'the rows of {path} have no prompt; name its column in "data.input_field"')
     return fmt

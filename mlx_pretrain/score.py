@@ -155,7 +155,7 @@ def score(
 def check_row(
     reward: RewardModel, # from `find_reward`
     row: dict[str, Any],
-    messages: list[dict[str, str]] | None, # its prompt, from `asked_messages`
+    messages: list[dict[str, str]] | None, # its prompt, from `prompt_messages`
 ) -> list[str]: # the columns that the reward reads
     "Raise `DataError` if a reward needs a column that a row lacks. A reward may have its own `check_row`."
     if hasattr(reward, "check_row"):

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from pydantic import Field
 
-from .chat import dated
+from .chat import with_date
 from .core import logger
 from .data import make_tokenizer
 from .generate import generate_text
@@ -117,7 +117,7 @@ class SFTTrainer(StageTrainer):
         cfg = resolve_config(cfg, model)
         if cfg.training.lora.rank: model, self.base = add_lora(cfg, pretrained)
         inherited = pretrained and pretrained.format
-        fmt = dated(resolve_format(cfg.data, read_first_row(path, cfg.data), inherited), tokenizer)
+        fmt = with_date(resolve_format(cfg.data, read_first_row(path, cfg.data), inherited), tokenizer)
         self.format = fmt if fmt.input_field else inherited               # plain texts teach no format
         if fmt.input_field: cfg = _with_format(cfg, fmt)
         data = _read_examples(cfg.data, "input_file", tokenizer, fmt)

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_pretrain import ppo as ppo_module
 from mlx_pretrain import rl_trainer, rollout
-from mlx_pretrain.chat import ask_pieces
+from mlx_pretrain.chat import prompt_pieces
 from mlx_pretrain.checkpoint import load_checkpoint
 from mlx_pretrain.config import UserError
 from mlx_pretrain.core import RewardModel
@@ -468,7 +468,7 @@ def test_prompts_have_the_tokens_of_fine_tuning(kind, home):
     row = {"instruction": "the old man ", "response": " counts", "reward": 1}
     fmt = PromptFormat()
     tok = tokenizer(kind)
-    prompt = encode_pieces(tok, [ask_pieces(fmt, tok, row)])[0].ids
+    prompt = encode_pieces(tok, [prompt_pieces(fmt, tok, row)])[0].ids
     trainer = home.trainer([row], reward=None, pretrained=small(tok))
     assert trainer.data.prompts == [prompt]
     trainer.step()
@@ -508,7 +508,7 @@ MESSAGES = PromptFormat(input_field="messages", output_field="messages")
 @pytest.mark.parametrize("row", [{"messages": [message("user", "a")], "tools": [1]}, {"messages": "hello"}])
 def test_conversations_are_checked_as_for_fine_tuning(row):
     "Bad tools, and a string in place of a conversation."
-    with pytest.raises(UserError): ask_pieces(MESSAGES, tokenizer("bytes"), row)
+    with pytest.raises(UserError): prompt_pieces(MESSAGES, tokenizer("bytes"), row)
 
 
 def test_the_prompt_of_a_conversation_in_two_columns():
@@ -516,7 +516,7 @@ def test_the_prompt_of_a_conversation_in_two_columns():
     completion = [message("assistant", "early"), message("user", "p"), message("assistant", "late")]
     row = {"prompt": [message("user", "q")], "completion": completion}
     fmt, tok = PromptFormat(input_field="prompt", output_field="completion"), tokenizer("bytes")
-    assert "early" in tok.decode(encode_pieces(tok, [ask_pieces(fmt, tok, row)])[0].ids)
+    assert "early" in tok.decode(encode_pieces(tok, [prompt_pieces(fmt, tok, row)])[0].ids)
 
 
 def test_parse_response_removes_only_the_format():

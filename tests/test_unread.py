@@ -10,7 +10,7 @@ import pytest
 from common import check_sentence
 
 import mlx_pretrain  # noqa: F401 (before MLX)
-from mlx_pretrain.chat import ask_pieces, read_messages, row_pieces, template_keys, unread_keys
+from mlx_pretrain.chat import prompt_pieces, read_messages, row_pieces, template_keys, unread_keys
 from mlx_pretrain.config import ConfigError, DataError, UserError, load_config, where_from
 from mlx_pretrain.data import DataConfig, cached_windows, make_tokenizer, pack
 from mlx_pretrain.jsonl import read_jsonl
@@ -188,7 +188,7 @@ def test_control_tokens_in_texts_are_reported_each_time(caplog):
 def test_system_prompt_of_a_row(row, tok, fmt):
     if "messages" in row: fmt = fmt.model_copy(update={"input_field": "messages", "output_field": "messages"})
     own = fmt.model_copy(update={"system_field": "system", "system_prompt": "For all."})
-    for pieces in (row_pieces, ask_pieces):
+    for pieces in (row_pieces, prompt_pieces):
         assert pieces(own, tok, row) == pieces(fmt.model_copy(update={"system_prompt": "Be brief."}), tok,
                                                row)
         for none in ("", None, " "):

@@ -13,7 +13,7 @@ from transformers import (
     AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification,
     PreTrainedTokenizerFast)
 
-from mlx_pretrain.chat import ask_pieces
+from mlx_pretrain.chat import prompt_pieces
 from mlx_pretrain.prompts import read_prompts
 from mlx_pretrain.model import Llama, LlamaArgs, ScalarLlama
 from mlx_pretrain.preferences import pad_right, read_preferences, encode_prompt_response
@@ -145,7 +145,7 @@ def of_trl(folder, template=CHATML):
 
 def text_of(tok, fmt):
     "The first conversation as a policy of that format sees it."
-    return tok.decode(encode_pieces(tok, [ask_pieces(fmt, tok, {"instruction": "Name a bird."})])[0].ids)
+    return tok.decode(encode_pieces(tok, [prompt_pieces(fmt, tok, {"instruction": "Name a bird."})])[0].ids)
 
 
 def near(ours, theirs): return np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
