@@ -316,9 +316,8 @@ def recording(
     Raises `KeyboardInterrupt` at the end if there are steps left, after saving a checkpoint.
     """
     summary = _Summary(trainer, run)
-    last_metrics, error = {}, None
-    callbacks = [log_metrics(run, run.logging.steps.logging_interval), save_checkpoints(run, **state),
-                 lambda _, metrics: last_metrics.update(metrics)]
+    error = None
+    callbacks = [log_metrics(run, run.logging.steps.logging_interval), save_checkpoints(run, **state)]
     trainer.callbacks += callbacks
     try:
         yield lambda: save_checkpoint(trainer, run, **state)
@@ -338,4 +337,4 @@ def recording(
         trainer.callbacks = [callback for callback in trainer.callbacks if callback not in callbacks]
         text = summary.write(error)
     say(text)
-    _warn_if_worse(trainer, run, last_metrics.get(trainer.metric_for_best))
+    _warn_if_worse(trainer, run, trainer.last_metrics.get(trainer.metric_for_best))
