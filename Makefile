@@ -8,6 +8,8 @@ DEVICE = $(shell [ `uname -s` = Linux ] && { nvidia-smi >/dev/null 2>&1 && echo 
 LEFT_OUT = Not run: the demo, install, interop, e2e, tutorials, docs, and long tests (known optima, large files, panel faults). `make check` runs them.
 CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
+PYTEST = $(BIN)/python -m pytest -q -rs
+PARALLEL = -n 2 --dist worksteal
 UNITS = tests $(foreach part,install interop demo long e2e site chaos,--ignore=tests/$(part))
 
 .DEFAULT_GOAL = help
@@ -39,7 +41,7 @@ test: units
 
 # interop, demo, e2e and dev share one environment: each adds packages.
 interop: .venv/.stamp-dev .venv/.stamp-interop
-	$(BIN)/python -m pytest -q -rs tests/interop
+	$(PYTEST) $(PARALLEL) tests/interop
 
 docs: .venv/.stamp-dev .venv/.stamp-data
 	$(BIN)/python tools/docs.py
@@ -49,13 +51,13 @@ check: units check-rest
 check-rest: demo-result long install e2e interop site chaos-short
 
 nightly: check chaos
-	$(BIN)/python -m pytest -q -rs -m nightly tests/long
+	$(PYTEST) -m nightly tests/long
 
 e2e: .venv/.stamp-dev .venv/.stamp-data browser
-	$(BIN)/python -m pytest -q -rs tests/e2e
+	$(PYTEST) tests/e2e
 
 site: docs browser
-	$(BIN)/python -m pytest -q -rs tests/site
+	$(PYTEST) tests/site
 
 # Debian's browser where it can be installed, else playwright's.
 browser: .venv/.stamp-e2e
@@ -63,14 +65,15 @@ browser: .venv/.stamp-e2e
 
 # Builds and installs the package as a user would; needs PyPI.
 install: .venv/.stamp-dev
-	$(BIN)/python -m pytest -q -rs tests/install
+	$(PYTEST) tests/install
 
 long: .venv/.stamp-dev
-	$(BIN)/python -m pytest -q -rs -m "not nightly" tests/long
-	$(BIN)/python -m pytest -q -rs -m long $(UNITS)
+	$(PYTEST) $(PARALLEL) -m "not nightly" --ignore tests/long/test_forecast.py tests/long
+	$(PYTEST) -m "not nightly" tests/long/test_forecast.py
+	$(PYTEST) $(PARALLEL) -m long $(UNITS)
 
 # Each fault prints the command that repeats it. The short part takes two minutes, all of it six.
-CHAOS = $(BIN)/python -m pytest -q -rs tests/chaos $(SEED:%=--seed %)
+CHAOS = $(PYTEST) tests/chaos $(SEED:%=--seed %)
 
 chaos: .venv/.stamp-dev
 	$(CHAOS) --rounds 2
@@ -83,10 +86,10 @@ units: .venv/.stamp-dev .venv/.stamp-data
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/notebooks.py execute
 	$(BIN)/python tools/notebooks.py sync
-	$(BIN)/python -m pytest -q -rs -m "not long" $(UNITS)
+	$(PYTEST) $(PARALLEL) -m "not long" $(UNITS)
 
 demo-result: demo .venv/.stamp-dev
-	$(BIN)/python -m pytest -q -rs tests/demo
+	$(PYTEST) tests/demo
 
 clean:
 	rm -rf _exec _pages _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

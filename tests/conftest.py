@@ -12,6 +12,9 @@ CACHE = pytest.StashKey()
 def pytest_configure(config):
     # ignored, where a shell started us in the background; tests press Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"): # parallel workers share the cores
+        threads = str(max(1, (os.cpu_count() or 1) // int(workers)))
+        for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ.setdefault(name, threads)
     config.stash[CACHE] = tempfile.TemporaryDirectory(prefix="mlx-pretrain-")
     os.environ["MLX_PRETRAIN_CACHE"] = config.stash[CACHE].name  # tests keep no tokens in the home directory
     config.addinivalue_line("markers", "long: takes many seconds; `make test` leaves it to `make long`")
