@@ -58,7 +58,7 @@ def _find_module(place: str) -> tuple[str, str]:
     if folder not in sys.path: sys.path.append(folder)  # the code can import its neighbours
     if is_file: return Path(place).stem, place
     importlib.invalidate_caches()
-    spec = util.find_spec(place)
+    spec = None if place == "__main__" else util.find_spec(place) # the running program would run again
     if spec is None or spec.origin is None: raise ModuleNotFoundError(name=place)
     return place, spec.origin
 

@@ -543,7 +543,7 @@ FUNCTIONS = {  # spec → part of the message
     "misspelled": ("rules.py:oddd", "rules.py has no 'oddd'; did you mean 'odd'?"),
     "no such name": ("rules.py:zzzz", "has no 'zzzz'; check the name"),
     "not callable": ("rules.py:CONSTANT", "is not a function, but a number"),
-    "itself": ("__main__:x", "x"),
+    "itself": ("__main__:x", "there is no module '__main__'"),
     "fails": (
         "bad.py:f",
         "bad.py cannot be loaded, error in bad.py, line 2 (ZeroDivisionError: division by zero)",
