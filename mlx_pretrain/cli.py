@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -381,39 +382,37 @@ def _usage() -> str:
 # %% ../nbs/70_cli.ipynb #8ea322b0
 def _command(name: str) -> Callable[[list[str]], None]:
     "A command by its name. Raises `ConfigError` if there is none."
+    if name == "--version": return lambda args: print(f"mlx-pretrain {__version__}")
+    if name in ("-h", "--help"): return lambda args: print(_usage())
+    if name in COMMANDS: return COMMANDS[name]
     from difflib import get_close_matches
 
     from mlx_pretrain.config import ConfigError
-    if name in COMMANDS: return COMMANDS[name]
     close = get_close_matches(name, COMMANDS, 1)
     remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
     raise ConfigError(f"there is no command {name!r}; {remedy}")
 
-
-def _report(message: str) -> int: # exit code
-    "Print the sentence for a user's mistake."
-    print(f"mlx-pretrain: {message}", file=sys.stderr)
-    return 2
-
 # %% ../nbs/70_cli.ipynb #aeadc268
-def _run(name: str, args: list[str]) -> int: # exit code
-    "Run a command."
-    if name in ("-h", "--help", "--version"):
-        print(f"mlx-pretrain {__version__}" if name == "--version" else _usage())
-        return 0
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("mlx_pretrain").setLevel(logging.INFO)
+def _user_message(error: Exception) -> str | None:
+    "The sentence for a user's mistake, or for a missing package; `None` for any other error."
     from mlx_pretrain.config import UserError
-    try: _command(name)(args)
-    except UserError as e: return _report(str(e))
-    except ImportError as e:
-        if e.name != "mlx.core": raise
-        return _report(str(e))
-    except UnicodeEncodeError as e:                                       # in a file name
-        if sys.getfilesystemencoding() == "utf-8": raise
-        return _report(f"{e.object!r} cannot be a file name in this locale, whose encoding is {e.encoding}; "
-                       "set the environment variable PYTHONUTF8=1")
-    return 0
+    if isinstance(error, UserError) or isinstance(error, ImportError) and error.name == "mlx.core":
+        return str(error)
+    if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":  # in a file name
+        return (f"{error.object!r} cannot be a file name in this locale, whose encoding is {error.encoding}; "
+                "set the environment variable PYTHONUTF8=1")
+    return None
+
+
+@contextmanager
+def _exit_on_mistake():
+    "Inside, a user's mistake is printed as one sentence, and ends the command with exit code 2."
+    try: yield
+    except Exception as error:
+        message = _user_message(error)
+        if message is None: raise
+        print(f"mlx-pretrain: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 # %% ../nbs/70_cli.ipynb #498182c9
 def main(
@@ -426,8 +425,12 @@ def main(
     name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     console.caught.clear()
     with console.safe_output():
-        try: code = _run(name, rest)
-        except SystemExit as e: code = e.code or 0                        # tyro's, after --help or a mistake
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        logging.getLogger("mlx_pretrain").setLevel(logging.INFO)
+        try:
+            with _exit_on_mistake(): _command(name)(rest)
+            code = 0
+        except SystemExit as e: code = e.code or 0                        # also tyro's, after --help
         except KeyboardInterrupt:
             print("Stopped.", file=sys.stderr)
             return console.stop_code()
