@@ -85,7 +85,7 @@ class PretrainTrainer(StageTrainer):
         rows = np.pad(np.arange(n), (0, -n % size), constant_values=-1).reshape(-1, size)     # (batches, B)
         return map(self.held_out.batch, rows)
 
-    def _in_units(self, loss: float, data: Any, prefix: str = "") -> dict[str, float]:
+    def _loss_metrics(self, loss: float, data: Any, prefix: str = "") -> dict[str, float]:
         return loss_metrics(loss, prefix, data.n_targets / data.n_bytes)
 
     def samples(self, n: int = 3) -> list[tuple[str, str, float | None]]:

@@ -463,7 +463,7 @@ def write_reward(
 class RewardTrainer(StageTrainer):
     "Trains a reward model. Raises `UserError` if the configuration or one of its files is wrong."
     stage, sampler_type = "reward", LengthGroupedSampler
-    of_tokens, load_best_at_end = False, True
+    load_best_at_end = True
     progress_metrics = ("loss", "accuracy", "val_accuracy", "val_correlation")
 
     def __init__(
@@ -490,6 +490,8 @@ class RewardTrainer(StageTrainer):
         scores = last_score(model, batch.tokens, batch.mask)
         loss, count, metrics = self.preference_loss(scores, batch.values)
         return loss, count, {**metrics, "tokens": batch.mask.sum()}
+
+    def _extra_metrics(self, loss: float) -> dict[str, float]: return {} # its loss is per pair, not per token
 
     def evaluate(self) -> dict[str, float]:
         "Held-out loss and metrics."

@@ -143,7 +143,7 @@ class TrainedReward(RewardModel):
         check_readable(messages, self.format, self.tokenizer)
         return []
 
-    def check_asked(
+    def check_policy(
         self,
         fmt: PromptFormat, # of the policy
         context: int, # maximum tokens of the policy's prompt and response

@@ -113,8 +113,8 @@ def resolve_inputs(
     cfg = resolve_config(cfg, pretrained.model)
     fmt = resolve_prompt_format(cfg, pretrained, path, off_policy=reward is None)
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update=fmt.model_dump())})
-    if hasattr(reward, "check_asked"):
-        reward.check_asked(fmt, cfg.data.preprocessing.max_context_size)
+    if hasattr(reward, "check_policy"):
+        reward.check_policy(fmt, cfg.data.preprocessing.max_context_size)
     data, held_out = (read_dataset(cfg, key, pretrained.tokenizer, fmt, reward)
                       for key in ("input_file", "validation_file"))
     return RLInputs(cfg, pretrained, reward, fmt, data, held_out and held_out.evenly(MAX_HELD_OUT))

@@ -114,11 +114,11 @@ class WeightedSum(RewardModel):
         "The columns that its parts read. Raises `DataError` as `check_row` does, for the part it concerns."
         return [column for _, reward in self.parts for column in check_row(reward, row, messages)]
 
-    def check_asked(self, *policy):
+    def check_policy(self, *policy):
         "Warn as the parts that are reward models do."
         for _, reward in self.parts:
-            if hasattr(reward, "check_asked"):
-                reward.check_asked(*policy)
+            if hasattr(reward, "check_policy"):
+                reward.check_policy(*policy)
 
     def __repr__(self):
         parts = ", ".join(f"{weight:g} {reward_name(reward)}" for weight, reward in self.parts)

@@ -11,7 +11,6 @@ __all__ = ['COMPILING', 'SystemConfig', 'set_device', 'StageConfig', 'FinetuneCo
 import math
 import shutil
 from collections.abc import Callable, Iterable
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -282,6 +281,21 @@ def resume_plan(
     if plan.schedule is None or not shift: return Plan(sampler, sampler.end, plan.schedule)
     return Plan(sampler, sampler.end, lambda step: plan.schedule(max(0, step + shift)))
 
+# %% ../nbs/44_stage.ipynb #1f452b3e
+def _what_is_left(trainer: "StageTrainer") -> dict:
+    "Number of steps to come, and the learning rate of the next one, if there is a finite one."
+    left = trainer.total_steps - trainer.steps_done
+    rate = float(trainer.schedule(trainer.steps_done)) if left > 0 else math.nan
+    return {"steps": left, "learning_rate": rate if math.isfinite(rate) else None}
+
+
+def _resume_data(trainer: "StageTrainer", saved: Checkpoint):
+    "Give a trainer the rows, the steps and the learning rates that remain after a checkpoint."
+    same_data = "data" not in saved.state or saved.state["data"] == trainer.data.identity
+    plan = resume_plan(trainer.plan, saved, same_data)
+    trainer.sampler, trainer.total_steps = plan.sampler, plan.total_steps
+    if plan.schedule: trainer.schedule = plan.schedule
+
 # %% ../nbs/44_stage.ipynb #e9a50277
 class StageTrainer(Trainer):
     """A trainer with datasets.
@@ -294,7 +308,6 @@ class StageTrainer(Trainer):
     format: PromptFormat | None = None
     base: dict | None = None
     probe_message = "" # printed before the forecast takes a few steps
-    of_tokens = True # is the loss one of tokens, in nats?
     sampler_type: type[Sampler] = ShuffledSampler
     accumulates_rows = True # does a step take `gradient_accumulation_steps` batches of rows?
     rows_are = "rows" # what an epoch is counted in
@@ -322,11 +335,6 @@ class StageTrainer(Trainer):
                          **kwargs)
         self.plan = plan._replace(schedule=None if kwargs.get("schedule") else self.schedule)
 
-    @property
-    def epoch(self) -> int | Fraction:
-        "Steps per epoch."
-        return self.sampler.epoch_steps
-
     def batches_at(self, step: int) -> list:
         "The batches of a step, from 0: one, or as many as are accumulated. A pure function."
         return [*map(self.data.batch, self.sampler.batches(step))]
@@ -337,29 +345,21 @@ class StageTrainer(Trainer):
 
     def evaluate(self) -> dict[str, float]:
         "Loss and perplexity on all held-out data, each token with the same weight."
-        return self._in_units(super().evaluate()["val_loss"], self.held_out, "val_")
+        return self._loss_metrics(super().evaluate()["val_loss"], self.held_out, "val_")
 
-    def _in_units(self, loss: float, data: Any, prefix: str = "") -> dict[str, float]:
-        "A loss of tokens, in nats, with its other units."
+    def _extra_metrics(self, loss: float) -> dict[str, float]: return self._loss_metrics(loss, self.data)
+
+    def _loss_metrics(self, loss: float, data: Any, prefix: str = "") -> dict[str, float]:
+        "A loss in nats per token, and in other units."
         return loss_metrics(loss, prefix)
-
-    def _extra_metrics(self, loss: float) -> dict[str, float]:
-        return self._in_units(loss, self.data) if self.of_tokens else {}
 
     def state(self) -> dict:
         "The rest of a checkpoint: also the position in the data, and what would come next."
-        left = self.total_steps - self.steps_done
-        rate = float(self.schedule(self.steps_done)) if left > 0 else None
-        if rate is not None and not math.isfinite(rate): rate = None
-        ahead = {"steps": left, "learning_rate": rate}
-        return {**super().state(), "sampler": self.sampler.state(), "ahead": ahead}
+        return {**super().state(), "sampler": self.sampler.state(), "ahead": _what_is_left(self)}
 
     def load(self, saved: Checkpoint, reset_optimizer: bool = False):
         "Resume from a checkpoint, with `resume_plan`. Raises `RunError` as that and `Trainer.load` do."
-        same_data = "data" not in saved.state or saved.state["data"] == self.data.identity
-        plan = resume_plan(self.plan, saved, same_data)
-        self.sampler, self.total_steps = plan.sampler, plan.total_steps
-        if plan.schedule: self.schedule = plan.schedule
+        _resume_data(self, saved)
         super().load(saved, reset_optimizer)
 
     def finalize(self, run: Run):

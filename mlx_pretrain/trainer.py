@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_SKIPPED', 'Knobs', 'TrainingError', 'Progress', 'LoggedProgress', 'stop_between_steps', 'TrainingLoop',
-           'Hyperparameters', 'TrainingConfig', 'checkpoint_arrays', 'restore_arrays', 'Trainer', 'replay_knobs']
+           'Hyperparameters', 'TrainingConfig', 'checkpoint_arrays', 'restore_arrays', 'ModelLoop', 'Trainer',
+           'replay_knobs']
 
 # %% ../nbs/42_trainer.ipynb #2e7b0ba0
 import math
@@ -105,6 +106,7 @@ class Progress:
 
     metric_for_best = "val_loss" # the evaluation metric by which the best checkpoint is chosen
     greater_is_better = False
+    initial_metric = None # `metric_for_best` before the first step, if it was evaluated
 
     def last_good(self) -> int:
         "The last step that was finite."
@@ -178,6 +180,11 @@ class LoggedProgress(Progress):
             self.run_dir.log_text(text)
         if self.in_a_row == 0: logger.warning(text)
 
+    def state(self) -> dict:
+        "Progress and knobs, for a checkpoint."
+        progress = {f.name: getattr(self, f.name) for f in fields(Progress)}
+        return {"step": self.steps_done, "progress": progress, "knobs": self.knobs.snapshot()}
+
     def restore_progress(self, state: dict):
         "Progress and knobs from the state of a checkpoint."
         for name, value in state["progress"].items():
@@ -216,20 +223,63 @@ def _handlers() -> dict:
     return {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
 
 # %% ../nbs/42_trainer.ipynb #bae0256c
-def _evaluate_and_record(trainer: "TrainingLoop", metrics: dict):
+def _evaluation_is_due(loop: "TrainingLoop") -> bool:
+    return loop.steps_done % loop.validation_interval == 0 or loop.steps_done == loop.total_steps
+
+
+def _evaluate_and_record(loop: "TrainingLoop", metrics: dict):
     "Add the metrics on held-out data, if there is any, and remember the best."
-    if trainer.held_out: metrics |= trainer.evaluate()
-    if trainer.metric_for_best in metrics: trainer.record_best(metrics[trainer.metric_for_best])
+    if loop.held_out: metrics |= loop.evaluate()
+    if loop.metric_for_best in metrics: loop.record_best(metrics[loop.metric_for_best])
+
+
+def _finish_step(loop: "TrainingLoop", metrics: dict):
+    """Evaluate if it is due, and call the callbacks; each runs although another one failed.
+
+    Raises the first error.
+    """
+    errors = []
+    for observe in [_evaluate_and_record] * _evaluation_is_due(loop) + loop.callbacks:
+        try: observe(loop, metrics)
+        except KeyboardInterrupt as error: errors.append(error)
+        except Exception as error:
+            errors.append(error)
+            loop.unfinished = metrics
+    if errors: raise errors[0]
+
+# %% ../nbs/42_trainer.ipynb #e6b100a8
+@contextmanager
+def _one_step(loop: "TrainingLoop"):
+    "Raises `TrainingError` if another step is in progress."
+    if loop._in_step:
+        raise TrainingError("a step is in progress in a live panel or a generator; pause or close that")
+    loop._in_step = True
+    try: yield
+    finally: loop._in_step = False
+
+
+@contextmanager
+def _timed(loop: "TrainingLoop"):
+    watch = Stopwatch()
+    try: yield
+    finally: loop.seconds += watch.seconds()
+
+
+def _timed_phases(loop: "TrainingLoop", phases: Generator[str, None, dict]) -> Generator[str, None, dict]:
+    "Pass phases on, and return their result; the time between them does not count."
+    while True:
+        with _timed(loop):
+            try: phase = next(phases)
+            except StopIteration as end: return end.value
+        yield phase
 
 # %% ../nbs/42_trainer.ipynb #3f4090f7
 class TrainingLoop(LoggedProgress):
     """Evaluation, callbacks and interrupts around an update, which a subclass defines in `_update_phases`.
 
-    `last_metrics`: of the last step; `seconds`: in all steps; `unfinished`: metrics of the last step if its
-    evaluation or a callback failed.
+    `last_metrics`: of the last step; `seconds`: in all steps.
     """
-    initial_metric: float | None = None # `metric_for_best` before the first step, if it was evaluated
-    unfinished: dict | None = None
+    unfinished: dict | None = None # metrics of the last step if its evaluation or a callback failed
     _unrecorded: dict | None = None # `unfinished` of the checkpoint that was loaded
     _in_step = False
 
@@ -261,37 +311,21 @@ class TrainingLoop(LoggedProgress):
         return self.steps_done >= self.total_steps and not self._unrecorded
 
     def phases(self) -> Generator[str, None, dict]:
-        """One step: update, evaluation if it is due, callbacks.
-
-        Raises `TrainingError` if another step is in progress.
-        """
-        if self._in_step:
-            raise TrainingError("a step is in progress in a live panel or a generator; pause or close that")
-        self.apply_scheduled_knobs()
-        self._in_step = True
-        try:
-            with self._timed():
-                self._on_step_begin()
-            update, metrics = self._update_phases(), self._unrecorded
-            while metrics is None:
-                with self._timed():
-                    try: phase = next(update)
-                    except StopIteration as end: metrics = end.value
-                if metrics is None: yield phase
+        "One step: update, evaluation if it is due, callbacks. Raises `TrainingError` within another step."
+        with _one_step(self):
+            self.apply_scheduled_knobs()
+            with _timed(self): self._on_step_begin()
+            metrics = self._unrecorded or (yield from _timed_phases(self, self._update_phases()))
             self.unfinished = self._unrecorded = None
             self.last_metrics = metrics
-            if self.held_out and self._evaluation_is_due: yield "evaluate"
-            with self._timed():
-                self._record(metrics)
+            if self.held_out and _evaluation_is_due(self): yield "evaluate"
+            with _timed(self):
+                _finish_step(self, metrics)
                 self._on_step_end()
             return metrics
-        finally: self._in_step = False
 
     def step(self) -> dict: # metrics of this step
-        """Take one step; Ctrl-C is raised after it.
-
-        Raises `TrainingError` if too many in a row were not finite.
-        """
+        "Take one step; Ctrl-C is raised after it. Raises `TrainingError` as `Progress.record_step` does."
         try:
             with stop_between_steps(self):
                 for _ in self.phases(): pass
@@ -300,10 +334,7 @@ class TrainingLoop(LoggedProgress):
         return self.last_metrics
 
     def run(self) -> dict: # metrics of the last step
-        """Step until the end, or until Ctrl-C or `stop_requested`; called again, it resumes.
-
-        Raises `TrainingError` as `step` does.
-        """
+        "Step until the end, Ctrl-C or `stop_requested`; called again, it resumes. Raises as `step` does."
         try:
             with stop_between_steps(self):
                 while not self.is_over and not self.stop_requested:
@@ -312,30 +343,6 @@ class TrainingLoop(LoggedProgress):
         if not self.is_over:
             logger.warning(f"Stopped after step {self.steps_done} of {self.total_steps}; it can be resumed.")
         return self.last_metrics
-
-    @contextmanager
-    def _timed(self):
-        watch = Stopwatch()
-        try: yield
-        finally: self.seconds += watch.seconds()
-
-    @property
-    def _evaluation_is_due(self) -> bool:
-        return self.steps_done % self.validation_interval == 0 or self.steps_done == self.total_steps
-
-    def _record(self, metrics: dict):
-        """Evaluate if it is due, and call the callbacks; each runs although another one failed.
-
-        Raises the first error.
-        """
-        errors = []
-        for observe in [_evaluate_and_record] * self._evaluation_is_due + self.callbacks:
-            try: observe(self, metrics)
-            except KeyboardInterrupt as error: errors.append(error)
-            except Exception as error:
-                errors.append(error)
-                self.unfinished = metrics
-        if errors: raise errors[0]
 
 # %% ../nbs/42_trainer.ipynb #6b7c3e3c
 class Hyperparameters(ConfigSection):
@@ -421,17 +428,73 @@ def restore_arrays(
     for name, tree in trees.items():
         assign_arrays(tree, saved.arrays[name])
 
-# %% ../nbs/42_trainer.ipynb #43f76c6c
-class Trainer(TrainingLoop):
-    """Trains a model step by step, and resumes from a checkpoint as if it had never stopped.
+# %% ../nbs/42_trainer.ipynb #b86e4175
+class ModelLoop(TrainingLoop):
+    """A training loop with a model and an optimizer.
 
-    `knobs` may be changed at any time; `trained`: what the optimizer changes, `model` and perhaps more;
-    `run_dir`: where events are logged, or `None`. Raises `ConfigError` if the schedule does not fit the
-    steps, or the optimizer has a schedule of its own.
+    `trained`: what the optimizer changes, the model and perhaps more; `loss`: as `LossFn`.
     """
+    model: nn.Module
+    optimizer: optim.Optimizer
+    trained: nn.Module
+    loss: LossFn
     progress_metrics = ("loss", "val_loss") # shown in the progress bar
     n_timing_steps = 6 # steps that a forecast times
     load_best_at_end = False # does a finished run keep its best weights, and not its last?
+
+    def held_out_batches(self) -> Iterable[NamedTuple]:
+        "All held-out data, in a fixed order."
+        return self.held_out
+
+    def evaluate(self) -> dict[str, float]:
+        "Mean loss on the held-out data."
+        total, count = evaluate_loss(self.model, self.loss, self.held_out_batches())
+        return {"val_loss": total / count}
+
+    def samples(self, n: int = 3) -> list[tuple[str, str, float | None]]:
+        "At most `n` samples to look at: prompt, response, reward if there is one. Stages override it."
+        return []
+
+    def mutable_trees(self) -> list[nn.Module | dict | list]:
+        "All trees of arrays that a step changes, or that compilation touches."
+        return [self.trained, self.optimizer.state]
+
+    def rollback_on_error(self, committed: Callable[[], bool] = lambda: False):
+        "A context in which arrays change and `committed()` becomes true, or nothing changes; see `step`."
+        return rollback_on_error(self.mutable_trees(), committed)
+
+    def checkpoint_trees(self) -> dict[str, nn.Module | dict | list]:
+        "The trees whose arrays a checkpoint holds."
+        return {"model": self.model, "optimizer": self.optimizer.state}
+
+    def arrays(self) -> dict[str, dict[str, mx.array]]:
+        "The arrays of a checkpoint: weights and optimizer state, by name."
+        return {name: checkpoint_arrays(tree) for name, tree in self.checkpoint_trees().items()}
+
+    def state(self) -> dict:
+        "The rest of a checkpoint: progress and knobs."
+        return {**super().state(), "unfinished": self.unfinished}
+
+    def load(self, saved: Checkpoint, reset_optimizer: bool = False):
+        """Resume from a checkpoint.
+
+        Raises `RunError` if it belongs to another model or optimizer, or is beyond the last step.
+        """
+        step = saved.state["step"]
+        if step > self.total_steps:
+            raise RunError(f'{saved.path} is at step {step}, but this run ends at {self.total_steps}: raise '
+                           '"training.hyperparameters.iters" or "training.epochs"')
+        trees = self.checkpoint_trees()
+        if reset_optimizer: del trees["optimizer"]
+        restore_arrays(trees, saved)
+        self.restore_progress(saved.state)
+        metrics = saved.state.get("unfinished")
+        if metrics: metrics = {name: math.nan if value is None else value for name, value in metrics.items()}
+        self.unfinished = self._unrecorded = metrics
+
+# %% ../nbs/42_trainer.ipynb #43f76c6c
+class Trainer(ModelLoop):
+    "Trains a model step by step. Raises `ConfigError` if the schedule or the optimizer does not fit."
 
     def __init__(
         self,
@@ -488,68 +551,13 @@ class Trainer(TrainingLoop):
                 **self._extra_metrics(result.loss)}
 
     def _extra_metrics(self, loss: float) -> dict[str, float]:
-        "For subclasses: further metrics of a training step."
-        return {}
-
-    def held_out_batches(self) -> Iterable[NamedTuple]:
-        "All held-out data, in a fixed order."
-        return self.held_out
-
-    def evaluate(self) -> dict[str, float]:
-        "Mean loss on the held-out data."
-        total, count = evaluate_loss(self.model, self.loss, self.held_out_batches())
-        return {"val_loss": total / count}
-
-    def samples(self, n: int = 3) -> list[tuple[str, str, float | None]]:
-        """At most `n` samples to look at during training: prompt, the model's response, and its reward if
-        there is one. Stages override it.
-        """
-        return []
-
-    def mutable_trees(self) -> list[nn.Module | dict | list]:
-        "All trees of arrays that a step changes, or that compilation touches."
-        return [self.trained, self.optimizer.state]
-
-    def rollback_on_error(self, committed: Callable[[], bool] = lambda: False):
-        "A context in which arrays change and `committed()` becomes true, or nothing changes; see `step`."
-        return rollback_on_error(self.mutable_trees(), committed)
+        return {} # for subclasses: further metrics of a training step
 
     def timing_step(self, step: int) -> int: # its tokens
         "Take a step that is not counted, to time it; the caller restores the arrays."
         values = self.update(self.batches_at(step), float(self.schedule(step)))
         mx.eval(self.arrays(), values)
         return step_result(values).tokens
-
-    def checkpoint_trees(self) -> dict[str, nn.Module | dict | list]:
-        "The trees whose arrays a checkpoint holds."
-        return {"model": self.model, "optimizer": self.optimizer.state}
-
-    def arrays(self) -> dict[str, dict[str, mx.array]]:
-        "The arrays of a checkpoint: weights and optimizer state, by name."
-        return {name: checkpoint_arrays(tree) for name, tree in self.checkpoint_trees().items()}
-
-    def state(self) -> dict:
-        "The rest of a checkpoint: progress and knobs."
-        progress = {f.name: getattr(self, f.name) for f in fields(Progress)}
-        knobs = self.knobs.snapshot()
-        return {"step": self.steps_done, "progress": progress, "knobs": knobs, "unfinished": self.unfinished}
-
-    def load(self, saved: Checkpoint, reset_optimizer: bool = False):
-        """Resume from a checkpoint.
-
-        Raises `RunError` if it belongs to another model or optimizer, or is beyond the last step.
-        """
-        step = saved.state["step"]
-        if step > self.total_steps:
-            raise RunError(f'{saved.path} is at step {step}, but this run ends at {self.total_steps}: raise '
-                           '"training.hyperparameters.iters" or "training.epochs"')
-        trees = self.checkpoint_trees()
-        if reset_optimizer: del trees["optimizer"]
-        restore_arrays(trees, saved)
-        self.restore_progress(saved.state)
-        metrics = saved.state.get("unfinished")
-        if metrics: metrics = {name: math.nan if value is None else value for name, value in metrics.items()}
-        self.unfinished = self._unrecorded = metrics
 
 # %% ../nbs/42_trainer.ipynb #26f5ea94
 def replay_knobs(

@@ -206,7 +206,7 @@ def test_warning_about_another_prompt_format(tmp_path, caplog):
         made = judge(tmp_path, fmt=own)
         for reward in (made, WeightedSum((1, made), (1, of_two))):
             caplog.clear()
-            reward.check_asked(policy, 8)
+            reward.check_policy(policy, 8)
             assert warning in caplog.text and bool(warning) == bool(caplog.text), (own, policy, caplog.text)
 
 
