@@ -74,9 +74,9 @@ _PROBLEMS: list[tuple[Callable[[_Entry], Any], Callable[[_Entry], str]]] = [
      lambda m: f"has a part of the type {m.other_types[0]!r}, and this library trains on text alone; "
                "leave that part out, or the row"),
     (lambda m: not isinstance(m.content, str),
-     lambda m: f"has no text as its content, but {kind_name(m.content)}; write one in quotes"),
+     lambda m: f"has a content that must be a string, found {kind_name(m.content)}; put it in quotes"),
     (lambda m: m.role == "assistant" and not m.content.strip(),
-     lambda m: "is an empty answer; write one, or leave it out"),
+     lambda m: "is an empty assistant message; write one, or leave it out"),
     (lambda m: m.weight not in (0, 1),
      lambda m: f"has the weight {m.weight!r}; it must be 0 or 1"),
 ]
@@ -98,7 +98,7 @@ def _message(value: Any, position: int) -> dict[str, Any]:
 def _check_messages(value: Any) -> list[dict[str, Any]]:
     "All messages of a conversation, checked."
     if not isinstance(value, list):
-        hint = ', which `json.loads` in a function of "data.preprocess" can make of a text'
+        hint = ', which `json.loads` in a function of "data.preprocess" can read from a string'
         raise DataError(
             f"a conversation must be a list of messages, found {kind_name(value)}; "
             "give each a role and a content"
@@ -107,7 +107,7 @@ def _check_messages(value: Any) -> list[dict[str, Any]]:
     messages = [_message(entry, n) for n, entry in enumerate(value)]
     roles = [m["role"] for m in messages if m["role"] != "system"]
     if roles[:1] == ["assistant"]:
-        raise DataError("the conversation begins with an answer; start with a message of the user")
+        raise DataError("the conversation starts with an assistant message; start with a user message")
     return messages
 
 # %% ../nbs/24_chat.ipynb #76ead088
@@ -119,7 +119,7 @@ def read_messages(
     while messages and not messages[-1]["trained"]: messages.pop()
     if messages: return messages
     raise DataError(
-        "no message is an answer to be trained; add one with the role assistant, and without the weight 0"
+        "there is no assistant message to train on; add one whose weight is not 0"
     )
 
 # %% ../nbs/24_chat.ipynb #2e84badc
@@ -160,7 +160,7 @@ def render(
     messages: list[dict[str, Any]], # each with `role` and `content`, and other keys that the template reads
     add_generation_prompt: bool = False, # end with the header of the assistant's turn
     date: str | None = None, # date for `strftime_now`, such as "2026-11-30"; by default today
-) -> str: # one text, with control tokens by their names
+) -> str: # one text, with special tokens by their names
     "Run a chat template. Raises `DataError` with its message if it refuses these messages."
     plain = [{key: value for key, value in m.items() if key != "trained" and value is not None}
              for m in messages]
@@ -192,7 +192,7 @@ class _ControlTokens(NamedTuple):
 
 
 @lru_cache(8)
-def _control_tokens(tokenizer: Tokenizer) -> _ControlTokens:
+def _special_tokens(tokenizer: Tokenizer) -> _ControlTokens:
     ids = tokenizer.control
     names = sorted(ids, key=len, reverse=True)
     prefixes = {name[:n] for name in ids for n in range(1, len(name))}
@@ -200,7 +200,7 @@ def _control_tokens(tokenizer: Tokenizer) -> _ControlTokens:
 
 # %% ../nbs/24_chat.ipynb #2026eeda
 def _escape(text: str, control: _ControlTokens, mark: str) -> str:
-    "Break up the names of control tokens in a text, and an incomplete one at its end."
+    "Break up the names of special tokens in a text, and an incomplete one at its end."
     while control.pattern.search(text):
         text = control.pattern.sub(lambda name: name[0][0] + mark + name[0][1:], text)
     return text + mark if text.endswith(control.prefixes) else text
@@ -223,15 +223,15 @@ def _unused_character(texts: list[str]) -> str:
     return mark
 
 # %% ../nbs/24_chat.ipynb #8980bc09
-def _escape_control_tokens(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[dict], str]:
-    "Messages that spell no control token, and the mark that prevents it."
-    control = _control_tokens(tokenizer)
+def _escape_special_tokens(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[dict], str]:
+    "Messages that spell no special token, and the mark that prevents it."
+    control = _special_tokens(tokenizer)
     texts = []
     _map_texts(messages, texts.append)
     for name in control.ids: # a single character cannot be broken up
         if len(name) == 1 and any(name in text for text in texts):
             raise DataError(
-                f"the messages hold {name!r}, which is a control token and cannot be distinguished from "
+                f"the messages contain {name!r}, which is a special token and cannot be distinguished from "
                 "text; leave it out"
             )
     mark = _unused_character([tokenizer.chat_template, *texts])
@@ -239,9 +239,9 @@ def _escape_control_tokens(tokenizer: Tokenizer, messages: list[dict]) -> tuple[
 
 # %% ../nbs/24_chat.ipynb #c741e5e4
 def _split(tokenizer: Tokenizer, text: str, mark: str) -> list[str | int]:
-    "Rendered text, split at control tokens, without the mark."
-    control = _control_tokens(tokenizer)
-    parts = control.pattern.split(text)                             # text, control token, text, …
+    "Rendered text, split at special tokens, without the mark."
+    control = _special_tokens(tokenizer)
+    parts = control.pattern.split(text)                             # text, special token, text, …
     return [control.ids[part] if n % 2 else part.replace(mark, "") for n, part in enumerate(parts) if part]
 
 # %% ../nbs/24_chat.ipynb #87155ac6
@@ -259,8 +259,8 @@ def _answer_pieces(tokenizer: Tokenizer, parts: list[str | int]) -> list[Piece]:
 @cache
 def _warn_untrained():
     logger.warning(
-        "The chat template renders earlier answers differently from generated ones, as templates of "
-        "reasoning models do: of such conversations only the last answer is trained."
+        "The chat template renders earlier assistant messages differently from generated ones, as templates "
+        "of reasoning models do; in such conversations only the last assistant message is trained on."
     )
 
 # %% ../nbs/24_chat.ipynb #8376a932
@@ -297,7 +297,7 @@ def template_pieces(
     date: str | None = None, # see `render`
 ) -> list[Piece]: # of the conversation; after a last message from the user, with the generation prompt
     "A conversation by a chat template. Raises `DataError` if the template is not suitable for training."
-    escaped, mark = _escape_control_tokens(tokenizer, messages)
+    escaped, mark = _escape_special_tokens(tokenizer, messages)
     def run(messages, ask): return render(tokenizer, messages, ask, date)
     def split(text): return _split(tokenizer, text, mark)
     segments, rest = _answer_segments(escaped, run)
@@ -484,8 +484,8 @@ def _check_fields(key: str, template: str, allowed: set[str]) -> None:
     "Raise `DataError` if a template needs more than messages can fill in."
     if other := sorted(field_names(template, f"data.{key}") - allowed):
         raise DataError(
-            f'"data.{key}" holds {{{other[0]}}}, but messages fill in {" and ".join(sorted(allowed))} alone; '
-            "take it out, and put what belongs there into the messages"
+            f'"data.{key}" contains {{{other[0]}}}, but messages fill in only '
+            f'{" and ".join(sorted(allowed))}; remove it, and put its text into the messages'
         )
 
 # %% ../nbs/24_chat.ipynb #e69baf16
@@ -494,7 +494,7 @@ def _prompt_turns(fmt: PromptFormat, row: dict[str, Any], conversation: Any) -> 
     if conversation is None: messages = [_untrained("user", fmt.instruction(row))]
     else: messages = [{**m, "trained": False} for m in _check_messages(conversation)]
     while messages and messages[-1]["role"] != "user": messages.pop()
-    if not messages: raise DataError("the conversation has no message of the user; add one")
+    if not messages: raise DataError("the conversation has no user message; add one")
     return messages
 
 # %% ../nbs/24_chat.ipynb #33a16003
@@ -632,6 +632,6 @@ def chat_template(
 
 # %% ../nbs/24_chat.ipynb #29158d87
 def _control_expression(tokenizer: Tokenizer, i: int) -> str:
-    "A control token as a Jinja expression: its variable, such as `eos_token`, or its text."
+    "A special token as a Jinja expression: its variable, such as `eos_token`, or its text."
     variables = {text: name for name, text in reversed(tokenizer.special_tokens_map.items())}
     return variables.get(tokenizer.piece(i), _json(tokenizer.piece(i)))

@@ -63,7 +63,8 @@ def read_flags(
             given[key] = values
         elif values is None:
             raise ConfigError(
-                f"command line: {json.dumps(word, ensure_ascii=False)} belongs to no key; write --config FILE"
+                f"command line: unexpected argument {json.dumps(word, ensure_ascii=False)}; "
+                "write --config FILE"
             )
         else: values.append(word)
     return {key: _parse_value(_key_type(cls, key), words) for key, words in given.items()}
@@ -255,7 +256,7 @@ def generate(
     cfg = tyro.cli(GenerateConfig, prog="mlx-pretrain generate", args=args, use_underscores=True)
     has_instruction = cfg.instruction is not None
     if cfg.prompt and has_instruction:
-        raise ConfigError("--prompt and --instruction exclude each other; keep one of them")
+        raise ConfigError("--prompt and --instruction are mutually exclusive; keep one of them")
     opened, sample = _open_model(cfg)
     prompt = cfg.prompt
     if has_instruction: prompt = render_chat(_prompt_format(opened), opened.tokenizer, [], cfg.instruction)
@@ -375,9 +376,8 @@ TRAINING_COMMANDS = ("train", "sft", "reward", "rl") # a failed write of their c
 def _usage() -> str:
     "One line per command."
     lines = [f"  {name:<10} {f.__doc__.splitlines()[0]}" for name, f in COMMANDS.items()]
-    return "\n".join(
-        ["usage: mlx-pretrain COMMAND …", "", *lines, "", "mlx-pretrain COMMAND --help explains one of them."]
-    )
+    end = "mlx-pretrain COMMAND --help lists the options of a command."
+    return "\n".join(["usage: mlx-pretrain COMMAND …", "", *lines, "", end])
 
 # %% ../nbs/70_cli.ipynb #8ea322b0
 def _command(name: str) -> Callable[[list[str]], None]:
@@ -389,8 +389,8 @@ def _command(name: str) -> Callable[[list[str]], None]:
 
     from mlx_pretrain.config import ConfigError
     close = get_close_matches(name, COMMANDS, 1)
-    remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
-    raise ConfigError(f"there is no command {name!r}; {remedy}")
+    remedy = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
+    raise ConfigError(f"unknown command {name!r}; {remedy}")
 
 # %% ../nbs/70_cli.ipynb #aeadc268
 def _user_message(error: Exception) -> str | None:

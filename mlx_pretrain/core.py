@@ -57,7 +57,7 @@ class RewardModel:
     def compute_reward(
         self,
         prompts: list[str], # B prompts, as the model saw them
-        responses: list[str], # B responses, without control tokens
+        responses: list[str], # B responses, without special tokens
     ) -> mx.array: # (B,) float32 rewards; a list or NumPy array of B numbers is fine too
         """Reward of each response.
 

@@ -18,7 +18,7 @@ from .config import DataError
 from .core import logger
 from .jsonl import Row, hash_file, kind_name, parse_row, quote, read_lines
 from .prompt import Example, PromptFormat, encode_pieces, field_names
-from .token_cache import control_token_pattern
+from .token_cache import special_token_pattern
 from .tokenizer import Tokenizer, group_by_size
 from .user_code import Preprocess
 
@@ -51,7 +51,7 @@ def no_rows_error(
     }
     found = "; ".join(f"{counts[key]} {reason}" for key, reason in reasons.items() if counts[key])
     remedy = "fix the rows or the configuration"
-    return DataError(f"{path}: no row is left of {counts['rows']} ({found}); {remedy}")
+    return DataError(f"{path}: none of its {counts['rows']} rows can be used ({found}); {remedy}")
 
 # %% ../nbs/26_dataset.ipynb #bd06dff7
 def iter_rows(
@@ -112,17 +112,17 @@ def _iter_texts(row: dict[str, Any], columns: set[str], messages: list[dict]) ->
 
 # %% ../nbs/26_dataset.ipynb #8687de56
 class UnreadFields:
-    """What a file holds and a format does not read, and control tokens that are written as text.
+    """What a file holds and a format does not read, and special tokens that are written as text.
 
     `columns`: name → rows in which it has text; `characters`: name → characters of that text; `structured`:
     columns that hold more than a string; `message_keys`: name → rows; `optional`: optional columns of the
-    format → rows that have them; `control_tokens`: (line, place, name) of the first one in each row;
+    format → rows that have them; `special_tokens`: (line, place, name) of the first one in each row;
     `conversational`: does a row hold messages?
     """
     def __init__(
         self,
         fmt: PromptFormat, # names the columns that are read
-        tokenizer: Tokenizer, # has the control tokens, and perhaps a chat template
+        tokenizer: Tokenizer, # has the special tokens, and perhaps a chat template
         preprocessed: bool = False, # has the user's function processed the rows?
     ):
         self.fmt = fmt
@@ -133,7 +133,7 @@ class UnreadFields:
         self.structured = set()
         self.message_keys = Counter()
         self.optional = Counter()
-        self.control_tokens = []
+        self.special_tokens = []
         self.conversational = False
 
     def count(
@@ -153,7 +153,7 @@ class UnreadFields:
             self._count_columns({key: value for key, value in values.items() if key not in read})
         self.message_keys.update(unread_keys(fmt, self.tokenizer, messages))
         self.optional.update({fmt.input_field_optional, fmt.system_field} & values.keys())
-        self._find_control_token(row.line, _iter_texts(values, read, messages))
+        self._find_special_token(row.line, _iter_texts(values, read, messages))
 
     def _count_columns(self, unread: dict[str, Any]):
         for key, value in unread.items():
@@ -162,10 +162,10 @@ class UnreadFields:
             self.characters[key] += length
             if not isinstance(value, str): self.structured.add(key)
 
-    def _find_control_token(self, line: int, texts: Iterable[tuple[str, Any]]):
+    def _find_special_token(self, line: int, texts: Iterable[tuple[str, Any]]):
         for place, text in texts:
-            if isinstance(text, str) and (name := control_token_pattern(self.tokenizer).search(text)):
-                self.control_tokens.append((line, place, name[0]))
+            if isinstance(text, str) and (name := special_token_pattern(self.tokenizer).search(text)):
+                self.special_tokens.append((line, place, name[0]))
                 return
 
 # %% ../nbs/26_dataset.ipynb #057f720e
@@ -195,16 +195,16 @@ def _describe_columns(unread: UnreadFields) -> str:
     return f"{_list_counts({name: unread.columns[name] for name in names})}; {', and '.join(remedies)}"
 
 # %% ../nbs/26_dataset.ipynb #d294de7e
-def _describe_control_tokens(unread: UnreadFields) -> str:
-    "The first control token that is written as text, with its line."
-    line, place, name = unread.control_tokens[0]
-    n = len(unread.control_tokens)
+def _describe_special_tokens(unread: UnreadFields) -> str:
+    "The first special token that is written as text, with its line."
+    line, place, name = unread.special_tokens[0]
+    n = len(unread.special_tokens)
     reason = (
-        "since the tokens that begin and end a text are added automatically"
+        "since BOS and EOS are added automatically"
         if unread.fmt.input_field
         else 'or use "messages" instead'
     )
-    return (f"line {line}: {place} spells {name}, which stays text (control tokens are spelled out in {n:,} "
+    return (f"line {line}: {place} contains {name} as text, which is not the special token (in {n:,} "
             f"row{'s' * (n > 1)}); remove it, {reason}")
 
 # %% ../nbs/26_dataset.ipynb #09090ee4
@@ -224,7 +224,7 @@ def unread_warnings(
     for key in ("input_field_optional", "system_field"):
         if (name := getattr(fmt, key)) and not unread.optional[name]:
             yield f'{path}: no row has the column {quote(name)}; check "data.{key}"'
-    if unread.control_tokens: yield f"{path}, {_describe_control_tokens(unread)}"
+    if unread.special_tokens: yield f"{path}, {_describe_special_tokens(unread)}"
 
 # %% ../nbs/26_dataset.ipynb #9374569e
 def _report(path: str | Path, counts: RowCounts, unread: UnreadFields):
@@ -235,7 +235,7 @@ def _report(path: str | Path, counts: RowCounts, unread: UnreadFields):
 
 
 def _pieces_length(row: Any) -> int:
-    "Characters of a row's texts; a control token counts as one."
+    "Characters of a row's texts; a special token counts as one."
     return sum(len(what) if isinstance(what, str) else 1 for what, *_ in row.pieces)
 
 

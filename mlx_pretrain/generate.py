@@ -118,7 +118,7 @@ def _check_prompts(
     rows = [np.asarray(prompt) for prompt in prompts]
     for n, row in enumerate(rows, 1):
         _check_ids(f"prompt {n}", row, model.args.vocab_size)
-    _check_ids("the set of control tokens", np.asarray(list(control_ids)), model.args.vocab_size)
+    _check_ids("the set of special tokens", np.asarray(list(control_ids)), model.args.vocab_size)
     longest, context = max(row.size for row in rows), model.args.max_position_embeddings
     if longest + max_new_tokens > context:
         raise GenerateError(

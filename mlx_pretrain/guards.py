@@ -26,8 +26,8 @@ def kl_runaway(
     gain = metrics["reward"] - first["reward"]
     if penalty <= gain + 2 * first["reward_std"]: return None
     return (f"the KL to the reference is {metrics['kl']:.3g} nats per response, a penalty of {penalty:.3g} "
-            f"at kl_coef {knobs['kl_coef']:g}, but the reward has gained only {gain:.3g}: the policy is "
-            f'breaking; {_LOWER}, or raise "data.kl_coef"')
+            f"at kl_coef {knobs['kl_coef']:g}, but the reward has gained only {gain:.3g}: the KL is "
+            f'running away; {_LOWER}, or raise "data.kl_coef"')
 
 # %% ../nbs/55_guards.ipynb #0c0f7bef
 def ratio_explosion(metrics: dict, first: dict, knobs: dict) -> str | None:
@@ -57,7 +57,7 @@ def equal_rewards(metrics: dict, first: dict, knobs: dict) -> str | None:
 def no_eos(metrics: dict, first: dict, knobs: dict) -> str | None:
     "Does no response end by itself?"
     if "kl" not in metrics or metrics["eos_fraction"] > 0: return None
-    return ('no response ended by itself, all were cut off: raise "data.response_length", set '
+    return ('no response ended with EOS, all were truncated: raise "data.response_length", set '
             '"data.missing_eos_penalty" to 1, or start from a model that was fine-tuned to stop; ignore this '
             "if responses have a fixed length")
 

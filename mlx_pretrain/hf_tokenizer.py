@@ -358,5 +358,5 @@ def mark_special_tokens(
     ids = {name: tokenizer.token_to_id(name) for name in renamed}
     if any(copy.token_to_id(renamed[name]) != i for name, i in ids.items()):
         raise UnsupportedTokenizer(
-            "its control tokens cannot be distinguished from text; use another tokenizer")
+            "its special tokens cannot be distinguished from text; use another tokenizer")
     return copy, {i: renamed[name] for name, i in ids.items()}

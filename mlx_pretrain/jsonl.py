@@ -73,7 +73,7 @@ def _decoding_problem(error: ValueError | RecursionError, raw: bytes) -> str:
     "What is wrong with a line that `_decode` rejected, and the fix."
     match error:
         case json.JSONDecodeError() if b"\0" in raw:
-            return "contains zero bytes, because it was cut off or is not text; write the file again"
+            return "contains NUL bytes, so it was truncated or is not text; write the file again"
         case json.JSONDecodeError():
             return (f"not valid JSON ({error.msg}, column {error.colno}); "
                     "each line must hold one complete object")
@@ -104,7 +104,7 @@ def get_field(
         columns = ", ".join(map(quote, list(row)[:8])) or "no field at all"
         close = difflib.get_close_matches(name, row, 1)
         remedy = f"did you mean {quote(close[0])}?" if close else f'each row needs a "{name}"'
-        raise DataError(f'there is no field "{name}", the row has {columns}; {remedy}')
+        raise DataError(f'there is no field "{name}"; the row has {columns}; {remedy}')
     if isinstance(row[name], str): return row[name]
     raise DataError(f'"{name}" must be a string, found {kind_name(row[name])}; fix the row')
 

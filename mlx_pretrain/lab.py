@@ -93,7 +93,7 @@ def logged_rows(run: str | Path) -> list[dict]:
 
 # %% ../nbs/63_lab.ipynb #0959415a
 class MetricHistory:
-    """The metrics of a training as float64 series.
+    """The metrics of a run as float64 series.
 
     `series`: metric → (steps, values); `knob_changes`: (steps done, knob, new value), oldest first.
     """
@@ -424,7 +424,7 @@ def _cell_sent_at() -> datetime | None:
 
 
 class _WaitTransformer(ast.NodeTransformer):
-    "Makes cells wait that were sent together with the one that started a training, or before it ended."
+    "Makes cells wait that were sent together with the one that started a run, or before it ended."
     def __init__(self, live: "Live"):
         now = datetime.now(UTC)
         sent = _cell_sent_at() or datetime.min.replace(tzinfo=UTC)
@@ -436,12 +436,12 @@ class _WaitTransformer(ast.NodeTransformer):
     def visit(self, node):
         live, sent = self.live(), _cell_sent_at()
         if live and sent and sent <= self.deadline and live.playing and not live.wait():
-            raise InputRejected("The training above was paused before its end, so this cell was not run.")
+            raise InputRejected("The run above was paused before its end, so this cell was not run.")
         return node
 
 # %% ../nbs/63_lab.ipynb #9a5c13f6
 def _wait_in_later_cells(live: "Live"):
-    "Install the transformer for a training, in place of an earlier one."
+    "Install the transformer for a run, in place of an earlier one."
     shell = get_ipython()
     others = [t for t in shell.ast_transformers if not isinstance(t, _WaitTransformer)]
     shell.ast_transformers[:] = [*others, _WaitTransformer(live)]
@@ -668,7 +668,7 @@ def log_rows(run: Run, rows: list[dict]):
 
 # %% ../nbs/63_lab.ipynb #a41b7c02
 class RunRecorder:
-    "The run directory of a training that is stopped and resumed; in a `with` block it is open."
+    "The run directory of a run that is stopped and resumed; in a `with` block it is open."
     def __init__(self, trainer: Trainer, root: str | Path | None): # of all runs; `None`: no recording
         self.trainer, self.root = trainer, root
         self.run = None # once there is one
@@ -946,7 +946,7 @@ class ViewedLoop(RecordedLoop):
     def _say(self, text: str, is_error: bool = False): self.view.say(text, is_error)
 
 # %% ../nbs/63_lab.ipynb #6e1bfbd2
-NO_FRONT_END = "There is no JupyterLab with buttons here, so this trains to the end."
+NO_FRONT_END = "There are no widgets here, so training runs to the end without a panel; JupyterLab has them."
 
 
 def _train_in_foreground(live: "Live"):
@@ -987,13 +987,13 @@ def _pause_other(live: "Live"):
     "Pause the training that runs now. A running one is kept alive here: only its buttons may refer to it."
     other = Live._running
     if other is not None and other is not live and other.playing:
-        other.pause("Paused, because another training was started.")
+        other.pause("Paused, because another training run was started.")
     Live._running = live
 
 
 def _take_over(live: "Live", other: "Live"):
     "Continue the run and the curves of an earlier panel of the same trainer, and switch that panel off."
-    other.pause("Another panel shows this training now.")
+    other.pause("Another panel shows this training run now.")
     other._is_replaced = True
     other.view.refresh()
     live.trainer.callbacks.remove(other._observe)

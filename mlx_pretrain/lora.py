@@ -85,9 +85,9 @@ class LoRAConfig(ConfigSection):
     dropout: float = Field(0.0, ge=0, lt=1)
     "Dropout rate on the adapters' input during training."
     targets: tuple[str, ...] = ()
-    "Projections that get adapters, such as q_proj or mlp.down_proj; default: all seven of a block."
+    "Linear layers that get adapters, such as q_proj or mlp.down_proj; default: all seven of each layer."
     num_layers: int | None = Field(None, ge=1)
-    "Number of blocks that get adapters, counted from the last; default: all."
+    "Number of layers that get adapters, counted from the last; default: all."
 
     @field_validator("targets", mode="before")
     @classmethod

@@ -81,9 +81,9 @@ class LlamaArgs(ConfigSection):
     hidden_size: int = Field(ge=1)
     "Width of the residual stream (D)."
     intermediate_size: int = Field(ge=1)
-    "Width inside the feed-forward (F)."
+    "Width of the feed-forward layer, or MLP (F)."
     num_hidden_layers: int = Field(ge=1)
-    "Number of blocks (L)."
+    "Number of transformer layers (L)."
     num_attention_heads: int = Field(ge=1)
     "Query heads (H)."
     num_key_value_heads: int = Field(ge=1)
@@ -97,7 +97,7 @@ class LlamaArgs(ConfigSection):
     rope_theta: float = Field(10_000.0, gt=0)
     "Base θ of the rotary embeddings."
     rope_traditional: bool = False
-    "Rotate pairs of neighbouring coordinates instead of (x[i], x[i + D/2])."
+    "Interleaved RoPE: rotate pairs (x[2i], x[2i + 1]) instead of (x[i], x[i + D/2])."
     rope_scaling: RopeScaling = RopeScaling()
     "RoPE scaling for longer contexts."
     attention_bias: bool = False
@@ -451,7 +451,7 @@ class Dimensions(ConfigSection):
     hidden_size: int = Field(256, ge=1, le=2**17)
     "Width of the residual stream."
     intermediate_size: int | None = Field(None, ge=1, le=2**20)
-    "Width of the feed-forward; by default 8/3 of `hidden_size`, rounded up to a multiple of 32."
+    "Width of the feed-forward layer (MLP); by default 8/3 of `hidden_size`, rounded up to a multiple of 32."
     num_layers: int = Field(4, ge=1, le=1000)
     "Number of blocks."
 
@@ -459,7 +459,7 @@ class Dimensions(ConfigSection):
 class AttentionConfig(ConfigSection):
     "Attention heads and context length."
     num_heads: int | None = Field(None, ge=1, le=2**17)
-    "Query heads; by default the largest divisor of `hidden_size` near `hidden_size` / 64, at least 1."
+    "Query heads; by default one per 64 of `hidden_size`, or the next smaller number that divides it evenly."
     num_kv_heads: int | None = Field(None, ge=1)
     "Key and value heads; by default as many as `num_heads`."
     head_dim: int | None = Field(None, ge=2, le=2**17, multiple_of=2)
@@ -477,9 +477,9 @@ class Normalization(ConfigSection):
 class RopeConfig(ConfigSection):
     "Rotary position embeddings (RoPE)."
     theta: float = Field(10_000.0, ge=1, le=1e12)
-    "Base θ."
+    "Base θ of the rotary embeddings."
     traditional: bool = False
-    "Rotate pairs of neighbouring coordinates instead of (x[i], x[i + D/2])."
+    "Interleaved RoPE: rotate pairs (x[2i], x[2i + 1]) instead of (x[i], x[i + D/2])."
     scaling: RopeScaling = RopeScaling()
     "RoPE scaling for longer contexts."
 

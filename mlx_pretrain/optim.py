@@ -257,7 +257,7 @@ def make_optimizer(
     cfg: Optimization,
     learning_rate: float, # initial; a trainer sets it at every step
     weight_decay: float, # decoupled for adamw and muon, an L2 penalty for adam and sgd; on matrices only
-) -> optim.Optimizer: # not initialised yet
+) -> optim.Optimizer: # not initialized yet
     "The configured optimizer."
     momentum = cfg.momentum if cfg.momentum is not None else {"muon": 0.95}.get(cfg.optimizer, 0.9)
     if cfg.optimizer == "sgd": return SGD(learning_rate, momentum, weight_decay)

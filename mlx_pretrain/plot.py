@@ -174,7 +174,7 @@ def _mark_knob_changes(axes, runs: list[_PlottedRun], x: str, labelled: bool = T
 _KL = "KL to the reference (nats per response)"
 _BOTH = {
     "losses": {"policy_loss": "policy_loss", "value_loss": "value_loss"},
-    "share of clipped tokens": {"clip_fraction": "training"},
+    "clip fraction": {"clip_fraction": "training"},
     "entropy (nats per token)": {"entropy": "training"},
 }
 _SAMPLED = {
@@ -273,9 +273,9 @@ def _plot_reward_models(runs: list[_PlottedRun]) -> Figure:
     _label(loss, "loss (nats per pair)" if pairs else "loss (half the squared error)", xlabel="steps")
     _label(accuracy, "accuracy on pairs" if pairs else "correlation with the rewards", xlabel="steps")
     if pairs: _label(reliability, "calibration on held-out pairs", xlabel="confidence", ylabel="accuracy")
-    else: _label(reliability, "held-out rows", xlabel="reward of the row", ylabel="reward of the model")
-    _label(length, "held-out responses and their length", xlabel="tokens of the response",
-           ylabel="reward of the model")
+    else: _label(reliability, "held-out rows", xlabel="reward in the row", ylabel="predicted reward")
+    _label(length, "held-out responses and their length", xlabel="response length (tokens)",
+           ylabel="predicted reward")
     for axes in (loss, accuracy): _mark_knob_changes(axes, runs, "step", labelled=axes is loss)
     _legend(figure, runs)
     return figure
@@ -312,7 +312,7 @@ def _kind_of_run(rows: list[dict]) -> str:
 
 
 def plot_runs(
-    runs: list[str | Path], # run directories, at least one; with more than ten, colours repeat
+    runs: list[str | Path], # run directories, at least one; with more than ten, colors repeat
 ) -> Figure: # one axes; six for reinforcement learning; four for reward models
     """Losses against the tokens seen; for reinforcement learning reward, KL and more; for reward models also
     accuracy and calibration. Dotted lines are knob changes.

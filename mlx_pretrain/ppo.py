@@ -158,16 +158,16 @@ class PPOParams(ConfigSection):
     response_length: int = Field(64, ge=1)
     "Maximum tokens per response."
     missing_eos_penalty: float | None = Field(None, ge=0)
-    "Subtracted from the reward of a response that has no end-of-text token."
+    "Subtracted from the reward of a response that does not end with EOS."
     whiten_rewards: bool = False
-    "Scale the per-token rewards of a step to variance 1?"
+    "Whiten rewards: scale the per-token rewards of a step to variance 1; their mean is kept."
     target_kl: float | None = Field(None, ge=0)
     """Skip the remaining epochs of a step once an epoch's mean approx_kl exceeds this; 0: never; adjustable
     during training."""
     kl_estimator: Literal["k1", "k3"] = "k1"
     "Estimator of the reported KL. The penalty always uses k1: the gradient of k3 is not that of the KL."
     guards: Literal["stop", "warn"] = "stop"
-    "Whether training stops or only warns when a guard detects a broken policy."
+    "What to do if the KL runs away or the ratios explode: stop the training, or only warn."
 
 # %% ../nbs/04_ppo.ipynb #86b817a3
 class PPOData(PromptConfig, PPOParams):
@@ -232,7 +232,7 @@ class PPOLogging(LoggingConfig):
 class PPOConfig(FinetuneConfig):
     "Configuration of a PPO run: what `rl.py --config` reads."
     pretrained_model: str | None = None
-    "The initial policy: a run, a checkpoint, or a Hugging Face directory."
+    "Initial policy and reference of the KL penalty: a run, a checkpoint, or a Hugging Face directory."
     reward_model: str | None = None
     """What scores responses: file.py:Name, module:Name, or the run of a reward model; without it, the rows'
     own rewards are used."""

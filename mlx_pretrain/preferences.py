@@ -28,7 +28,7 @@ from .tokenizer import Tokenizer
 # %% ../nbs/50_preferences.ipynb #83f26ffb
 @lru_cache(8)
 def _template_around_message(tokenizer: Tokenizer) -> tuple[str, str]:
-    "The text of a chat template before and after a single message of the user, without control tokens."
+    "The text of a chat template before and after a single message of the user, without special tokens."
     message = {"role": "user", "content": "What is the question?", "trained": False}
     try: [(ids, _)] = encode_pieces(tokenizer, [template_pieces(tokenizer, [message])])
     except DataError: return "", ""
@@ -44,7 +44,7 @@ def _extract_message(tokenizer: Tokenizer, prompt: str) -> str:
 
 # %% ../nbs/50_preferences.ipynb #43d6f0fb
 def _join_texts(pieces: list[Piece]) -> list[Piece]:
-    "Join adjacent texts, as transformers encodes all text between two control tokens at once."
+    "Join adjacent texts, as transformers encodes all text between two special tokens at once."
     joined = []
     for what in (piece.content for piece in pieces):
         if joined and isinstance(what, str) and isinstance(joined[-1].content, str):
@@ -56,7 +56,7 @@ def _join_texts(pieces: list[Piece]) -> list[Piece]:
 def encode_prompt_response(
     tokenizer: Tokenizer, # of the reward model
     fmt: PromptFormat, # of the reward model
-    prompts: list[str], # as the policy read them, without control tokens
+    prompts: list[str], # as the policy read them, without special tokens
     responses: list[str],
     messages: list[list[dict[str, str]] | None] | None = None, # the prompts as messages, where known
 ) -> list[list[int]]: # token ids of prompt and response

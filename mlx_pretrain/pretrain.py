@@ -24,7 +24,7 @@ def next_token_loss(
     model: Llama,
     batch: Batch, # inputs, targets and mask, (B, T) each
 ) -> tuple[mx.array, mx.array]: # (summed loss in nats, number of tokens)
-    "Cross-entropy of the next token over the tokens that count."
+    "Cross-entropy of the next token, where `loss_mask` is true."
     return model.loss(model.hidden(batch.inputs), batch.targets, batch.loss_mask)
 
 # %% ../nbs/02_pretrain.ipynb #9262cd62
@@ -57,7 +57,7 @@ def build_model(
         raise ConfigError(
             f'"data.preprocessing.max_context_size" ({context}) is larger than '
             f'"model.attention.max_position_embeddings" ({args.max_position_embeddings}); '
-            "make one fit the other"
+            "lower the first or raise the second"
         )
     return Llama(args, cfg.system.seed)
 
@@ -106,7 +106,7 @@ def pretrain(
 ) -> Path: # the run's directory
     """Pretrain a model as configured, or resume; the result is in `<root>/<name>/model`.
 
-    Raises `UserError` for any error in configuration, data or place; nothing is written before these are
-    checked.
+    Raises `UserError` for any error in configuration, data or run directory; nothing is written before
+    these are checked.
     """
     return run_stage(cfg, lambda saved: PretrainTrainer(cfg, **kwargs), root)

@@ -338,10 +338,10 @@ def _first_names(names: list[str]) -> str:
 
 def _check_names(own: set[str], names: set[str], source: Path):
     "Raise `PretrainedError` if the names of weights are not exactly the model's own."
-    for problem, others in (("lacks", own - names), ("holds the unknown", names - own)):
+    for problem, others in (("has no weights", own - names), ("has unexpected weights", names - own)):
         if not others: continue
-        hint = "does its config.json belong to it?"
-        if "lm_head.weight" in others: hint = 'is "tie_word_embeddings" in its config.json right?'
+        hint = "check that its config.json belongs to it"
+        if "lm_head.weight" in others: hint = 'check "tie_word_embeddings" in its config.json'
         raise PretrainedError(f"{source} {problem} {_first_names(sorted(others))}; {hint}")
 
 # %% ../nbs/32_pretrained.ipynb #7104bccc
@@ -478,11 +478,11 @@ def _merge_adapters(saved: Checkpoint, weights: dict[str, mx.array], file: Path)
     path = _find_base(base.get("path", ""), saved.path)
     if not Path(path).is_dir():
         raise PretrainedError(
-            f"{file} holds adapters to the model in {path}, which does not exist; restore it"
+            f"{file} contains adapters for the model in {path}, which does not exist; restore that model"
         )
     model = load(path).model
     if base_identity(model) != base.get("identity", ""):
-        raise PretrainedError(f"{file} holds adapters to another model than that in {path} now")
+        raise PretrainedError(f"{file} contains adapters for another model than that which is now in {path}")
     model = apply_lora(model, LoRAConfig.model_validate_json(json.dumps(base["lora"])))
     fill_adapters(model, weights, file)
     return merge(model)

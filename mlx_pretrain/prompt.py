@@ -31,7 +31,7 @@ def split_format(
         if name is None: continue
         if spec or conversion or not _is_plain(name):
             field = f"{{{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}}}"
-            raise ConfigError(f"{quote(field)} is more than the name of a field, {help}")
+            raise ConfigError(f"{quote(field)} is not the name of a field, {help}")
         pieces.append((text, name))
         text = ""
     return [*pieces, (text, None)] if text else pieces
@@ -189,7 +189,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 class Piece(NamedTuple):
     """A part of a row.
 
-    `content`: a text, in which nothing is a control token, or the id of a control token;
+    `content`: a text, in which nothing is a special token, or the id of a special token;
     `trained`: whether the loss covers it;
     `cut`: no token may span its start: the tokens before it are those of the row up to there.
     """
@@ -263,7 +263,7 @@ _TRAINED, _MASKED = "background:#b7e4c7;color:#081c15", "background:#e9ecef;colo
 
 # %% ../nbs/23_prompt.ipynb #39d65311
 class TokenView:
-    "Tokens in colours, for a notebook: green is trained, grey is masked, what is truncated is struck out."
+    "Tokens in colors, for a notebook: green is trained, grey is masked, what is truncated is struck out."
     def __init__(
         self,
         tokenizer: Tokenizer,

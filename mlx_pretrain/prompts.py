@@ -119,7 +119,7 @@ def _check_room(prompt: list[int], response_length: int, context: int):
     "Raise `DataError` if a prompt is empty or too long."
     if not prompt:
         raise DataError(
-            "the prompt is empty, and the tokenizer has no beginning-of-text token; write a prompt"
+            "the prompt is empty, and the tokenizer has no BOS token; write a prompt"
         )
     if len(prompt) + response_length > context:
         raise DataError(

@@ -353,9 +353,9 @@ def _example(inputs: RewardInputs) -> str:
 
 
 _REPORT = {
-    "accuracy": "{:.1%} in the right order",
+    "accuracy": "accuracy {:.1%}",
     "calibration_error": "calibration error {:.1%}",
-    "calibration_by_chance": "expected by chance {:.1%}",
+    "calibration_by_chance": "({:.1%} if perfectly calibrated)",
     "correlation": "correlation with the rewards {:.2f}",
     "longer_chosen": "the longer response is chosen in {:.0%}",
     "longer_preferred": "the model prefers it in {:.0%}",
@@ -513,7 +513,7 @@ class RewardTrainer(StageTrainer):
             logger.warning('"pretrained_model" changed since the checkpoint; the reward will be normalized '
                            "on samples of the new model.")
 
-    def normalised(self) -> TrainedReward:
+    def normalized(self) -> TrainedReward:
         "The reward model, normalized on samples of the initial policy."
         reward = TrainedReward(self.model, self.tokenizer, self.format)
         return normalize_on_policy(reward, self.inputs, self.normalization_rows, self.seed)
@@ -522,7 +522,7 @@ class RewardTrainer(StageTrainer):
         "Restore the best weights, normalize the reward, write it to the run directory, and report on it."
         best = _best_checkpoint(run, self.best)
         if best: load_weights(self.model, load_checkpoint(best)[0]["model"], best)
-        metrics = write_reward(self.normalised(), self.held_out, run.path)
+        metrics = write_reward(self.normalized(), self.held_out, run.path)
         run.update_metadata(reward_model=metrics)
         text = report(metrics, self.best[0] if best else self.steps_done, best is not None)
         run.log_text(text)

@@ -81,11 +81,11 @@ def format_warning(
         reason = ('the policy\'s "data.prompt_format" has other columns than the instruction'
                   if by_instruction(own) else "it has no chat template")
         return (f"The reward model reads prompts in the policy's format, because {reason}; if it was trained "
-                "on prompts of another format, its rewards may mean little.")
+                "on prompts of another format, its rewards may be unreliable.")
     if policy.system_prompt and policy.system_prompt != own.system_prompt:
         own_prompt = "a different one" if own.system_prompt else "no system prompt"
         return ('The reward model reads the policy\'s "data.system_prompt", but its own format has '
-                f"{own_prompt}; its rewards may mean little.")
+                f"{own_prompt}; its rewards may be unreliable.")
     return None
 
 # %% ../nbs/51_reward_model.ipynb #135ce925
@@ -124,7 +124,7 @@ class TrainedReward(RewardModel):
 
     def compute_reward(
         self,
-        prompts: list[str], # texts of the prompts in the policy's format, without control tokens, B
+        prompts: list[str], # texts of the prompts in the policy's format, without special tokens, B
         responses: list[str], # B
         prompt_messages: list[list[dict[str, str]] | None] | None = None, # prompts as messages, B
     ) -> np.ndarray: # (B,) float32
@@ -151,7 +151,7 @@ class TrainedReward(RewardModel):
         "Warn if prompts have another format than in training, or texts may exceed the model's context."
         if warning := format_warning(self.format, fmt): logger.warning(warning)
         if context > (limit := self.model.args.max_position_embeddings):
-            logger.warning(f"The reward model reads at most {limit} tokens: only the end of longer texts.")
+            logger.warning(f"The reward model's context is {limit} tokens; longer texts lose their start.")
 
     def __repr__(self):
         weights = sorted(tree_flatten(self.model.parameters()))

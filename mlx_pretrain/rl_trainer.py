@@ -108,7 +108,7 @@ def resolve_inputs(
     pretrained = open_base_model(cfg, pretrained)
     if pretrained is None:
         raise ConfigError(
-            '"pretrained_model" is missing; name a run of a model that can answer, such as that of sft.py')
+            '"pretrained_model" is missing; name a fine-tuned model, such as a run of sft.py')
     pretrained = pretrained._replace(model=merge(pretrained.model))
     cfg = resolve_config(cfg, pretrained.model)
     fmt = resolve_prompt_format(cfg, pretrained, path, off_policy=reward is None)

@@ -110,7 +110,7 @@ def sample_responses(
     step: int = 0,
     batch_size: int | None = None, # responses sampled at a time; by default all
 ) -> Samples: # B responses
-    "Sample responses and score them with the columns of their rows; a row's own response is taken as it is."
+    "Sample a response per prompt and compute its reward; rows that have a response keep it."
     _, tokenizer, _, fmt = pretrained
     prompts = [dataset.prompts[i] for i in indices]
     prompt_texts = [tokenizer.decode(prompt) for prompt in prompts]
@@ -239,7 +239,7 @@ def take_rows(
     rollout: Rollout, # B responses
     rows: np.ndarray, # which of them, (b,)
 ) -> Rollout: # b responses
-    "Some rows of a rollout, without the columns that are padding in all of them."
+    "Some rows of a rollout, trimmed to their longest prompt and response, rounded up to a bucket size."
     R = rollout.response_mask.shape[1]
     P = rollout.tokens.shape[1] - R
     prompt_length = P - int(np.array(rollout.pad)[rows].min())            # the longest prompt

@@ -77,7 +77,8 @@ class PromptConfig(DataConfig):
     validation_file: str | None = None
     "Held-out rows, in the same form."
     prompt_format: str | None = None
-    'Prompt template; default: as in the pretrained model, else "### Instruction: …", or "prompt" as it is.'
+    """Prompt template; default: that of the pretrained model, else "### Instruction: …"; the text of a
+    `prompt` column is used unchanged."""
     response_format: str | None = None
     'Response template; default: that of the pretrained model, else "{response}".'
     system_prompt: str | None = None
@@ -155,7 +156,7 @@ def _check_column(row: Row, name: str, key: str):
     close = difflib.get_close_matches(name, row.value, 1)
     remedy = f"did you mean {quote(close[0])}?" if close else "name one of these"
     raise DataError(
-        f'{row.file}, line {row.line}: there is no field {quote(name)}, as "data.{key}" says, the row has '
+        f'{row.file}, line {row.line}: "data.{key}" is {quote(name)}, but the row has no such field; it has '
         f"{_list_columns(row)}; {remedy}"
     )
 
@@ -204,7 +205,7 @@ def read_first_row(
             return row
         except DataError as e: counts.reject(e)
     first = f"; the first error: {counts.first_error}" if counts.first_error else ""
-    raise DataError(f"{path}: no row is left of {counts['rows']}{first}")
+    raise DataError(f"{path}: none of its {counts['rows']} rows can be used{first}")
 
 # %% ../nbs/27_rows.ipynb #b0f6847b
 FORMAT_KEYS = ("prompt_format", "response_format", "system_prompt", "date")

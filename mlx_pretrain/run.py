@@ -319,7 +319,7 @@ def _try_lock(file: Path, handle: int) -> bool: # False if another process holds
     except BlockingIOError: return False
     except OSError as e:
         logger.warning(
-            f"{file} cannot be locked ({e.strerror}); a second training could write to the same run"
+            f"{file} cannot be locked ({e.strerror}); a second process could write to the same run"
         )
     return True
 

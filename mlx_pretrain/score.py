@@ -73,7 +73,7 @@ def _from_object(reward: Any) -> RewardModel:
     "A reward that is a Python object. Raises `RewardError` if it is none."
     try: return as_reward_model(reward)
     except TypeError as e:
-        remedy = "make an object of it" if inspect.isclass(reward) else "give one of them"
+        remedy = "instantiate it" if inspect.isclass(reward) else "give one of them"
         raise RewardError(f"{e}; {remedy}") from None
 
 
@@ -120,8 +120,8 @@ def _checked(returned: Any, responses: list[str]) -> np.ndarray: # float32
     invalid = np.flatnonzero(~(np.abs(values) < 1e15))
     if len(invalid):
         value, response = values[invalid[0]], responses[invalid[0]]
-        raise ValueError(f"returned {value:g} for the response {response[:60]!r}; return a finite number of "
-                         "reasonable size")
+        raise ValueError(f"returned {value:g} for the response {response[:60]!r}; return a finite number "
+                         "between -1e15 and 1e15")
     return values.astype(np.float32)
 
 # %% ../nbs/52_score.ipynb #8abef9ba
@@ -164,6 +164,6 @@ def check_row(
     if not missing: return names
     found = ", ".join(map(quote, list(row)[:8])) or "no column at all"
     raise DataError(
-        f'there is no column "{missing[0]}", which the reward {reward_name(reward)} needs, the row has '
+        f'there is no column "{missing[0]}", which the reward {reward_name(reward)} needs; the row has '
         f"{found}; add it, or give the parameter a default value"
     )

@@ -121,8 +121,8 @@ class Forecast(NamedTuple):
     machine_memory: int
 
     def __str__(self):
-        return (f"About {span(self.seconds)}, training at {self.tokens_per_second:,.0f} tokens/s; "
-                f"{short(self.peak_memory)}B of memory, of {short(self.machine_memory)}B.")
+        return (f"Estimated time: {span(self.seconds)}, at {self.tokens_per_second:,.0f} tokens/s; "
+                f"peak memory {short(self.peak_memory)}B of {short(self.machine_memory)}B.")
 
 # %% ../nbs/43_session.ipynb #98c6edd8
 def _machine_memory() -> int:
@@ -220,7 +220,7 @@ def _describe_duration(trainer: Trainer, took: dict) -> str:
     "What a run took, and its best evaluation."
     seconds, memory = span(took["seconds"]), short(took["peak_memory"])
     text = f"Took {seconds} for {took['tokens']:,} tokens, {memory}B peak memory."
-    if trainer.skipped: text += f" {trainer.skipped} steps were skipped because they were not finite."
+    if trainer.skipped: text += f" {trainer.skipped} steps with a non-finite loss or gradient were skipped."
     if trainer.best:
         step, value = trainer.best
         text += f" Best {trainer.metric_for_best}: {value:.4f}, at step {step} of {trainer.steps_done}."

@@ -44,7 +44,7 @@ def response_loss(
 class SFTData(PromptConfig):
     "Training data: rows with a prompt and a response."
     mask_prompt: bool = True
-    "Exclude the prompt from the loss; `false` trains it, too."
+    "Exclude the prompt from the loss; with `false`, train on it too."
     truncation: Truncation = "drop"
     "What to do with a row longer than `max_context_size`: `drop` it, `keep_start`, or `keep_end`."
 

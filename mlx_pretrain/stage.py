@@ -105,7 +105,7 @@ class LoRATrainingConfig(TrainingConfig):
     def _adapters_alone(self):
         if self.lora.rank and (self.freeze or self.train_only):
             raise ValueError(
-                "with adapters (lora.rank above 0) nothing else is trained; take freeze and train_only out"
+                "with LoRA (lora.rank above 0) only the adapters are trained; remove freeze and train_only"
             )
         return self
 
@@ -173,8 +173,8 @@ def resolve_config(
     if context > longest:
         if "max_context_size" in preprocessing.model_fields_set:
             raise ConfigError(
-                f'"data.preprocessing.max_context_size" is {context}, but the model reads at most {longest}; '
-                "lower it"
+                f'"data.preprocessing.max_context_size" is {context}, more than the context of the model, '
+                f"{longest}; lower it"
             )
         cfg = _with_data(cfg, preprocessing=preprocessing.model_copy(update={"max_context_size": longest}))
     return cfg.model_copy(update={"model": ModelConfig.from_args(model.args)})
@@ -412,7 +412,7 @@ def _check_base(here: dict, saved: Checkpoint):
         )
     if there.get("identity") != base.get("identity"):
         raise RunError(
-            f'{saved.path} holds adapters to another model than "pretrained_model" is now; set it to '
+            f'{saved.path} contains adapters for another model than "pretrained_model" is now; set it to '
             f'{there["path"]} as it was'
         )
 
@@ -441,8 +441,8 @@ def _with_sampler(trainer: StageTrainer, saved: Checkpoint, config: dict) -> Che
     if "sampler" in saved.state: return saved
     try: found = _earlier_sampler(trainer, saved, config)
     except (KeyError, TypeError):
-        logger.warning(f"{saved.path} and its run do not say with which batch size it was made; its position "
-                       f"in the data is counted in batches of {trainer.sampler.last.batch_size}.")
+        logger.warning(f"{saved.path} and its run do not record the batch size; its position in the data is "
+                       f"computed for batches of {trainer.sampler.last.batch_size}.")
         found = {"sampler": trainer.sampler.state()}
     return saved._replace(state={**saved.state, **found})
 
@@ -556,8 +556,8 @@ def _count_parameters(model: Llama | ScalarLlama) -> int:
 def _describe_parameters(trainer: StageTrainer) -> str:
     count = _count_parameters(trainer.model)
     trained = sum(w.size for _, w in tree_flatten(trainer.model.trainable_parameters()))
-    if trainer.base: return f"{count:,} parameters, and {trained:,} in adapters, which are trained"
-    if trained < count: return f"{count:,} parameters, {trained:,} of them trained"
+    if trainer.base: return f"{count:,} parameters and {trained:,} trainable ones in adapters"
+    if trained < count: return f"{count:,} parameters, {trained:,} of them trainable"
     return f"{count:,} parameters"
 
 # %% ../nbs/44_stage.ipynb #8cefaba8
@@ -578,7 +578,7 @@ def _print_plan(trainer: StageTrainer, place: Path) -> str: # what was printed
     )
     say(plan)
     if needed > free:
-        logger.warning(f'The disk of {place} may become full: free some, or lower "logging.keep_last"')
+        logger.warning(f'The disk of {place} may become full: free some space, or lower "logging.keep_last"')
     if trainer.probe_message: say(trainer.probe_message)
     if compiles_first():
         say(COMPILING)

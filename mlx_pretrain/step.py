@@ -91,9 +91,10 @@ def same_arrays(
     a: nn.Module | dict | list, # a module or a nested dict or list of arrays
     b: nn.Module | dict | list,
 ) -> bool:
-    "Whether two trees have the same names, and the same arrays bit for bit."
-    a, b = dict(tree_flatten(a)), dict(tree_flatten(b))
-    return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
+    "Whether two trees are not empty, and have the same names, types and bits."
+    def content(tree):
+        return {name: (w.shape, w.dtype, bytes(memoryview(w))) for name, w in tree_flatten(tree)}
+    return content(a) == content(b) != {}
 
 # %% ../nbs/41_step.ipynb #ba2e339d
 def _revert_unless(finite: mx.array, state: list, before: dict[str, mx.array]):
@@ -104,7 +105,7 @@ def _revert_unless(finite: mx.array, state: list, before: dict[str, mx.array]):
 # %% ../nbs/41_step.ipynb #8b273190
 def compile_update(
     model: nn.Module, # trained in place
-    optimizer: optim.Optimizer, # initialised for the model's trainable parameters
+    optimizer: optim.Optimizer, # initialized for the model's trainable parameters
     gradient_clip: float, # maximum gradient norm
     clip_by_part: bool = False, # clip each top-level part of the model separately?
 ) -> Callable[..., tuple]: # (result of `gradient`, learning rate) → what `Update` returns
@@ -137,7 +138,7 @@ class Update:
     def __init__(
         self,
         model: nn.Module, # trained in place
-        optimizer: optim.Optimizer, # initialised here, for the model's trainable parameters
+        optimizer: optim.Optimizer, # initialized here, for the model's trainable parameters
         loss: LossFn,
         gradient_clip: float, # maximum gradient norm
         clip_by_part: bool = False, # clip each top-level part of the model separately?

@@ -39,7 +39,7 @@ def encode_utf8(text: str) -> bytes:
 
 # %% ../nbs/22_tokenizer.ipynb #79646bed
 class SpecialTokens(ConfigSection):
-    "Names of the three control tokens. A text that spells such a name stays text."
+    "Names of the three special tokens. A text that contains such a name stays text."
     pad: str = "<pad>"
     "Padding token; never a target."
     bos: str = "<bos>"
@@ -274,11 +274,11 @@ class Tokenizer(SpecialTokenIds):
 
     @property
     def control(self) -> dict[str, int]:
-        "Control tokens by name, for code that builds documents; in a text, such a name is only text."
+        "Special tokens by name, for code that builds documents; in a text, such a name is only text."
         return {self._name(i): i for i in (self.bos_id, *self.eos_ids) if i is not None} | self._control()
 
     def encode(self, text: str) -> list[int]:
-        "Token ids of one text, without control tokens. Raises `DataError` if it cannot be encoded."
+        "Token ids of one text, without special tokens. Raises `DataError` if it cannot be encoded."
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
@@ -289,9 +289,9 @@ class Tokenizer(SpecialTokenIds):
 
     def encode_parts(
         self,
-        rows: list[list[str | int]], # texts, in which nothing is a control token, and ids of control tokens
+        rows: list[list[str | int]], # texts, in which nothing is a special token, and ids of special tokens
     ) -> list[tuple[list[int], list[range]]]: # per row: token ids, and the parts that each covers
-        "Token ids of rows, each encoded as one text, as transformers does if no text spells a control token."
+        "Token ids of rows, each encoded as one text, as transformers does if no text spells a special token."
         for row in rows:
             for part in row:
                 if isinstance(part, str):
@@ -301,14 +301,14 @@ class Tokenizer(SpecialTokenIds):
     def _encode_parts(self, rows): return _encode_separately(self.encode_batch, rows)
 
     def decode(self, ids: Iterable[int]) -> str:
-        "The text of token ids, without control tokens and ids from `vocab_size` on; invalid UTF-8 becomes �."
+        "The text of token ids, without special tokens and ids from `vocab_size` on; invalid UTF-8 becomes �."
         ids, control = [*map(int, ids)], {self.pad_id, self.bos_id, *self.eos_ids}
         if min(ids, default=0) < 0:
             raise DataError(f"there is no token {min(ids)}; ids count from 0")
         return self._decode([i for i in ids if i < self.vocab_size and i not in control])
 
     def piece(self, id: int) -> str:
-        "One token for display: its text, `<0xE2>` for part of a character, or the name of a control token."
+        "One token for display: its text, `<0xE2>` for part of a character, or the name of a special token."
         return self._name(int(id)) if 0 <= id < self.vocab_size else f"<{id}>"
 
     def fit_to(self, vocab_size: int, path: str | Path) -> None:
@@ -357,8 +357,8 @@ def _text_runs(texts: list[str | None]) -> list[list[int]]:
 
 
 def _encode_runs(
-    rows: list[list[str | int]], # texts, and ids of control tokens
-    spell: Callable[[int], str | None], # text of a control token; None: it has none
+    rows: list[list[str | int]], # texts, and ids of special tokens
+    spell: Callable[[int], str | None], # text of a special token; None: it has none
     encode: Callable[[list[str]], Iterable[_Spans]], # texts → their tokens
     size: Callable[[str], int], # length of a text, in the unit of the spans
 ) -> list[tuple[list[int], list[range]]]: # see `Tokenizer.encode_parts`
@@ -393,7 +393,7 @@ def _covered_parts(
     ends: np.ndarray, # of the run's parts, in their joined text
     ids: np.ndarray, spans: np.ndarray,
 ):
-    "The parts that each token covers; a control token only its own, whatever white space it swallows."
+    "The parts that each token covers; a special token only its own, whatever white space it swallows."
     starts, last_index = [0, *ends[:-1]], len(run) - 1
     last_places = np.maximum(spans[:, 1] - 1, spans[:, 0])
     first = np.searchsorted(ends, spans[:, 0], side="right").clip(max=last_index)
@@ -627,9 +627,9 @@ def _trained_here(path: str | Path, files: dict[str, bytes]) -> bool:
 # %% ../nbs/22_tokenizer.ipynb #ed256758
 def train_sentencepiece(
     texts: Iterable[str], # the training texts; of very long ones, a sample of the lines is used
-    vocab_size: int, # includes 256 bytes, the line break and 4 control tokens
+    vocab_size: int, # includes 256 bytes, the line break and 4 special tokens
     directory: str | Path, # for the tokenizer's files; created if missing
-    special_tokens: SpecialTokens = _SPECIAL, # names of the control tokens
+    special_tokens: SpecialTokens = _SPECIAL, # names of the special tokens
 ) -> SentencePieceTokenizer:
     """Train a byte-pair tokenizer and save it. The same texts give byte-identical files.
 
@@ -666,7 +666,7 @@ def _unused_mark(texts: list[str]) -> str:
 
 # %% ../nbs/22_tokenizer.ipynb #1a2ef5c3
 class _SafeEncoder:
-    "A tokenizer of the package `tokenizers`; no text becomes a control token, errors are `DataError`s."
+    "A tokenizer of the package `tokenizers`; no text becomes a special token, errors are `DataError`s."
     def __init__(self, tokenizer, path: str):
         self.tokenizer = tokenizer
         self.path = path
@@ -675,7 +675,7 @@ class _SafeEncoder:
         self.control_names = {i: token.content for i, token in added.items() if token.special}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        "Ids of texts; those that spell a control token are encoded again, by a marked copy."
+        "Ids of texts; those that spell a special token are encoded again, by a marked copy."
         ids = [np.array(e.ids, np.int64) for e in self._encode(self.tokenizer, texts, "encode_batch_fast")]
         control = [*self.control_names]
         if spelled := [n for n, text_ids in enumerate(ids) if np.isin(text_ids, control).any()]:
@@ -694,18 +694,18 @@ class _SafeEncoder:
         return any(i in self.control_names and row[covered[0]] != i for i, covered in zip(ids, parts))
 
     def _encode_marked(self, row: list[str | int]) -> tuple[list[int], list[range]]:
-        "Encode a row whose texts spell control tokens: by a copy in which these have other names."
+        "Encode a row whose texts spell special tokens: by a copy in which these have other names."
         copy, names = self._marked_copy([part for part in row if isinstance(part, str)])
         [(ids, parts)] = self._encode_rows(copy, [row], names)
         matched = {covered[0] for covered in parts}
-        # a control token next to letters may not match (`single_word`); then its name is text
+        # a special token next to letters may not match (`single_word`); then its name is text
         unmatched = {n for n, part in enumerate(row) if part in names and n not in matched}
         if not unmatched: return ids, parts
         plain = [self.control_names[part] if n in unmatched else part for n, part in enumerate(row)]
         return self._encode_rows(copy, [plain], names)[0]
 
     def _marked_copy(self, texts: list[str]):
-        "A copy with control tokens under names that occur in none of the texts, and these names by id."
+        "A copy with special tokens under names that occur in none of the texts, and these names by id."
         mark = _unused_mark(texts)
         if mark not in self._copies:
             with _library_errors(f"{self.path} cannot be read"):
@@ -752,7 +752,7 @@ class HFTokenizer(Tokenizer):
         return self._names
 
     def fit_to(self, vocab_size: int, path: str | Path) -> None:
-        """Drop control tokens that the model at `path` does not have, as transformers and mlx-lm do.
+        """Drop special tokens that the model at `path` does not have, as transformers and mlx-lm do.
 
         Without a padding token, `eos` pads. Raises `DataError` if the model lacks a token that texts need.
         """
@@ -878,8 +878,8 @@ def load_tokenizer(
 class TokenizerConfig(ConfigSection):
     "The tokenizer to make if `tokenizer_path` names none."
     normal_vocab_size: int = Field(256, ge=256, le=65_536)
-    "Ids of the byte tokenizer before its special tokens; those above the 256 bytes are unused."
+    "Vocabulary size of the byte tokenizer without special tokens; ids from 256 up are unused."
     special_tokens: SpecialTokens = SpecialTokens()
-    "Names of the control tokens."
+    "Names of the special tokens."
     vocab_size: int = Field(4096, ge=264)
     "Size of the SentencePiece vocabulary that `mlx-pretrain tokenizer` trains."

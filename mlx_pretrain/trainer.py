@@ -73,7 +73,8 @@ def _likely_cause(loss: float, norm: float, losses: tuple | None, factor: float)
     """Why steps are not finite: from loss and gradient norm, (first, lowest, last) finite loss, and the
     learning-rate knob.
     """
-    if not losses: return "no step was finite: check the data and the initial weights, not the learning rate"
+    if not losses:
+        return "no step had a finite loss and gradient: check the data and the initial weights"
     first, lowest, last = losses
     remedy = 'lower "training.hyperparameters.learning_rate" or lengthen the warm-up'
     if factor > 1: return f"the knob learning_rate_factor is {factor:g}; lower it"
@@ -126,7 +127,8 @@ class Progress:
         if self.in_a_row < MAX_SKIPPED: return
         cause = _likely_cause(loss, norm, self.losses, self.last_knobs.get("learning_rate_factor", 1.0))
         raise TrainingError(
-            f"{MAX_SKIPPED} steps in a row, up to step {self.steps_done}, were not finite; {cause}"
+            f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row, up to step {self.steps_done}; "
+            f"{cause}"
         )
 
     def worse_than_best(self, value: float) -> float:
@@ -249,16 +251,6 @@ def _finish_step(loop: "TrainingLoop", metrics: dict):
 
 # %% ../nbs/42_trainer.ipynb #e6b100a8
 @contextmanager
-def _one_step(loop: "TrainingLoop"):
-    "Raises `TrainingError` if another step is in progress."
-    if loop._in_step:
-        raise TrainingError("a step is in progress in a live panel or a generator; pause or close that")
-    loop._in_step = True
-    try: yield
-    finally: loop._in_step = False
-
-
-@contextmanager
 def _timed(loop: "TrainingLoop"):
     watch = Stopwatch()
     try: yield
@@ -312,8 +304,11 @@ class TrainingLoop(LoggedProgress):
 
     def phases(self) -> Generator[str, None, dict]:
         "One step: update, evaluation if it is due, callbacks. Raises `TrainingError` within another step."
-        with _one_step(self):
-            self.apply_scheduled_knobs()
+        if self._in_step:
+            raise TrainingError("a step is in progress in a live panel or a generator; pause or close that")
+        self.apply_scheduled_knobs()
+        self._in_step = True                                   # Ctrl-C cannot come between this and `try`
+        try:
             with _timed(self): self._on_step_begin()
             metrics = self._unrecorded or (yield from _timed_phases(self, self._update_phases()))
             self.unfinished = self._unrecorded = None
@@ -323,6 +318,7 @@ class TrainingLoop(LoggedProgress):
                 _finish_step(self, metrics)
                 self._on_step_end()
             return metrics
+        finally: self._in_step = False
 
     def step(self) -> dict: # metrics of this step
         "Take one step; Ctrl-C is raised after it. Raises `TrainingError` as `Progress.record_step` does."
@@ -348,7 +344,7 @@ class TrainingLoop(LoggedProgress):
 class Hyperparameters(ConfigSection):
     "Training hyperparameters."
     batch_size: int = Field(16, ge=1, le=1_000_000)
-    "Windows or rows per batch."
+    "Sequences per batch."
     gradient_accumulation_steps: int = Field(1, ge=1, le=1_000_000)
     "Batches per step: like a `batch_size` that many times larger, with the memory of one batch."
     learning_rate: float = Field(1e-3, gt=0)
@@ -365,12 +361,12 @@ class TrainingConfig(ConfigSection):
     "The `training:` section of a configuration."
     epochs: int = Field(1, ge=1)
     """Passes over the training data; `iters` overrides it. A run that resumes with another batch size trains
-    the remaining rows, and the number of steps follows from them."""
+    on the remaining rows, and the number of steps follows from them."""
     hyperparameters: Hyperparameters = Hyperparameters()
     "Training hyperparameters."
     scheduler: SchedulerConfig = SchedulerConfig()
-    """Learning-rate schedule. After a resume with another batch size, the remaining steps get the rates of
-    the last steps of a run with the present settings; with `iters`, the rate depends on the step alone."""
+    """Learning-rate schedule. If a run resumes with another batch size, the schedule is computed for the new
+    settings, and the remaining steps use its tail; with `iters`, the rate depends only on the step."""
     optimization: Optimization = Optimization()
     "Optimizer."
     freeze: tuple[int | str, ...] = ()
@@ -460,7 +456,7 @@ class ModelLoop(TrainingLoop):
         return [self.trained, self.optimizer.state]
 
     def rollback_on_error(self, committed: Callable[[], bool] = lambda: False):
-        "A context in which arrays change and `committed()` becomes true, or nothing changes; see `step`."
+        "A context manager that undoes changes to the arrays unless `committed()` is true at its end."
         return rollback_on_error(self.mutable_trees(), committed)
 
     def checkpoint_trees(self) -> dict[str, nn.Module | dict | list]:

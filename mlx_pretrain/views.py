@@ -250,7 +250,7 @@ def _largest(numbers: np.ndarray) -> float:
 
 def _shade(
     number: float, # any, also NaN
-    largest: float, # magnitude that has the full colour
+    largest: float, # magnitude that has the full color
 ) -> str: # CSS of a background
     "Orange below zero, blue above; nothing for zero."
     if np.isnan(number): return _HATCHED
@@ -330,7 +330,7 @@ def _prompt_html(prompt: str) -> str:
 def _token_html(
     piece: str, # text of the token
     numbers: dict[str, float], # by row
-    largest: dict[str, float], # magnitude that has the full colour, by row
+    largest: dict[str, float], # magnitude that has the full color, by row
 ) -> str:
     "A token with its cells."
     title = _attribute("\n".join([piece, *(f"{name:<10}{x:+.3g}" for name, x in numbers.items())]))
@@ -343,7 +343,7 @@ class RolloutView:
     """A sampled response, for a notebook: its tokens with log-ratio, value, advantage and reward.
 
     `prompt`: its text; `pieces`: the texts of the tokens; `rows`: by name, numbers of the tokens. Orange is
-    negative, blue positive; the strongest colour is the largest number of its row. Raises `ValueError` if
+    negative, blue positive; the strongest color is the largest number of its row. Raises `ValueError` if
     there is no such row.
     """
     def __init__(

@@ -1,4 +1,4 @@
-"Conversations: the tokens and the loss mask of messages, and that no text becomes a control token."
+"Conversations: the tokens and the loss mask of messages, and that no text becomes a special token."
 import json
 from pathlib import Path
 
@@ -183,7 +183,7 @@ def weight_ignored(monkeypatch): messages_with(monkeypatch, lambda m, last: m["r
 
 
 def text_becomes_control(monkeypatch):
-    monkeypatch.setattr(chat, "_escape_control_tokens", lambda tokenizer, messages: (messages, "\ue000"))
+    monkeypatch.setattr(chat, "_escape_special_tokens", lambda tokenizer, messages: (messages, "\ue000"))
 
 
 BUGS = [header_trained, end_only_read, end_alone, line_break_trained, only_the_last, weight_ignored,
@@ -241,7 +241,7 @@ CONTENT = st.lists(st.sampled_from(NASTY), min_size=1, max_size=8).map("".join)
 
 
 @pytest.mark.parametrize("template, left", [(CHATML, str), (TRIMMED, str.strip)], ids=["as it is", "trimmed"])
-def test_no_text_becomes_a_control_token(tmp_path, template, left):
+def test_no_text_becomes_a_special_token(tmp_path, template, left):
     tok = make_tokenizer(tmp_path, template)
 
     @forall(contents=st.tuples(CONTENT, CONTENT, CONTENT, CONTENT.filter(str.strip)))
@@ -301,7 +301,7 @@ def test_unread_columns_and_settings_are_reported(place, caplog):
     assert b"1, 2" not in bytes(i for i in trainer.data[0].ids if i < 256)
     write([{"text": "<|im_start|>user"}, {"text": "<|im_end|>"}])
     SFTTrainer(config(pretrained_model="hf"))
-    assert caplog.text.count("which stays text") == 1
+    assert caplog.text.count("which is not the special token") == 1
     write([{"messages": TALK}])
     formatted = config(pretrained_model="hf", data={"response_format": "{response}!"})
     with pytest.raises(ConfigError, match="has no effect on messages"): SFTTrainer(formatted)
@@ -359,7 +359,7 @@ def test_template_that_drops_reasoning_trains_the_last_answer(thinker, caplog):
     chat._warn_untrained.cache_clear()
     last_only = [DROPPED[0], {**DROPPED[1], "weight": 0}, *DROPPED[2:]]
     assert encoded(thinker, REASONED) == encoded(thinker, REASONED) == [*in_chatml(last_only)]
-    assert caplog.text.count("only the last answer is trained") == 1      # logged once
+    assert caplog.text.count("only the last assistant message is trained on") == 1      # logged once
     # an earlier answer without reasoning continues its generation prompt
     assert encoded(thinker, DROPPED) == [*in_chatml(DROPPED)]
 
@@ -470,16 +470,16 @@ FIRST = [("hi", "message 1 is not an object with a role and a content"),
          ({"from": "bird", "value": "x"}, "message 1 has the role 'bird'"),
          (message("tool", "4"), "message 1 has the role 'tool'; it must be system, user or assistant"),
          (message(["user"], "x"), "message 1 has the role ['user']"),
-         (message("user", None), "message 1 has no text as its content"),
+         (message("user", None), "message 1 has a content that must be a string"),
          (message("user", [{"type": "image_url", "image_url": "x"}]),
           "message 1 has a part of the type 'image_url', and"),
-         (message("assistant", " \n"), "message 1 is an empty answer"),
+         (message("assistant", " \n"), "message 1 is an empty assistant message"),
          (message("assistant", "x", weight=0.5), "message 1 has the weight 0.5; it must be 0 or 1"),
          (message("assistant", "", tool_calls=[1]), "message 1 calls a tool"),
          (message("user", "half \ud83d"), "half a character"), ]
-WHOLE = [([], "no message is an answer to be trained"), (TALK[:2], "no message is an answer"),
-         ([TALK[1], message("assistant", "x", weight=0)], "no message is an answer"),
-         (TALK[2:3], "the conversation begins with an answer"), (None, "messages"),
+WHOLE = [([], "there is no assistant message to train on"), (TALK[:2], "there is no assistant message"),
+         ([TALK[1], message("assistant", "x", weight=0)], "there is no assistant message"),
+         (TALK[2:3], "the conversation starts with an assistant message"), (None, "messages"),
          ({"role": "user"}, "messages"),
          ([TALK[1], TALK[0], TALK[2]], "message 2 is a system message, which is only allowed first"),
          ([message("user", "long " * 60), TALK[2]], "the prompt has 3"), ]

@@ -68,7 +68,7 @@ NEW = [*TRAIN, "--name", "new"]
 HYPER, DATA = "--training.hyperparameters.", "--data."
 MISTAKES = {  # name: (what to break first, command, the pieces of each line)
     # the configuration
-    "no such command": (None, ["fly"], [("no command 'fly'", "train")]),
+    "no such command": (None, ["fly"], [("unknown command 'fly'", "train")]),
     "no configuration": (None, ["train"], [("a configuration is needed", "--config FILE")]),
     "configuration misspelt": (
         None,
@@ -140,7 +140,8 @@ MISTAKES = {  # name: (what to break first, command, the pieces of each line)
         [*NEW, "--system.seed", "1", "--system.seed=2"],
         [("command line", '"--system.seed" is given twice')],
     ),
-    "a word without a key": (None, ["train", "run.yaml"], [("command line", '"run.yaml" belongs to no key')]),
+    "a word without a key":
+        (None, ["train", "run.yaml"], [("command line", 'unexpected argument "run.yaml"')]),
     "two schedules of warm-up": (
         None,
         [*NEW, "--training.scheduler.warmup_steps", "1", "--training.scheduler.warmup_ratio", "0.1"],
@@ -164,7 +165,7 @@ MISTAKES = {  # name: (what to break first, command, the pieces of each line)
     "context beyond the model's": (
         None,
         [*NEW, "--model.attention.max_position_embeddings", "8"],
-        [("max_context_size", "max_position_embeddings", "make one fit the other")],
+        [("max_context_size", "max_position_embeddings", "lower the first or raise the second")],
     ),
     "overlap as long as the context": (
         None,

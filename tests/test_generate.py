@@ -263,8 +263,8 @@ def test_bfloat16_model():
     ([[1.0]], 4, [EOS], PAD, "integers"),
     ([["a"]], 4, [EOS], PAD, "integers"),
     ([[[1]]], 4, [EOS], PAD, "list of token ids"),
-    ([[5]], 4, [V], PAD, "control tokens holds the token 40"),
-    ([[5]], 4, [EOS], V, "control tokens holds the token 40"),
+    ([[5]], 4, [V], PAD, "special tokens holds the token 40"),
+    ([[5]], 4, [EOS], V, "special tokens holds the token 40"),
     ([[5]], 0, [EOS], PAD, "at least 1"),
     ([[5] * 10], 55, [EOS], PAD, "do not fit into this model's context of 64"),
 ])

@@ -367,10 +367,10 @@ def base_changed(): shutil.rmtree("runs/base/model"); shutil.copytree("runs/turn
 
 
 @pytest.mark.parametrize("spoil, opened, resumed", [
-    (base_deleted, "base/model, which does not exist; restore it", "base does not exist"),
+    (base_deleted, "base/model, which does not exist; restore that model", "base does not exist"),
     (base_emptied, "base/model holds no model", "base holds no model"),
-    (base_changed, "holds adapters to another model than that in",
-     'holds adapters to another model than "pretrained_model" is now'),
+    (base_changed, "contains adapters for another model than that which is now in",
+     'contains adapters for another model than "pretrained_model" is now'),
 ])
 def test_checkpoint_needs_its_base_model(tuned, spoil, opened, resumed):
     saved = checkpoints(tuned)[-2]
@@ -442,7 +442,7 @@ def test_config_reaches_the_adapters(place, capsys, way):
                         for key, v in lora.items()).translate(str.maketrans("", "", "[],'")).split()
     Path("run.yaml").write_text(json.dumps(cfg))
     assert main(["sft", "--config", "run.yaml", *flags]) == 0
-    assert "in adapters, which are trained" in capsys.readouterr().out
+    assert "trainable ones in adapters" in capsys.readouterr().out
     about = json.loads(Path("runs/run/adapters/adapter_config.json").read_text())
     assert about == {"model": str(Path("runs/base/model").resolve()), "fine_tune_type": "lora",
                      "num_layers": 1, "lora_parameters": {"rank": 3, "scale": 0.5, "dropout": 0.25,
@@ -464,8 +464,8 @@ def test_config_reaches_the_adapters(place, capsys, way):
     (["targets", "q_proj", "lm_head"], "no projection 'lm_head'; it has q_proj"),
     (["num_layers", "3"], '"training.lora.num_layers" is 3, but the model has only 2 layers'),
     (["rank", "0", "--training.lora.alpha", "16"], "rank is 0, so there are no adapters"),
-    (["rank", "2", "--training.freeze", "0"], "take freeze and train_only out"),
-    (["rank", "2", "--training.train_only", "1"], "take freeze and train_only out"),
+    (["rank", "2", "--training.freeze", "0"], "remove freeze and train_only"),
+    (["rank", "2", "--training.train_only", "1"], "remove freeze and train_only"),
     (["rank", "2", "--pretrained_model", "null"], '"training.lora": adapters need a base model'),
 ])
 def test_config_errors(place, capsys, flags, sentence):

@@ -81,10 +81,10 @@ def test_precision_reaches_the_loss(config):
 def test_forecast_is_printed_first(config, capsys):
     pretrain(config())
     output = capsys.readouterr().out
-    places = [output.index(text) for text in ("parameters", "About", "tokens/s", "Took")]
+    places = [output.index(text) for text in ("parameters", "Estimated time", "tokens/s", "Took")]
     assert places == sorted(places)
     assert (
-        "About" in Path("runs/run/logs/log.txt").read_text()
+        "Estimated time" in Path("runs/run/logs/log.txt").read_text()
         and "ended: finished" in Path("runs/run/logs/log.txt").read_text()
     )
 

@@ -48,7 +48,7 @@ def test_split_and_fill_of_known_templates():
     assert split_format("{a}{b}", "k") == [("", "a"), ("", "b")]
     assert split_format("", "k") == [] and split_format("{{}}", "k") == [("{}", None)]
     for row, part in (
-        ({}, 'there is no field "a", the row has no field'),
+        ({}, 'there is no field "a"; the row has no field'),
         ({"a": 3}, '"a" must be a string, found a number'),
     ):
         with pytest.raises(DataError) as error: fill_format([("", "a")], row)

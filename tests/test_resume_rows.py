@@ -408,5 +408,5 @@ def test_checkpoint_without_a_sampler(stopped, capsys, counted, caplog, tmp_path
     caplog.clear()
     shutil.rmtree("runs/run"); shutil.move("kept", "runs/run"); Path("runs/run/config.yaml").unlink()
     with caplog.at_level(logging.WARNING): tune(batch_size=8)
-    [text] = [r.message for r in caplog.records if "do not say" in r.message]
-    assert "with which batch size" in text and "in batches of 8" in text
+    [text] = [r.message for r in caplog.records if "do not record" in r.message]
+    assert "do not record the batch size" in text and "for batches of 8" in text

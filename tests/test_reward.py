@@ -330,7 +330,7 @@ def spelt(tok, ids): return "".join(map(tok.piece, ids))
 
 
 def test_chat_template_is_applied_in_training_and_ppo(tmp_path):
-    "Each turn with its control tokens, the response with the end of its turn. Red if only text is encoded."
+    "Each turn with its special tokens, the response with the end of its turn. Red if only text is encoded."
     tok = chat_tokenizer(tmp_path / "tok")
     fmt = PromptFormat(prompt_format=None, input_field="prompt", output_field="completion")
     talk = [message("system", "Be brief."), message("user", "q"), message("assistant", "early"),
@@ -344,7 +344,7 @@ def test_chat_template_is_applied_in_training_and_ppo(tmp_path):
         "<bos>system\nBe brief.<eos>\n<bos>user\nq<eos>\n<bos>assistant\nearly<eos>\n"
         "<bos>user\np <eos><eos>\n<bos>assistant\nyes <eos>\n"
     )
-    assert [*used[0]].count(tok.eos_id) == 5  # what a user writes is no control token
+    assert [*used[0]].count(tok.eos_id) == 5  # what a user writes is no special token
     texts = [tok.decode(ids) for ids in read_preferences(tmp_path / "pairs.jsonl", tok, fmt, 500).prompts]
     assert (
         encode_prompt_response(tok, fmt, texts, ["yes ", ""])[1]
@@ -414,7 +414,7 @@ def test_response_format_with_another_column_is_used_or_rejected(tmp_path):
 
 
 def test_response_lengths_do_not_include_the_prompt(tmp_path):
-    "With a chat template the prompt has control tokens that its text lacks. Red if two encodings are mixed."
+    "With a chat template the prompt has special tokens that its text lacks. Red if two encodings are mixed."
     folder = tmp_path / "tok"
     ByteTokenizer().save(folder)
     (folder / "chat_template.jinja").write_text(
@@ -424,7 +424,7 @@ def test_response_lengths_do_not_include_the_prompt(tmp_path):
     rows = [{"prompt": "hm", "chosen": "abcd", "rejected": "ab"}]
     begin = small(HFTokenizer(folder))._replace(format=PromptFormat(prompt_format=None))
     trainer = trainer_on(tmp_path, rows, rows, begin, steps=1)
-    assert evaluate_reward(trainer.normalised(), trainer.held_out).lengths.tolist() == [[5, 3]]
+    assert evaluate_reward(trainer.normalized(), trainer.held_out).lengths.tolist() == [[5, 3]]
 
 
 # ---- learning a known rule, and PPO against it
@@ -439,7 +439,7 @@ def test_known_rule_is_learned_and_raised_by_ppo(tmp_path):
         right.evaluate()["val_accuracy"] >= 0.9
         and metrics["val_accuracy"] == wrong.evaluate()["val_accuracy"] <= 0.1
     )
-    learned = right.normalised()
+    learned = right.normalized()
     trainer = task(learned, steps=12, batch=32, lr=1e-2, response_length=6, kl_coef=0.05)
     def gold_reward():
         samples = trainer.sample(trainer.data, np.zeros(256, int), {"temperature": 1.0}, -7)
@@ -464,7 +464,7 @@ def test_reward_is_normalized_on_samples_of_the_initial_policy(tmp_path):
     "Mean 0 and standard deviation 1 on fresh samples. Red if it is normalized on the rows, or not at all."
     trainer = trainer_on(tmp_path, pairs(200), steps=40, normalization_samples=512)
     trainer.run()
-    normalized = trainer.normalised()
+    normalized = trainer.normalized()
     fresh = task(normalized, prompts=("",) * 8, response_length=8).sample
     scores = fresh(PromptDataset([[1]], None, None, 8), np.zeros(1024, int), {"temperature": 1.0}, -9).scores
     assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.15
@@ -485,20 +485,20 @@ def test_normalization_uses_prompts_from_the_complete_file(tmp_path, monkeypatch
     letters = "abcdefgh"
     rows = [{"prompt": a + b, "chosen": "a", "rejected": "b"} for a in letters for b in letters]
     trainer = trainer_on(tmp_path, rows, normalization_samples=16)
-    trainer.normalised()
+    trainer.normalized()
     assert len(used) == 16 and {letters[ids[1] - 3] for ids in used} > {"a", "b", "c", "d"}
 
 
 def test_constant_reward_is_only_shifted(tmp_path, caplog):
     "The head starts at zero. Red if it divides by zero, or takes rounding errors for a standard deviation."
     trainer = trainer_on(tmp_path, pairs(8))
-    normalized = trainer.normalised()
+    normalized = trainer.normalized()
     assert (normalized.mean, normalized.std) == (0.0, 1.0) and "the same reward" in caplog.text
     assert normalized.compute_reward(["", ""], ["a", ""]).tolist() == [0.0, 0.0]
     assert normalized.compute_reward([], []).shape == (0,)
     trainer = trainer_on(tmp_path, pairs(8), normalization_samples=1)     # one sample has no spread either
     trainer.model.update(scalar().parameters())
-    assert trainer.normalised().std == 1.0
+    assert trainer.normalized().std == 1.0
 
 
 def test_saved_and_loaded_reward_is_bit_identical(tmp_path):
@@ -587,7 +587,7 @@ def test_killed_before_the_model_is_written(tmp_path, monkeypatch):
     "After the last step, during normalization: resuming writes the model."
     calm = train_reward(reward_cfg(tmp_path, "calm"), tmp_path / "runs")
     with monkeypatch.context() as patch:
-        patch.setattr(RewardTrainer, "normalised", lambda self: (_ for _ in ()).throw(Killed()))
+        patch.setattr(RewardTrainer, "normalized", lambda self: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed): train_reward(reward_cfg(tmp_path, "cut"), tmp_path / "runs")
     assert not (tmp_path / "runs" / "cut" / "model").exists()
     check_same_end(calm, train_reward(reward_cfg(tmp_path, "cut", resume=True), tmp_path / "runs"))

@@ -232,7 +232,7 @@ def test_rows_that_are_too_long(home):
     home.refused("reward", home.reward([row(prompt="x" * 99)], name="none"), "none.jsonl",
                  '"data.preprocessing.max_context_size" (64)')
     home.refused("reward", home.reward(name="none", data={"preprocessing": {"max_context_size": 65}}),
-                 "max_context_size", "at most 64")
+                 "max_context_size", "the context of the model, 64")
 
 
 def test_response_length_that_leaves_no_room_for_prompts(home):
@@ -433,7 +433,7 @@ def test_policy_with_another_prompt_format(learned, caplog):
     bare = load_reward("rm").compute_reward(["a", "bc"], responses)
     assert prompts[1] == "### Instruction:\nbc\n\n### Response:" and samples.scores.tolist() == bare.tolist()
     assert load_reward("rm").compute_reward(prompts, responses).tolist() != bare.tolist()
-    assert "may mean little" not in caplog.text
+    assert "may be unreliable" not in caplog.text
     rows = [{"prompt": "a", "context": "b"}]
     assert learned.call("rl", learned.ppo("more", reward_model="rm", rows=rows,
                                           data={"prompt_format": "{context} {instruction}"}))[0] == 0

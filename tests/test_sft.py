@@ -321,8 +321,8 @@ def test_resume_does_not_need_the_pretrained_model(config, base):
 
 
 def others(caplog):
-    "The messages, without the warning about ROWS, whose responses spell a control token."
-    return [record.message for record in caplog.records if "spells <eos>" not in record.message]
+    "The messages, without the warning about ROWS, whose responses spell a special token."
+    return [record.message for record in caplog.records if "contains <eos> as text" not in record.message]
 
 
 def test_changes_since_the_checkpoint_are_logged(config, caplog):
@@ -549,12 +549,12 @@ def test_a_bad_row_is_an_error_or_counted(config, capsys, row, sentence):
 
 @pytest.mark.parametrize("data, sentence", [
     ({"prompt_format": "{topic}"}, 'rows.jsonl, line 1: there is no field "topic"'),
-    ({"prompt_format": "{instruction.__class__}"}, "more than the name of a field"),
+    ({"prompt_format": "{instruction.__class__}"}, "not the name of a field"),
     ({"prompt_format": "{system_prompt} {instruction}"}, 'set "data.system_prompt"'),
-    ({"input_field": "q"}, 'rows.jsonl, line 1: there is no field "q"'),
+    ({"input_field": "q"}, 'rows.jsonl, line 1: "data.input_field" is "q", but the row has no such field'),
     ({"prompt_format": "{response}"}, "cannot hold {response}"),
     ({"preprocessing": {"max_context_size": 20}, "on_bad_row": "skip"},
-     "no row is left of 10 (10 bad, the first: rows.jsonl, line 1"),
+     "none of its 10 rows can be used (10 bad, the first: rows.jsonl, line 1"),
     ({"input_file": "none.jsonl"}, '"data.input_file": none.jsonl does not exist'),
     ({"prompt_formt": "x"}, 'did you mean "data.prompt_format"?'),
 ])

@@ -1,4 +1,4 @@
-"""Properties of mlx_pretrain.tokenizer: lossless round trips, no control tokens from text, clear errors."""
+"""Properties of mlx_pretrain.tokenizer: lossless round trips, no special tokens from text, clear errors."""
 import json
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_decode_inverts_encode_for_any_text(kind, text):
     assert tok.decode(ids) == text
     assert tok.decode([tok.bos_id, *ids, tok.eos_id, tok.pad_id]) == text
     assert all(0 <= i < tok.vocab_size for i in ids)
-    assert not {tok.pad_id, tok.bos_id, tok.eos_id} & set(ids)  # text that spells a special token stays text
+    assert not {tok.pad_id, tok.bos_id, tok.eos_id} & set(ids)  # the name of a special token stays text
 
 
 @KINDS

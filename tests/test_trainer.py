@@ -1,4 +1,4 @@
-"The trainer: interrupts at any moment, timing, gradient accumulation, and steps that are not finite."
+"The trainer: interrupts at any moment, timing, gradient accumulation, non-finite losses and gradients."
 import json
 import signal
 from types import SimpleNamespace
@@ -285,7 +285,7 @@ def test_unequal_micro_batches_equal_the_full_batch(parts):
     )
 
 
-# Steps that are not finite
+# Non-finite losses and gradients
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon", "sgd"])
@@ -315,7 +315,7 @@ def test_divergence_names_the_last_good_checkpoint(tmp_path):
                              and run.save_checkpoint(20, trainer.arrays(), trainer.state()))
     with pytest.raises(
         TrainingError,
-        match=rf"{MAX_SKIPPED} steps in a row, up to step 33, .* last good checkpoint is .*step_000020$",
+        match=rf"{MAX_SKIPPED} steps in a row, up to step 33; .* last good checkpoint is .*step_000020$",
     ):
         train(trainer, run, never)
     assert mx.array_equal(trainer.model.weight, weights_after(23))

@@ -120,7 +120,7 @@ def test_prompts_and_preferences_report_unread_columns(caplog):
     messages = "\n".join(record.message for record in caplog.records)
     assert len(caplog.records) == 3
     assert '"context" (1 row)' in messages and '"topic" (1 row)' in messages
-    assert '"chosen" spells <eos>' in messages
+    assert '"chosen" contains <eos> as text' in messages
     assert '"reward"' not in messages and '"margin"' not in messages
 
 
@@ -148,7 +148,7 @@ def test_a_repeated_prompt_contains_no_answer():
     assert tok.decode(data.prompts[0]) == "Q: Who? A:"
 
 
-# Control tokens written as text
+# Special tokens written as text
 
 
 @pytest.mark.parametrize("row, keys, place", [
@@ -160,23 +160,23 @@ def test_a_repeated_prompt_contains_no_answer():
      "a message of the human"),
     ({**PAIR, "context": "<eos>"}, {"input_field_optional": "context"}, '"context"'),
 ])
-def test_control_tokens_in_rows_are_reported_once(caplog, row, keys, place):
+def test_special_tokens_in_rows_are_reported_once(caplog, row, keys, place):
     good = [PAIR] if "instruction" in row else [{"messages": TALK}] if "messages" in row else []
     trained([*good, row, row], **keys)
-    [message] = [r.message for r in caplog.records if "spells" in r.message]
-    check_sentence(message, f"{place} spells <eos>", "in 2 rows", f"line {len(good) + 1}")
+    [message] = [r.message for r in caplog.records if "as text" in r.message]
+    check_sentence(message, f"{place} contains <eos> as text", "in 2 rows", f"line {len(good) + 1}")
 
 
-def test_control_tokens_in_texts_are_reported_each_time(caplog):
+def test_special_tokens_in_texts_are_reported_each_time(caplog):
     write([{"text": "The gull."}, {"text": "A<eos>B"}])
     for _ in range(2):
         caplog.clear()
         cached_windows("rows.jsonl", ByteTokenizer(), 8)
         [message] = [record.message for record in caplog.records]
-        check_sentence(message, "rows.jsonl, line 2: the text spells <eos>", "in 1 document)")
+        check_sentence(message, "rows.jsonl, line 2: the text contains <eos> as text", "in 1 document)")
     caplog.clear()
     pack(["a<eos>", "b"], ByteTokenizer(), 4)
-    assert "document 1: the text spells <eos>" in caplog.text
+    assert "document 1: the text contains <eos> as text" in caplog.text
 
 
 # System prompts of rows
@@ -249,7 +249,7 @@ def test_forms_of_conversations():
      "has the role 'bing'; it must be system, user or assistant, or human or gpt"),
     ([message("user", [{"type": "image"}, {"type": "text", "text": "?"}]), ANSWER],
      "has a part of the type 'image'"),
-    ([ASK, message("assistant", None)], "message 2 has no text as its content, but null"),
+    ([ASK, message("assistant", None)], "message 2 has a content that must be a string, found null"),
     (json.dumps(TALK), "found a string; give each a role and a content, which `json.loads`"),
     ({"role": "user"}, "found an object"),
 ])
@@ -301,7 +301,7 @@ REMEDIES = [  # rows, keys, a part of the message, keys as it proposes
     (
         [{"messages": TALK, "context": "c"}],
         {"prompt_format": "{context} {instruction}"},
-        "take it out",
+        "remove it",
         {"prompt_format": "{instruction}"},
     ),
     (

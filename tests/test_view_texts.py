@@ -147,16 +147,16 @@ def test_the_bytes_of_a_character_are_separate_tokens():
     assert rollout.prompt == "" and not page.named("prompt") and page.text.endswith("<0xC3><0xA9>↵")
 
 
-def colours(rollout):
+def colors(rollout):
     "Backgrounds of the cells: one list per token."
     tokens = rollout._repr_html_().split('class="token"')[1:]
     return [re.findall(r'<i style="background:([^"]*)"', token) for token in tokens]
 
 
-def test_colour_is_sign_and_strength():
-    "Per row: orange below zero, blue above, the largest in full colour, none for zero, hatched for NaN."
+def test_color_is_sign_and_strength():
+    "Per row: orange below zero, blue above, the largest in full color, none for zero, hatched for NaN."
     nan, inf = math.nan, math.inf
-    found = colours(view([], ["a", "b", "c"], [[1, -2, 0], [-1e-6, 1e-6, 0], [nan, 5, -inf], [0, 0, 0]]))
+    found = colors(view([], ["a", "b", "c"], [[1, -2, 0], [-1e-6, 1e-6, 0], [nan, 5, -inf], [0, 0, 0]]))
     orange, blue = (lambda a: f"rgba(224,123,0,{a:.2f})"), (lambda a: f"rgba(43,143,219,{a:.2f})")
     assert [row[0] for row in found] == [blue(0.56), orange(1), "none"]
     assert [row[1] for row in found] == [orange(1), blue(1), "none"]
@@ -189,9 +189,9 @@ def test_numbers_belong_to_their_token():
 
 def test_one_token_and_none():
     "A response of one token is a column; one of none is an empty view, not an error."
-    assert len(colours(view(["x"], ["y"]))) == 1
+    assert len(colors(view(["x"], ["y"]))) == 1
     empty = view(["x"], [], np.zeros((4, 0)))
-    assert colours(empty) == [] and Page(empty._repr_html_()).text.endswith("x") and "token" in repr(empty)
+    assert colors(empty) == [] and Page(empty._repr_html_()).text.endswith("x") and "token" in repr(empty)
 
 
 def test_long_texts_are_shortened_and_complete_in_the_title():

@@ -1,4 +1,5 @@
 "Adapters and chats in mlx-lm, transformers and torch: equal files, tokens, gradients and responses."
+import fcntl
 import json
 import subprocess
 import sys
@@ -230,7 +231,7 @@ ZEPHYR = ("{% for message in messages %}\n{{ '<|' + message['role'] + '|>\n' }}"
           "\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
 IM, HEADER, S = ["<|im_start|>", "<|im_end|>"], ["<|start_header_id|>", "<|end_header_id|>"], ["<s>", "</s>"]
 EOT, BARS = ["<|begin_of_text|>", "<|eot_id|>"], ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
-KINDS = {  # template, tokenizer, beginning and end, other control tokens
+KINDS = {  # template, tokenizer, beginning and end, other special tokens
     "chatml": (CHATML, "bytes", IM, []),
     "llama 3": (LLAMA3, "bytes", EOT, HEADER),
     "zephyr": (ZEPHYR, "bytes", S, []),
@@ -326,7 +327,10 @@ def test_sharded_weights(tmp_path, dtype, tied):
 def smol():
     "A real model: SmolLM2-135M-Instruct."
     path = Path(smollm2.__file__).parents[1] / "data" / "SmolLM2-135M-Instruct"
-    smollm2.main()
+    path.parent.mkdir(exist_ok=True)
+    with (path.parent / ".lock").open("w") as lock: # of two parallel workers, one downloads it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        smollm2.main()
     return path
 
 

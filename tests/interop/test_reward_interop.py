@@ -174,7 +174,7 @@ def test_a_chat_reward_model_of_trl_is_read_by_its_template(template, tmp_path):
     seen = text_of(judge.tokenizer, judge.format)
     assert near(judge.compute_reward([seen], ["A gull."]), wanted[:1])    # where PPO knows the text alone
     old = encode_pieces(judge.tokenizer, [pair_pieces(judge.tokenizer, seen, "A gull.")])[0].ids
-    assert not near(judge.scores([old]), wanted[:1])  # negative control: without control tokens
+    assert not near(judge.scores([old]), wanted[:1])  # negative control: without special tokens
 
 
 @pytest.mark.parametrize("system", [None, "You judge birds."])

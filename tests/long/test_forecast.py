@@ -54,7 +54,8 @@ def test_forecast_with_an_empty_compiler_cache(command, home, tmp_path):
     lines, since = [], None
     for line in child.stdout:
         lines.append(line)
-        if line.startswith("About"): since, forecast = time.monotonic(), seconds(line.partition(",")[0])
+        if line.startswith("Estimated time: "):
+            since, forecast = time.monotonic(), seconds(line.partition(",")[0])
     assert child.wait() == 0, child.stderr.read()
     real = time.monotonic() - since
     print(command, forecast, real)

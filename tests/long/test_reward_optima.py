@@ -24,7 +24,7 @@ def learned(folder, seed, swap=False):
     trainer = trainer_on(folder, pairs(200, seed, swap), pairs(200, 100 + seed), tiny(seed=seed), steps=30,
                          batch=32, lr=5e-3)
     accuracy = trainer.run()["val_accuracy"]
-    return trainer.normalised(), accuracy
+    return trainer.normalized(), accuracy
 
 
 @SEEDS
