@@ -403,7 +403,7 @@ def _user_message(error: Exception) -> str | None:
                 "set the environment variable PYTHONUTF8=1")
     return None
 
-
+# %% ../nbs/70_cli.ipynb #d25691c0
 @contextmanager
 def _exit_on_mistake():
     "Inside, a user's mistake is printed as one sentence, and ends the command with exit code 2."

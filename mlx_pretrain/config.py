@@ -325,7 +325,7 @@ _EXPECTED = {"string_type": "text", "bool_type": "true or false", "int_type": "a
 def _is_whole(value: Any) -> bool:
     return isinstance(value, float) and abs(value) < 1e15 and value == int(value)
 
-
+# %% ../nbs/11_config.ipynb #cc2af313
 def _matches(pattern: str, value: Any) -> bool:
     return isinstance(value, str) and bool(re.fullmatch(pattern, value))
 
@@ -340,7 +340,7 @@ _REMEDIES = [ # kinds of error, test of the value, fix
      "remove the dashes"),
 ]
 
-
+# %% ../nbs/11_config.ipynb #38939abd
 def _remedy(kind: str, value: Any) -> str:
     "The fix for a value of the wrong type, where it can be guessed."
     for kinds, applies, text in _REMEDIES:
@@ -410,7 +410,7 @@ def _check_override(path: tuple, value: Any) -> str | None:
     except UnicodeEncodeError: return f"{_dotted(path)} is not UTF-8 text; type it again"
     except ValueError: return f"{_dotted(path)} should be {_READ['int'][1]}"
 
-
+# %% ../nbs/11_config.ipynb #364cfd1e
 def _override(values: dict[str, Any], lines: dict[tuple, int], key: str, value: Any) -> _Mistake | None:
     "Set the dotted `key` in `values`, and mark it in `lines` as from the command line; or return a mistake."
     path = tuple(key.split("."))
@@ -452,7 +452,7 @@ def _not_found(path: str | Path) -> ConfigError:
     return ConfigError(_one_line(f"there is no configuration {path or _show('')}, neither in the working "
                                  f"directory nor in configs/; {remedy}"))
 
-
+# %% ../nbs/11_config.ipynb #08eb4885
 def _find(path: str | Path) -> Path:
     "Find a configuration in the working directory or `configs/`. Raises `ConfigError` if in neither."
     fallback = Path("configs") / path

@@ -99,7 +99,7 @@ def _check_overlap(context: int, overlap: int) -> None:
     raise DataError(f"overlap must be at least 0 and less than the context of {context}, got {overlap}; "
                     "change data.preprocessing")
 
-
+# %% ../nbs/01_data.ipynb #e025ebb3
 def pack(
     texts: Iterable[str], # documents
     tokenizer: Tokenizer,
@@ -166,7 +166,7 @@ def _order(n: int, epoch: int, seed: int) -> np.ndarray:
     order.flags.writeable = False
     return order
 
-
+# %% ../nbs/01_data.ipynb #70cecdec
 def batch_indices(
     n: int, # number of windows
     batch_size: int, # B

@@ -307,7 +307,7 @@ class RowReader:
 OUTCOMES = {"truncated": "truncated", "dropped": "dropped (too long)", "filtered": "filtered out",
             "tied": "dropped (identical responses)", "skipped": "skipped (bad)"}
 
-
+# %% ../nbs/26_dataset.ipynb #6a20936f
 class RowDataset:
     """Rows of a file in tokens.
 

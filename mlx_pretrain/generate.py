@@ -137,7 +137,7 @@ def _left_pad(
     ids = mx.array([[pad_id] * n + prompt for n, prompt in zip(n_pad, prompts)])      # (B, P)
     return ids, mx.array(n_pad) if any(n_pad) else None
 
-
+# %% ../nbs/33_generate.ipynb #76aa0c95
 def _decode_steps(
     model: nn.Module, # a `Llama`, or another model with `args`, `hidden`, `head_weight` and `make_cache`
     prompts: list[list[int]], # token ids, checked
@@ -222,7 +222,7 @@ def text_after(
     "The text that tokens add to that of the context."
     return tokenizer.decode(context + ids)[len(tokenizer.decode(context)):]
 
-
+# %% ../nbs/33_generate.ipynb #62c67dae
 def _complete_text(tokenizer: Tokenizer, context: list[int], buffer: list[int]) -> tuple[int, str]:
     "How many of the buffered tokens can be emitted, and their text."
     text = text_after(tokenizer, context, buffer)

@@ -68,7 +68,7 @@ def _decode(raw: bytes) -> Any:
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
-
+# %% ../nbs/13_jsonl.ipynb #4c6dd3b0
 def _decoding_problem(error: ValueError | RecursionError, raw: bytes) -> str:
     "What is wrong with a line that `_decode` rejected, and the fix."
     match error:
@@ -222,7 +222,7 @@ def _row_lists(value: dict[str, Any]) -> list[str]:
     return [key for key, entries in value.items()
             if isinstance(entries, list) and entries and all(map(is_row, entries))]
 
-
+# %% ../nbs/13_jsonl.ipynb #ceab1d0f
 def _describe_json(path: str | Path, text: str) -> str | None:
     "The message for JSON that is not one object per line."
     body = text.lstrip()

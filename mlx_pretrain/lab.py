@@ -252,7 +252,7 @@ def slider_range(name: str, value: float) -> tuple[float, float]:
     low, high = usual.get(name, (0, max(0.5, 10 * value)))
     return min(low, value), max(high, value)
 
-
+# %% ../nbs/63_lab.ipynb #1ba8e4ad
 def make_slider(
     name: str, # of a knob
     value: float,
@@ -331,7 +331,7 @@ NO_WIDGETS = (
     "live.stop() and trainer.knobs."
 )
 
-
+# %% ../nbs/63_lab.ipynb #b23edaa0
 class Panel:
     "Buttons, a progress bar, sliders for knobs, and space for messages and samples."
     def __init__(
@@ -422,7 +422,7 @@ def _cell_sent_at() -> datetime | None:
     is_silent = parent.get("content", {}).get("silent")
     return date if isinstance(date, datetime) and not is_silent else None
 
-
+# %% ../nbs/63_lab.ipynb #d20adcc3
 class _WaitTransformer(ast.NodeTransformer):
     "Makes cells wait that were sent together with the one that started a run, or before it ended."
     def __init__(self, live: "Live"):
@@ -539,7 +539,7 @@ def _interrupts_to(loop: "StepLoop"):
 # %% ../nbs/63_lab.ipynb #7ca92c64
 YIELD_EVERY = 0.2 # seconds of work before the kernel may read its messages
 
-
+# %% ../nbs/63_lab.ipynb #5c86585b
 class KernelTask:
     "Runs the work of a `StepLoop` on the kernel's event loop, which reads messages in between."
     def __init__(self, steps: "StepLoop"):
@@ -731,7 +731,7 @@ NO_RUN_DIRECTORY = (
     "pretraining, SFT, reward models and PPO are recorded."
 )
 
-
+# %% ../nbs/63_lab.ipynb #b5c438e1
 class RecordedLoop(StepLoop):
     "A `StepLoop` whose run directory is open while it trains."
     def __init__(self, trainer: Trainer, root: str | Path | None):
@@ -825,7 +825,7 @@ PANELS = {  # what is drawn for each stage: title → metrics
 # %% ../nbs/63_lab.ipynb #4655f930
 _view_ids = count(1)
 
-
+# %% ../nbs/63_lab.ipynb #96fc5492
 class LiveView:
     "What a `Live` shows below its cell: a panel, and a picture of the metrics."
     def __init__(

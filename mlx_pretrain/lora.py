@@ -180,7 +180,7 @@ def llama_from_weights(
     model.update(tree_unflatten([*weights.items()]))
     return model
 
-
+# %% ../nbs/30_lora.ipynb #fe35b346
 def apply_lora(
     model: Llama, # not changed
     cfg: LoRAConfig, # which layers get adapters, and their rank
@@ -286,7 +286,7 @@ def _adapter_problem(name: str, new: dict[str, mx.array], own: dict[str, mx.arra
     if not mx.issubdtype(w.dtype, mx.floating): return f"{name} is {w.dtype}, not floating point"
     if not mx.isfinite(w).all(): return f"{name} contains NaN or infinity"
 
-
+# %% ../nbs/30_lora.ipynb #5757261c
 def fill_adapters(
     model: Llama, # with adapters, which are replaced
     weights: dict[str, mx.array], # dotted name → array
@@ -313,7 +313,7 @@ def _check_adapter_type(config: dict, directory: Path):
             "train adapters of that type"
         )
 
-
+# %% ../nbs/30_lora.ipynb #83959c03
 def _saved_lora(config: dict, weights: dict[str, mx.array]) -> LoRAConfig:
     "The configuration of saved adapters."
     lora = config["lora_parameters"]

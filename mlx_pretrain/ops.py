@@ -56,7 +56,7 @@ def _exp_by_bits(x: mx.array) -> mx.array:
         p = p * f + c
     return (p * (f * f) + f + 1) * ((n.astype(mx.int32) + 127) << 23).view(mx.float32)
 
-
+# %% ../nbs/16_ops.ipynb #7c7d10fe
 @_exp_by_bits.vjp
 def _exp_by_bits_vjp(x, cotangent, output): return (cotangent * output).astype(x.dtype)
 
@@ -127,7 +127,7 @@ def _attend(q, k, v, mask):
     p = (e / e.sum(axis=-1, keepdims=True)).reshape(B, K, rows, S).astype(v.dtype)
     return p @ v, p  # (B, K, rows, head_dim), (B, K, rows, S)
 
-
+# %% ../nbs/16_ops.ipynb #46944afb
 @_attend.vjp
 def _attend_vjp(primals, cotangents, outputs):
     q, k, v, mask = primals

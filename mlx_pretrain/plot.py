@@ -65,7 +65,7 @@ class _PlottedRun(NamedTuple):
     color: str
     rows: list[dict]
 
-
+# %% ../nbs/60_plot.ipynb #5ea9451f
 def _run_names(places: list[tuple[str, ...]]) -> list[str]:
     "The shortest ends of different paths that are unique."
     def unique(end): return sum(other[-len(end):] == end for other in places) == 1
@@ -75,7 +75,7 @@ def _run_names(places: list[tuple[str, ...]]) -> list[str]:
         return "/".join(parts[-n:]).encode(errors="backslashreplace").decode()
     return [*map(name, places)]
 
-
+# %% ../nbs/60_plot.ipynb #1da92a25
 def _read_runs(runs: list[str | Path]) -> list[_PlottedRun]:
     "Each run once, with its color. Raises `UserError` if there is none, `RunError` if one cannot be read."
     if not runs: raise UserError("There is nothing to plot: name at least one run directory.")
@@ -156,7 +156,7 @@ def _knob_changes(run: _PlottedRun, x: str) -> list[tuple[float, str]]:
         for place, mark in zip(places, marks)
     ]
 
-
+# %% ../nbs/60_plot.ipynb #10fc2118
 def _mark_knob_changes(axes, runs: list[_PlottedRun], x: str, labelled: bool = True):
     "A dotted line for each change, with a label at the top, or at the bottom if the top is taken."
     (low, high), free = axes.get_xlim(), {"top": -np.inf, "bottom": -np.inf}
@@ -192,13 +192,13 @@ _FROM_ROWS = {
     **_BOTH,
 }
 
-
+# %% ../nbs/60_plot.ipynb #e680feff
 def _points(rows: list[dict], x: str, y: str) -> np.ndarray: # (n, 2)
     "Two metrics of the lines that have both."
     points = [(row[x], row[y]) for row in rows if row.get(x) is not None and row.get(y) is not None]
     return np.array(points, float).reshape(-1, 2)
 
-
+# %% ../nbs/60_plot.ipynb #3f02b900
 def _reward_against_kl(axes, run: _PlottedRun):
     "One run: a small dot per step, from pale to opaque, a large dot per validation, a square at the end."
     points, held_out = _points(run.rows, "kl", "reward"), _points(run.rows, "val_kl", "val_reward")
@@ -238,7 +238,7 @@ def _read_evaluation(run: Path) -> RewardEvaluation | None:
         return RewardEvaluation(*arrays, fields["scale"])
     except (OSError, ValueError, TypeError, KeyError): return None
 
-
+# %% ../nbs/60_plot.ipynb #db247407
 def _plot_evaluation(right, length, evaluation: RewardEvaluation, color: str):
     "The two panels on held-out rows."
     scores = evaluation.scores
@@ -257,7 +257,7 @@ def _plot_evaluation(right, length, evaluation: RewardEvaluation, color: str):
 # %% ../nbs/60_plot.ipynb #66137304
 _ACCURACY = {"accuracy": "training", "val_accuracy": "validation", "val_correlation": "validation"}
 
-
+# %% ../nbs/60_plot.ipynb #0e3ea2d9
 def _plot_reward_models(runs: list[_PlottedRun]) -> Figure:
     "Four panels for runs of reward models."
     figure = Figure(figsize=(10, 6.5), layout="constrained")
@@ -310,7 +310,7 @@ def _kind_of_run(rows: list[dict]) -> str:
     if {"policy_loss", "reward"} & logged: return "a reward"
     return "a reward model" if {"accuracy", "error", "val_error"} & logged else "a loss"
 
-
+# %% ../nbs/60_plot.ipynb #ce0de18b
 def plot_runs(
     runs: list[str | Path], # run directories, at least one; with more than ten, colors repeat
 ) -> Figure: # one axes; six for reinforcement learning; four for reward models
@@ -370,7 +370,7 @@ def plot_reward_kl(
 # %% ../nbs/60_plot.ipynb #0f05c554
 _Schedule = TrainingConfig | Callable[[int], float]
 
-
+# %% ../nbs/60_plot.ipynb #de8acffb
 def plot_schedule(
     schedule: _Schedule | dict[str, _Schedule], # `cfg.training`, `trainer.schedule`, or several by name
     total_steps: int, # such as `trainer.total_steps`, ≥ 1
@@ -415,7 +415,7 @@ class _Lengths(NamedTuple):
     part_name: str = "response"
     reserved: int = 0
 
-
+# %% ../nbs/60_plot.ipynb #e22e51fb
 def _lengths(data) -> _Lengths:
     "Lengths of rows. Raises `UserError` for other data."
     def count(texts): return np.array([*map(len, texts)])

@@ -177,7 +177,7 @@ class PPOData(PromptConfig, PPOParams):
     reward_field: str = "reward"
     "Column of the reward, for rows that bring their own."
 
-
+# %% ../nbs/04_ppo.ipynb #87c16e2b
 class PPOHyperparameters(Hyperparameters):
     "Training hyperparameters."
     batch_size: int = Field(32, ge=1, le=1_000_000)
@@ -189,13 +189,13 @@ class PPOHyperparameters(Hyperparameters):
     weight_decay: float = Field(0.0, ge=0)
     "Weight decay (matrices only)."
 
-
+# %% ../nbs/04_ppo.ipynb #2d02ef3f
 class PPOOptimization(Optimization):
     "The optimizer."
     eps: float = Field(1e-5, gt=0)
     "Added to the square root of the second moment, for numerical stability; not for `sgd`."
 
-
+# %% ../nbs/04_ppo.ipynb #d4803c99
 class PPOTraining(LoRATrainingConfig):
     "The `training:` section of a configuration."
     epochs: int = Field(1, ge=1)
@@ -228,7 +228,7 @@ class PPOLogging(LoggingConfig):
     steps: PPOSteps = PPOSteps()
     "Intervals of logging, evaluation and checkpoints."
 
-
+# %% ../nbs/04_ppo.ipynb #47380fbd
 class PPOConfig(FinetuneConfig):
     "Configuration of a PPO run: what `rl.py --config` reads."
     pretrained_model: str | None = None
@@ -255,7 +255,7 @@ class PPOModels(NamedTuple):
     reference: Llama
     base: dict | None
 
-
+# %% ../nbs/04_ppo.ipynb #a2f36a53
 def build_models(
     cfg: PPOConfig,
     pretrained: Pretrained, # the initial policy, which becomes the trained one

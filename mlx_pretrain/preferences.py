@@ -97,7 +97,7 @@ def split_conversations(
     responses = {chosen: better["content"], rejected: worse["content"]}
     return row._replace(value={**row.value, prompt: messages, **responses})
 
-
+# %% ../nbs/50_preferences.ipynb #e0fb99eb
 def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) for m in value)
 
@@ -122,7 +122,7 @@ class PreferenceBatch(NamedTuple):
     mask: mx.array
     values: mx.array
 
-
+# %% ../nbs/50_preferences.ipynb #f2557f79
 def pad_right(
     rows: list[list[int]], # token ids, N rows
     pad_id: int,
@@ -197,7 +197,7 @@ class ColumnNames(NamedTuple):
     response: str = "response"
     reward: str = "reward"
 
-
+# %% ../nbs/50_preferences.ipynb #5245596b
 def has_pairs(
     row: Row, # the first of a file
     columns: ColumnNames,
@@ -218,7 +218,7 @@ def _split_last_answer(fmt: PromptFormat, row: Row) -> tuple[Row, str]:
     value = {**row.value, fmt.output_field: answer["content"], fmt.input_field: prompt}
     return row._replace(value=value), answer["content"]
 
-
+# %% ../nbs/50_preferences.ipynb #7fcb0ea8
 def _read_response(row: Row, key: str) -> str:
     "A response, which may be empty. Raises `DataError` if there is none."
     if isinstance(response := row.value.get(key), str): return response
@@ -229,7 +229,7 @@ def _read_response(row: Row, key: str) -> str:
     )
     raise DataError(f"{row.file}, line {row.line}: {problem}; fix the row")
 
-
+# %% ../nbs/50_preferences.ipynb #9401f050
 def _split_responses(row: Row, fmt: PromptFormat, columns: ColumnNames, pairs: bool) -> tuple[Row, list[str]]:
     "A row whose prompt is separate from its responses, and these."
     if pairs:
@@ -249,7 +249,7 @@ class _PreferenceRow(NamedTuple):
     responses: list[str]
     value: float
 
-
+# %% ../nbs/50_preferences.ipynb #a14c7197
 def _prepare_row(reader: RowReader, row: Row, columns: ColumnNames, pairs: bool) -> _PreferenceRow:
     "Raises `DataError` if the row cannot be used."
     fmt, tokenizer = reader.fmt, reader.tokenizer
@@ -262,7 +262,7 @@ def _prepare_row(reader: RowReader, row: Row, columns: ColumnNames, pairs: bool)
     value = 0.0 if pairs and row.value.get(key) is None else read_number(row, key)
     return _PreferenceRow(row.line, prompt, messages, responses, value)
 
-
+# %% ../nbs/50_preferences.ipynb #7db96eaa
 def _iter_preferences(reader: RowReader, columns: ColumnNames, pairs: bool) -> Iterator[_PreferenceRow]:
     "The rows that can be used."
     for row in reader.rows():

@@ -278,7 +278,7 @@ def _shard_files(index: Path) -> list[Path]:
         )
     return sorted(directory / name for name in names)
 
-
+# %% ../nbs/32_pretrained.ipynb #e63d23a6
 def _weight_files(directory: Path) -> list[Path]:
     "The files with a model's weights."
     index = directory / "model.safetensors.index.json"
@@ -405,7 +405,7 @@ def _read_format(saved: dict | None, file: Path) -> PromptFormat | None:
             f"{file}: its prompt format cannot be read; copy the file again, or remove the key"
         ) from None
 
-
+# %% ../nbs/32_pretrained.ipynb #afec26c2
 def _check_kind(architecture: str | None, kind: type, path: Path):
     "Raise `PretrainedError` if a model has another head than is needed."
     if architecture == _ARCHITECTURES[kind] or architecture not in _ARCHITECTURES.values(): return
@@ -447,7 +447,7 @@ def _checkpoint_args(saved: Checkpoint) -> LlamaArgs:
             f"{saved.path / 'state.json'} does not hold the model's sizes (args); use another checkpoint"
         ) from None
 
-
+# %% ../nbs/32_pretrained.ipynb #3cc28dd0
 def _checkpoint_tokenizer(saved: Checkpoint) -> Tokenizer:
     "The tokenizer in the run directory of a checkpoint."
     folder = saved.path.resolve().parent.parent / "tokenizer"
@@ -471,7 +471,7 @@ def _find_base(path: str, checkpoint: Path) -> str | Path: # may not exist
     moved = (parent / ending for ending in endings for parent in checkpoint.resolve().parents)
     return next(filter(Path.is_dir, (Path(path), *moved)), path)
 
-
+# %% ../nbs/32_pretrained.ipynb #1cf3f85f
 def _merge_adapters(saved: Checkpoint, weights: dict[str, mx.array], file: Path) -> Llama:
     "The model of a checkpoint that holds only adapters, merged into their base model."
     base = saved.state["base"]
@@ -516,7 +516,7 @@ def find_model(
         raise PretrainedError(problem)
     return path if path.exists() or not (Path("runs") / path).exists() else Path("runs") / path
 
-
+# %% ../nbs/32_pretrained.ipynb #a9e954cd
 def _not_a_directory(path: Path) -> PretrainedError:
     "The error for a path that is not a directory."
     hint = where_from(path)
@@ -541,7 +541,7 @@ _MERGE_PEFT = (
     ".merge_and_unload().save_pretrained(o);t.AutoTokenizer.from_pretrained(b).save_pretrained(o)"
 )
 
-
+# %% ../nbs/32_pretrained.ipynb #47d2642d
 def _only_adapters(path: Path) -> PretrainedError:
     "The error for a directory of adapters: the run to load instead, or the command to merge them."
     if is_run(path.parent):

@@ -136,7 +136,7 @@ class _PromptRow(NamedTuple):
     reward: float
     columns: dict[str, Any]
 
-
+# %% ../nbs/28_prompts.ipynb #d1ffd9e2
 def _iter_prompt_rows(
     reader: RowReader, reward_field: str | None, check: Callable | None
 ) -> Iterator[_PromptRow]:
@@ -159,7 +159,7 @@ def _iter_prompt_rows(
 # (row, messages of its prompt) → the columns that a reward reads; raises `DataError` if one is missing
 RowCheck = Callable[[dict, list | None], list[str]]
 
-
+# %% ../nbs/28_prompts.ipynb #b0fc4240
 def read_prompts(
     path: str | Path, # a JSON Lines file
     tokenizer: Tokenizer,

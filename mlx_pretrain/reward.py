@@ -288,7 +288,7 @@ def _read_data(
     context = cfg.preprocessing.max_context_size
     return read_preferences(path, tokenizer, fmt, context, pairs, columns, cfg.on_bad_row, cfg.preprocess)
 
-
+# %% ../nbs/05_reward.ipynb #ce2e65bc
 def resolve_inputs(
     cfg: RewardConfig,
     pretrained: Pretrained | None = None, # the initial model, if it is already open
@@ -414,7 +414,7 @@ def evaluate_reward(
     if data.rejected is not None: scores, lengths = scores.reshape(2, -1).T, lengths.reshape(2, -1).T
     return RewardEvaluation(scores, lengths, data.values, reward.std)
 
-
+# %% ../nbs/05_reward.ipynb #6968496d
 def scored_responses(
     data: PreferenceDataset,
     n: int, # how many rows
@@ -444,7 +444,7 @@ def normalize_on_policy(
     reward.mean, reward.std = mean_and_std(scores)
     return reward
 
-
+# %% ../nbs/05_reward.ipynb #ae187449
 def write_reward(
     reward: TrainedReward, # normalized
     held_out: PreferenceDataset | None,

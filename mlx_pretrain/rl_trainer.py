@@ -92,7 +92,7 @@ class RLInputs(NamedTuple):
 # %% ../nbs/56_rl_trainer.ipynb #48c3dffd
 MAX_HELD_OUT = 256 # prompts of an evaluation; a longer validation file is subsampled, evenly spaced
 
-
+# %% ../nbs/56_rl_trainer.ipynb #43a1ec5a
 def resolve_inputs(
     cfg: FinetuneConfig,
     pretrained: Pretrained | None = None, # the initial policy; by default `cfg.pretrained_model`

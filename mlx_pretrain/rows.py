@@ -160,7 +160,7 @@ def _check_column(row: Row, name: str, key: str):
         f"{_list_columns(row)}; {remedy}"
     )
 
-
+# %% ../nbs/27_rows.ipynb #4585df5e
 def _named_columns(cfg: PromptConfig, row: Row, answered: bool) -> tuple[str, str]:
     "The columns of prompt and response if at least one of them is named in the configuration."
     template = cfg.prompt_format
@@ -242,7 +242,7 @@ def check_format(
     if template and response != prompt and response in field_names(template, "data.prompt_format"):
         raise ConfigError(f'"data.prompt_format" contains {{{response}}}, which is the response; remove it')
 
-
+# %% ../nbs/27_rows.ipynb #3fd1108e
 def _warn_about_escapes(configured: dict[str, str]):
     r"Warn about `\n` and `\t` that YAML or the shell did not turn into a line break or a tab."
     for key, text in configured.items():
@@ -386,7 +386,7 @@ def _iter_pieces(reader: RowReader) -> Iterator[_SFTRow]:
         try: yield _SFTRow(row.line, row_pieces(reader.fmt, reader.tokenizer, row.value))
         except DataError as e: reader.reject(row.line, e)
 
-
+# %% ../nbs/27_rows.ipynb #bebebf91
 def _iter_examples(reader: RowReader, context: int, truncation: Truncation) -> Iterator[Example]:
     "Tokenized rows, none longer than the context."
     n_bos = len(reader.tokenizer.prefix_ids)

@@ -108,7 +108,7 @@ def _switched_off(metrics: MetricsConfig) -> set[str]:
 _RESERVED = ("config.yaml", "metadata.json", "metrics.jsonl", "tokenizer", "adapters", "model", "curve.png",
              "held_out.json")
 
-
+# %% ../nbs/19_run.ipynb #e7bb824b
 class LoggingConfig(ConfigSection):
     "What a run writes, where, and how often."
 
@@ -389,7 +389,7 @@ def is_run(
     versions = read_metadata(Path(path)).get("versions")
     return isinstance(versions, dict) and "mlx_pretrain" in versions
 
-
+# %% ../nbs/19_run.ipynb #b8a11664
 def _has_artifacts(run_dir: Path) -> bool:
     "Whether a run holds anything that took time to train, even if it is damaged or was being replaced."
     artifacts = (
@@ -495,7 +495,7 @@ def _damaged_later(run_dir: Path, saved: Checkpoint) -> list[Path]:
         )
     return later
 
-
+# %% ../nbs/19_run.ipynb #479cdd6e
 def _rename_damaged(path: Path):
     "Rename a damaged checkpoint, so that it is not taken for one any more."
     new = path.with_name(f"{path.name}.damaged")
@@ -568,7 +568,7 @@ def _free_name(final: Path) -> Path:
     candidates = (final.with_name(f"{final.name}-{n}") for n in itertools.count(2))
     return next(path for path in candidates if not os.path.lexists(path))
 
-
+# %% ../nbs/19_run.ipynb #6b06f8f6
 class _RunDirectory(RunLog):
     "A run log that holds the lock on its name, at its final path or in its staging directory."
     def __init__(self, final: Path, overwrite: bool, logging: LoggingConfig):
@@ -704,7 +704,7 @@ class ResumeConfig(ConfigSection):
     reset_optimizer: bool = False
     "Start with a new optimizer state."
 
-
+# %% ../nbs/19_run.ipynb #a07b145a
 def _cannot_resume(path: Path) -> RunError:
     "The error for a path from which no run can resume."
     if not path.exists(): problem = "does not exist"

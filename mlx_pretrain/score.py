@@ -76,7 +76,7 @@ def _from_object(reward: Any) -> RewardModel:
         remedy = "instantiate it" if inspect.isclass(reward) else "give one of them"
         raise RewardError(f"{e}; {remedy}") from None
 
-
+# %% ../nbs/52_score.ipynb #1567c2d4
 def find_reward(
     spec: str | RewardModel | Callable[..., float], # "file.py:Name", "module:Name", a run, or an object
 ) -> RewardModel: # an object with `compute_reward`
@@ -106,7 +106,7 @@ def _numbers(returned: Any) -> np.ndarray: # float64
         raise TypeError("texts")
     return array.astype(np.float64)
 
-
+# %% ../nbs/52_score.ipynb #89727182
 def _checked(returned: Any, responses: list[str]) -> np.ndarray: # float32
     "A reward's return value as an array. Raises `ValueError` if it is not one finite number per response."
     try: values = _numbers(returned)

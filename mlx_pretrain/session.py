@@ -131,7 +131,7 @@ def _machine_memory() -> int:
     size = info.get("memory_size") or info.get("total_memory")
     return size or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-
+# %% ../nbs/43_session.ipynb #c138b769
 def check_memory(
     trainer: Trainer,
 ) -> int: # bytes of a checkpoint
@@ -163,7 +163,7 @@ def _time_steps(trainer: Trainer, steps: range) -> tuple[list[float], int]:
         if is_long and (n or mx.default_device() == mx.cpu): break
     return times or [watch.seconds()], tokens
 
-
+# %% ../nbs/43_session.ipynb #d3b5dcf0
 def _median_step(trainer: Trainer, steps: range) -> tuple[float, int]:
     """Seconds and tokens of a step.
 
@@ -181,7 +181,7 @@ def _evaluations_left(trainer: Trainer) -> int:
     total = math.ceil(trainer.total_steps / trainer.validation_interval)
     return total - trainer.steps_done // trainer.validation_interval
 
-
+# %% ../nbs/43_session.ipynb #91095379
 def forecast(
     trainer: Trainer, # at any step; not changed
     held_out: int = 0, # tokens of one evaluation, which takes a third of the time of training on them

@@ -56,7 +56,7 @@ class SFTHyperparameters(Hyperparameters):
     learning_rate: float = Field(5e-5, gt=0)
     "Peak learning rate."
 
-
+# %% ../nbs/03_sft.ipynb #5d83775a
 class SFTTraining(LoRATrainingConfig):
     "The `training:` section of a configuration."
     hyperparameters: SFTHyperparameters = SFTHyperparameters()

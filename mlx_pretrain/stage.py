@@ -136,7 +136,7 @@ def _is_other_tokenizer(cfg: DataConfig, tokenizer: Tokenizer) -> bool:
     if not cfg.tokenizer_path: return False
     return not Path(cfg.tokenizer_path).is_dir() or make_tokenizer(cfg).fingerprint != tokenizer.fingerprint
 
-
+# %% ../nbs/44_stage.ipynb #52bbc3ff
 def open_base_model(
     cfg: FinetuneConfig,
     pretrained: Pretrained | None, # an open model; else `cfg.pretrained_model` is opened
@@ -162,7 +162,7 @@ def _with_data(cfg: FinetuneConfig, **values) -> FinetuneConfig:
     "A copy with other values in its section `data`."
     return cfg.model_copy(update={"data": cfg.data.model_copy(update=values)})
 
-
+# %% ../nbs/44_stage.ipynb #854d6ba6
 def resolve_config(
     cfg: FinetuneConfig,
     model: Llama, # that is trained
@@ -188,7 +188,7 @@ def keep_date(
     date = ((saved.state.get("format") if saved else None) or {}).get("date")
     return cfg if date is None or cfg.data.date is not None else _with_data(cfg, date=date)
 
-
+# %% ../nbs/44_stage.ipynb #5f018643
 def check_not_overwriting_base(
     cfg: FinetuneConfig,
     saved: Checkpoint | None, # the checkpoint that the run resumes from
@@ -242,7 +242,7 @@ class Plan(NamedTuple):
     total_steps: int
     schedule: Callable[[int], float] | None
 
-
+# %% ../nbs/44_stage.ipynb #c801640c
 def plan_steps(
     cfg: StageConfig,
     data: Any, # what to train on
@@ -401,7 +401,7 @@ def _check_model(here: dict, saved: Checkpoint):
             "new run"
         )
 
-
+# %% ../nbs/44_stage.ipynb #1547cc4b
 def _check_base(here: dict, saved: Checkpoint):
     "Raise `RunError` if a checkpoint holds other adapters, or adapters to another base model."
     there, base = saved.state.get("base") or {}, here["base"] or {}
@@ -422,7 +422,7 @@ def _read_config(saved: Checkpoint) -> dict:
     try: return read_yaml(saved.path.parent.parent / "config.yaml")[0]
     except ConfigError: return {}
 
-
+# %% ../nbs/44_stage.ipynb #64a78a00
 def _earlier_sampler(trainer: StageTrainer, saved: Checkpoint, config: dict) -> dict:
     "The sampler and the steps ahead of a checkpoint that stores neither. Raises `KeyError` or `TypeError`."
     initial, training = trainer.sampler, config["training"]
@@ -435,7 +435,7 @@ def _earlier_sampler(trainer: StageTrainer, saved: Checkpoint, config: dict) -> 
     state = {**sampler.state(), "rows": rows.get("kept", initial.n)}
     return {"sampler": state, "ahead": {"steps": left, "learning_rate": None}}
 
-
+# %% ../nbs/44_stage.ipynb #5d92f3fb
 def _with_sampler(trainer: StageTrainer, saved: Checkpoint, config: dict) -> Checkpoint:
     "The checkpoint, with a sampler if it has none."
     if "sampler" in saved.state: return saved
@@ -460,7 +460,7 @@ def _changed_settings(trainer: StageTrainer, saved: dict) -> list[str]:
         pairs["iters"] = old, "not set" if sampler.epochs else trainer.total_steps
     return [f"{key} {old} → {new}" for key, (old, new) in pairs.items() if old != new]
 
-
+# %% ../nbs/44_stage.ipynb #bf50ebbe
 def _rows_left(trainer: StageTrainer, step: int, restarts: bool) -> str:
     if step == trainer.total_steps: return f"no {trainer.rows_are} left"
     sampler = trainer.sampler
@@ -468,7 +468,7 @@ def _rows_left(trainer: StageTrainer, step: int, restarts: bool) -> str:
     if restarts: return f"epoch {epoch + 1} restarts with {sampler.n:,} {trainer.rows_are}"
     return f"{sampler.n - row:,} {trainer.rows_are} left in epoch {epoch + 1}"
 
-
+# %% ../nbs/44_stage.ipynb #18d9a3a9
 def _describe_steps(trainer: StageTrainer, saved: dict, changed_rows: list[str]) -> Iterable[str]:
     "What follows from another batch size, other epochs, or other rows (`changed_rows`: how they changed)."
     changes = [*changed_rows, *_changed_settings(trainer, saved)]
@@ -494,7 +494,7 @@ def _describe_rate(trainer: StageTrainer, saved: dict, changes: list[str]) -> It
     if total == trainer.total_steps: shifted = ""
     yield f"{reason}the learning rate of the next step is {new:.4g}{instead}{shifted}."
 
-
+# %% ../nbs/44_stage.ipynb #d6fd3fd6
 def _describe_order(trainer: StageTrainer, saved: dict, changed_rows: list[str],
                     same_data: bool) -> Iterable[str]:
     "What follows for the order of the rows: from settings that could have changed them, and from the seed."
@@ -512,7 +512,7 @@ _ROW_KEYS = tuple(f"data.{key}" for key in (
     "truncation", "on_bad_row", "chosen_field", "rejected_field", "margin_field", "reward_field"))
 _RATE_KEYS = "training.scheduler.", "training.hyperparameters.learning_rate"
 
-
+# %% ../nbs/44_stage.ipynb #58a15ceb
 def _resume(trainer: StageTrainer, saved: Checkpoint) -> str: # what was printed
     """Load a checkpoint, and print what changed.
 
@@ -643,7 +643,7 @@ def _is_finished(trainer: StageTrainer, saved: Checkpoint, place: Path) -> bool:
     if place.resolve() not in saved.path.resolve().parents: return False
     return trainer.is_over and (place / "model" / "config.json").is_file()
 
-
+# %% ../nbs/44_stage.ipynb #3ee63907
 def run_stage(
     cfg: StageConfig, # as it was written
     build: Callable[[Checkpoint | None], StageTrainer], # the trainer, given the checkpoint to resume from

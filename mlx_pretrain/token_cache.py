@@ -205,7 +205,7 @@ def _progress_bar(path: str | Path):
     return tqdm(total=os.path.getsize(path), desc=f"tokenizing {Path(path).name}", unit="B", unit_scale=True,
                 delay=2, dynamic_ncols=True, mininterval=interval)
 
-
+# %% ../nbs/25_token_cache.ipynb #e9648694
 def _write_cache(
     folder: Path, # an empty folder
     path: str | Path, # the JSON Lines file

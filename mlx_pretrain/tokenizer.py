@@ -57,7 +57,7 @@ class SpecialTokens(ConfigSection):
         for name in names: _check_name(name)
         return self
 
-
+# %% ../nbs/22_tokenizer.ipynb #41eab579
 def _check_name(name: str) -> None:
     if len(name) >= 2 and not re.search(r"\s|▁", name) and not re.fullmatch(r"<unk>|<0x..>", name): return
     raise ValueError(
@@ -96,7 +96,7 @@ _MAX_TRAINING = 60_000_000 # bytes of training lines; SentencePiece needs a few 
 
 def _line_size(line: str) -> int: return len(line) + 150 # bytes of a Python string and its entry in a list
 
-
+# %% ../nbs/22_tokenizer.ipynb #f418fd9c
 def _sample_lines(lines: Iterable[str], size: int) -> list[str]:
     "A uniform sample of lines, about `size` bytes in total, in order. Deterministic."
     rng = rng_for(0, 0, "vocabulary")
@@ -133,7 +133,7 @@ def _training_error(message: str, vocab_size: int) -> DataError:
     problem = f"SentencePiece could not train a vocabulary of {vocab_size} ({' '.join(message.split())})"
     return DataError(f"{problem}; set {key} to another size")
 
-
+# %% ../nbs/22_tokenizer.ipynb #d7ea8edc
 def _train_on_texts(texts: Iterable[str], vocab_size: int, special: SpecialTokens) -> bytes:
     "Train a SentencePiece model on texts of any length. Raises `DataError` if they do not fit `vocab_size`."
     # before the training: an error in a row must not be raised inside C++
@@ -216,7 +216,7 @@ def _without_chat_template(files: dict[str, bytes]) -> dict[str, bytes]:
     del config["chat_template"]
     return {**files, "tokenizer_config.json": _json_bytes(config)}
 
-
+# %% ../nbs/22_tokenizer.ipynb #048772ab
 def _fingerprint(files: dict[str, bytes]) -> str:
     "SHA-256 of the names and contents of tokenizer files; the chat template does not count."
     digest = hashlib.sha256()
@@ -224,7 +224,7 @@ def _fingerprint(files: dict[str, bytes]) -> str:
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
-
+# %% ../nbs/22_tokenizer.ipynb #74f67f49
 def _chat_template(files: dict[str, bytes]) -> str | None:
     "The chat template in tokenizer files; of several, the default one."
     if "chat_template.jinja" in files:
@@ -387,7 +387,7 @@ def _join_runs(
         parts += run_parts
     return ids, parts
 
-
+# %% ../nbs/22_tokenizer.ipynb #8b9c2c52
 def _covered_parts(
     row: list[str | int], run: list[int],
     ends: np.ndarray, # of the run's parts, in their joined text
@@ -464,7 +464,7 @@ def _special_ids(
     pad = first["eos"] if first["pad"] is None else first["pad"]
     return {"bos": first["bos"], "eos": found["eos"], "pad": pad}
 
-
+# %% ../nbs/22_tokenizer.ipynb #2f44b85a
 def _no_eos(path: str | Path, configs: list[dict[str, Any]]) -> DataError:
     invalid = [f"{key} {config[key]!r}"
                for config in configs for key in ("eos_token", "eos_token_id") if config.get(key) is not None]
@@ -478,7 +478,7 @@ def _no_eos(path: str | Path, configs: list[dict[str, Any]]) -> DataError:
 # key of tokenizer_config.json: special tokens that only other files name, which are not saved with it
 _IDS = "mlx_pretrain_ids"
 
-
+# %% ../nbs/22_tokenizer.ipynb #1a5343c8
 def _set_special(
     tokenizer: Tokenizer, # gets its special ids; its `tokenizer_config.json` is completed
     path: str | Path, # its directory
@@ -543,7 +543,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _name(self, i): return self._sp.id_to_piece(i).replace("▁", " ")
 
-
+# %% ../nbs/22_tokenizer.ipynb #01e0f154
 def _special_pieces(sp) -> dict[str, str]:
     "The special tokens of a SentencePiece model, such as {'eos_token': '</s>'}."
     ids = {name: getattr(sp, f"{name}_id")() for name in _SPECIAL_NAMES}
@@ -604,7 +604,7 @@ def _open_model(path: str | Path, files: dict[str, bytes]):
             f"{path}/tokenizer.model is not a SentencePiece model; make or copy it again"
         ) from None
 
-
+# %% ../nbs/22_tokenizer.ipynb #b27ec4d8
 def _exact_cuts(sp) -> dict[str, list[int]]:
     "Ids of the line break, of ▁ and of a cut in a long line if the model is trained as above; otherwise {}."
     bar = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
@@ -616,7 +616,7 @@ def _exact_cuts(sp) -> dict[str, list[int]]:
     )
     return {"\n": [line_break], "▁": bar, "": []} if exact else {}
 
-
+# %% ../nbs/22_tokenizer.ipynb #5bcff50d
 def _trained_here(path: str | Path, files: dict[str, bytes]) -> bool:
     "Whether a `tokenizer.model` is from `train_sentencepiece`, so that its texts may be cut at line breaks."
     config = json.loads(files.get("tokenizer_config.json", _llama_config({})))
@@ -790,7 +790,7 @@ def _check_not_needed(missing: dict[int, str], ids: list[int], vocab_size: int, 
                 f"{vocab_size}; they do not belong together, copy the model's own tokenizer files"
             )
 
-
+# %% ../nbs/22_tokenizer.ipynb #d912e51d
 def _display_name(encoder: _SafeEncoder, i: int) -> str:
     "One token in a readable form; see `Tokenizer.piece`."
     name = encoder.tokenizer.id_to_token(i) or f"<{i}>"
@@ -817,7 +817,7 @@ def _bos_template(bos: str, bos_id: int) -> dict[str, Any]:
     return {"type": "TemplateProcessing", "single": [token, first], "pair": [token, first, second],
             "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}}
 
-
+# %% ../nbs/22_tokenizer.ipynb #4900e857
 def _byte_tokenizer_json(normal_vocab_size: int, special: dict[str, str]) -> dict[str, Any]:
     "A byte tokenizer as a tokenizer.json; unused ids are named by characters of Unicode's private plane 15."
     names = _byte_names() + [chr(0xF0000 + i) for i in range(normal_vocab_size - 256)]
@@ -837,7 +837,7 @@ def _byte_tokenizer_json(normal_vocab_size: int, special: dict[str, str]) -> dic
         "model": {"type": "BPE", "vocab": vocab, "merges": []},
     }
 
-
+# %% ../nbs/22_tokenizer.ipynb #fb44ca2b
 def _byte_files(normal_vocab_size: int, special: dict[str, str]) -> dict[str, bytes]:
     "The files of a byte tokenizer."
     config = _tokenizer_config(
@@ -860,7 +860,7 @@ def _load_byte_tokenizer(path: str | Path, config: dict[str, Any]) -> ByteTokeni
         f"{path}: tokenizer.json and tokenizer_config.json do not belong together; copy both again"
     )
 
-
+# %% ../nbs/22_tokenizer.ipynb #d45969e3
 def load_tokenizer(
     path: str | Path, # a directory with tokenizer.json or tokenizer.model
 ) -> Tokenizer: # a `ByteTokenizer`, `SentencePieceTokenizer` or `HFTokenizer`

@@ -88,7 +88,7 @@ def _likely_cause(loss: float, norm: float, losses: tuple | None, factor: float)
 # %% ../nbs/42_trainer.ipynb #2112e1d0
 MAX_SKIPPED = 10 # consecutive steps that are not finite end the training
 
-
+# %% ../nbs/42_trainer.ipynb #e5179075
 @dataclass(eq=False)
 class Progress:
     """What has happened so far.
@@ -217,7 +217,7 @@ def stop_between_steps(
         for number in reversed(handlers):                      # Ctrl-C last: it could end this loop
             signal.signal(number, handlers[number])
 
-
+# %% ../nbs/42_trainer.ipynb #f2c9a8ed
 def _handlers() -> dict:
     "The current handlers of the signals that stop a program, except those that are ignored."
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -234,7 +234,7 @@ def _evaluate_and_record(loop: "TrainingLoop", metrics: dict):
     if loop.held_out: metrics |= loop.evaluate()
     if loop.metric_for_best in metrics: loop.record_best(metrics[loop.metric_for_best])
 
-
+# %% ../nbs/42_trainer.ipynb #428a61ab
 def _finish_step(loop: "TrainingLoop", metrics: dict):
     """Evaluate if it is due, and call the callbacks; each runs although another one failed.
 
@@ -267,10 +267,9 @@ def _timed_phases(loop: "TrainingLoop", phases: Generator[str, None, dict]) -> G
 
 # %% ../nbs/42_trainer.ipynb #3f4090f7
 class TrainingLoop(LoggedProgress):
-    """Evaluation, callbacks and interrupts around an update, which a subclass defines in `_update_phases`.
-
-    `last_metrics`: of the last step; `seconds`: in all steps.
-    """
+    "Evaluation, callbacks and interrupts around an update, which a subclass defines in `_update_phases`."
+    seconds = 0.0 # in all steps
+    stop_requested = False # by Ctrl-C, or by a callback
     unfinished: dict | None = None # metrics of the last step if its evaluation or a callback failed
     _unrecorded: dict | None = None # `unfinished` of the checkpoint that was loaded
     _in_step = False
@@ -282,17 +281,13 @@ class TrainingLoop(LoggedProgress):
         self.held_out = held_out
         self.validation_interval = validation_interval
         self.callbacks = list(callbacks)
-        self.seconds = 0.0
-        self.stop_requested = False
-        self.last_metrics: dict = {}
+        self.last_metrics: dict = {} # of the last step
 
     def _update_phases(self) -> Generator[str, None, dict]:
         "Change the weights and count the step; yields after each phase, and returns metrics."
         raise NotImplementedError
 
-    def evaluate(self) -> dict[str, float]:
-        "Metrics on the held-out data."
-        raise NotImplementedError
+    def evaluate(self) -> dict[str, float]: raise NotImplementedError # metrics on the held-out data
 
     def _on_step_begin(self): "For subclasses: before the update."
     def _on_step_end(self): "For subclasses: after the callbacks."

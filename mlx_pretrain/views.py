@@ -180,7 +180,7 @@ _EXPLORER = f"{_EXPLORER_STYLE}\n{_EXPLORER_BODY}\n<script>(() => {{{_SCRIPTS}}}
 # %% ../nbs/61_views.ipynb #09b013c8
 _numbers = count(1)  # each rendering has an id of its own
 
-
+# %% ../nbs/61_views.ipynb #58fe7af7
 class PPOExplorer:
     """What `clip_range` and `kl_coef` do: two pictures with sliders, which only need a browser.
 
@@ -307,7 +307,7 @@ _MEANING = {
 _LEGEND = ("<p>Under each token, from top to bottom (orange: negative, blue: positive; point at a token for "
            "its numbers):</p>")
 
-
+# %% ../nbs/61_views.ipynb #8c26063b
 def _legend(rows: dict[str, np.ndarray]) -> str:
     "The rows with their smallest and largest number."
     lines = [_LEGEND]
