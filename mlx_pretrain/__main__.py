@@ -1,17 +1,21 @@
 "The command `mlx-pretrain`, or `python -m mlx_pretrain`: signal handlers first, then the large imports."
 import sys
 
-from mlx_pretrain.console import run_process
+from mlx_pretrain.console import exit_if_stopped, handle_signals, ignore_signals
 
 
 def main(
     args: list[str] | None = None, # command-line words; by default those of this process
 ) -> int: # exit code
     "Run `cli.main` as all that this process does."
-    def command():
+    signals = handle_signals()
+    try:
         from mlx_pretrain import cli
         return cli.main(args)
-    return run_process(command)
+    except BaseException as error:
+        exit_if_stopped(error)
+        raise
+    finally: ignore_signals(signals)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -137,13 +137,22 @@ def test_interrupt_while_training(name, here):
     )
 
 
+PROCESS = """
+from mlx_pretrain.console import exit_if_stopped, handle_signals
+handle_signals()
+try: command()
+except BaseException as error:
+    exit_if_stopped(error)
+    raise
+"""
+
+
 def test_import_that_suppresses_ctrl_c(tmp_path, monkeypatch):
     "A module that ignores any failure of an optional import."
     (tmp_path / "stubborn.py").write_text("import time\nprint('here', flush=True)\ntry: time.sleep(30)\n"
                                           "except BaseException: pass\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    code = ("from mlx_pretrain.console import run_process\n"
-            "def command():\n import stubborn\n print('lost')\nrun_process(command)")
+    code = "def command():\n import stubborn\n print('lost')\n" + PROCESS
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              text=True)
     assert child.stdout.readline() == "here\n"
@@ -155,13 +164,11 @@ def test_exception_raised_from_ctrl_c():
     "An extension module may raise another exception from it."
     code = """
 import time
-from mlx_pretrain.console import run_process
 def command():
     print("here", flush=True)
     try: time.sleep(30)
     except BaseException: raise ValueError("odd")
-run_process(command)
-"""
+""" + PROCESS
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              text=True)
     assert child.stdout.readline() == "here\n"
@@ -172,7 +179,6 @@ run_process(command)
 def test_ctrl_c_in_destructor_is_not_lost():
     code = """
 import time
-from mlx_pretrain.console import run_process
 class Slow:
     def __del__(self):
         print("here", flush=True)
@@ -180,8 +186,7 @@ class Slow:
 def command():
     Slow()
     print("forgotten", flush=True)
-run_process(command)
-"""
+""" + PROCESS
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              text=True)
     assert child.stdout.readline() == "here\n"
@@ -191,6 +196,6 @@ run_process(command)
 
 def test_error_without_signal_is_raised():
     "Fails if any error is reported as a stop."
-    code = "from mlx_pretrain.console import run_process\nrun_process(lambda: 1 / 0)"
+    code = "def command(): 1 / 0\n" + PROCESS
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
