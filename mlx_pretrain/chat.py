@@ -184,7 +184,7 @@ def with_date(fmt: PromptFormat, tokenizer: Tokenizer) -> PromptFormat:
     return fmt.model_copy(update={"date": datetime.now().date().isoformat()})
 
 # %% ../nbs/24_chat.ipynb #9fed83dc
-class _ControlTokens(NamedTuple):
+class _SpecialTokens(NamedTuple):
     "`ids`: by name; `pattern`: finds a name; `prefixes`: all incomplete names."
     ids: dict[str, int]
     pattern: re.Pattern
@@ -192,14 +192,14 @@ class _ControlTokens(NamedTuple):
 
 
 @lru_cache(8)
-def _special_tokens(tokenizer: Tokenizer) -> _ControlTokens:
+def _special_tokens(tokenizer: Tokenizer) -> _SpecialTokens:
     ids = tokenizer.control
     names = sorted(ids, key=len, reverse=True)
     prefixes = {name[:n] for name in ids for n in range(1, len(name))}
-    return _ControlTokens(ids, re.compile("(" + "|".join(map(re.escape, names)) + ")"), tuple(prefixes))
+    return _SpecialTokens(ids, re.compile("(" + "|".join(map(re.escape, names)) + ")"), tuple(prefixes))
 
 # %% ../nbs/24_chat.ipynb #2026eeda
-def _escape(text: str, control: _ControlTokens, mark: str) -> str:
+def _escape(text: str, control: _SpecialTokens, mark: str) -> str:
     "Break up the names of special tokens in a text, and an incomplete one at its end."
     while control.pattern.search(text):
         text = control.pattern.sub(lambda name: name[0][0] + mark + name[0][1:], text)

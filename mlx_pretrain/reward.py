@@ -355,7 +355,7 @@ def _example(inputs: RewardInputs) -> str:
 _REPORT = {
     "accuracy": "accuracy {:.1%}",
     "calibration_error": "calibration error {:.1%}",
-    "calibration_by_chance": "({:.1%} if perfectly calibrated)",
+    "calibration_by_chance": "{:.1%} if perfectly calibrated",
     "correlation": "correlation with the rewards {:.2f}",
     "longer_chosen": "the longer response is chosen in {:.0%}",
     "longer_preferred": "the model prefers it in {:.0%}",
