@@ -7,11 +7,12 @@ from mlx_pretrain.console import exit_if_stopped, handle_signals, ignore_signals
 def main(
     args: list[str] | None = None, # command-line words; by default those of this process
 ) -> int: # exit code
-    "Run `cli.main` as all that this process does."
+    "Run a command as all that this process does; `cli.main` does so without handling signals."
     signals = handle_signals()
     try:
-        from mlx_pretrain import cli
-        return cli.main(args)
+        from mlx_pretrain.cli import running
+        with running(args) as run: run.command(run.args)
+        return run.code
     except BaseException as error:
         exit_if_stopped(error)
         raise

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'TRAINING_COMMANDS', 'read_flags', 'read_command', 'tokenizer', 'train', 'sft', 'reward', 'rl', 'generate',
-           'chat', 'plot', 'runs', 'main']
+           'chat', 'plot', 'runs', 'Invocation', 'running', 'main']
 
 # %% ../nbs/70_cli.ipynb #401be5ca
 import json
@@ -415,29 +415,52 @@ def _exit_on_mistake():
         raise SystemExit(2) from None
 
 # %% ../nbs/70_cli.ipynb #498182c9
-def main(
+class Invocation:
+    "A command to run: its `name` and `args`, and its exit code, which `running` sets."
+    def __init__(self, words: list[str]):
+        self.name, *self.args = words or ["--help"]
+        self.code = 0
+
+    @property
+    def command(self) -> Callable[[list[str]], None]:
+        "The function of the command. Raises `ConfigError` if there is none."
+        return _command(self.name)
+
+    @property
+    def has_trained(self) -> bool:
+        return self.name in TRAINING_COMMANDS and not {"-h", "--help"} & {*self.args}
+
+# %% ../nbs/70_cli.ipynb #dc7dec8d
+@contextmanager
+def running(
     args: list[str] | None = None, # command-line words; by default those of this process
-) -> int: # exit code
-    """The command `mlx-pretrain`.
+) -> Iterator[Invocation]: # its `code` is set at the end
+    """Inside, a command is run: what it prints raises nothing, and what it raises becomes an exit code.
 
     Exit codes: 0 success, 1 output not written, 2 a user's mistake, 130 interrupted, 141 broken pipe.
     """
-    name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    run = Invocation(sys.argv[1:] if args is None else args)
     console.caught.clear()
     with console.safe_output():
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         logging.getLogger("mlx_pretrain").setLevel(logging.INFO)
         try:
-            with _exit_on_mistake(): _command(name)(rest)
-            code = 0
-        except SystemExit as e: code = e.code or 0                        # also tyro's, after --help
+            with _exit_on_mistake(): yield run
+        except SystemExit as e: run.code = e.code or 0                    # also tyro's, after --help
         except KeyboardInterrupt:
             print("Stopped.", file=sys.stderr)
-            return console.stop_code()
+            run.code = console.stop_code()
+            return
         sys.stdout.flush()
-        has_trained = name in TRAINING_COMMANDS and not {"-h", "--help"} & set(rest)
         problem = console.output_problem()
-        if code or has_trained or not problem: return code
-        if isinstance(sys.stdout.error, BrokenPipeError): return 141
-        print(f"mlx-pretrain: {problem}", file=sys.stderr)
-        return 1
+        if run.code or run.has_trained or not problem: return
+        run.code = 141 if isinstance(sys.stdout.error, BrokenPipeError) else 1
+        if run.code == 1: print(f"mlx-pretrain: {problem}", file=sys.stderr)
+
+# %% ../nbs/70_cli.ipynb #6d659f33
+def main(
+    args: list[str] | None = None, # command-line words; by default those of this process
+) -> int: # exit code
+    "The command `mlx-pretrain`."
+    with running(args) as run: run.command(run.args)
+    return run.code
