@@ -23,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 from .config import ConfigSection, DataError, where_from
 from .core import rng_for
 from .token_cache import (
-    TokenFile, cached_tokens, check_token_ids, read_documents, tokenize_documents, warn_control_names)
+    TokenFile, cached_tokens, check_token_ids, read_documents, tokenize_documents, warn_special_names)
 from .tokenizer import ByteTokenizer, Tokenizer, TokenizerConfig, load_tokenizer
 from .user_code import Preprocess
 
@@ -112,8 +112,8 @@ def pack(
     outside its vocabulary.
     """
     _check_overlap(context, overlap)
-    groups = list(tokenize_documents(enumerate(texts, 1), tokenizer, "document", control_names := []))
-    if control_names: warn_control_names("document", control_names[0], len(control_names))
+    groups = list(tokenize_documents(enumerate(texts, 1), tokenizer, "document", special_names := []))
+    if special_names: warn_special_names("document", special_names[0], len(special_names))
     n_bytes = sum(n for _, n in groups)
     if not n_bytes: raise DataError("there is no text: every document is empty; add some text")
     tokens = np.concatenate([tokens for tokens, _ in groups])             # (N,)

@@ -672,12 +672,12 @@ class _SafeEncoder:
         self.path = path
         self._copies = {}
         added = tokenizer.get_added_tokens_decoder()
-        self.control_names = {i: token.content for i, token in added.items() if token.special}
+        self.special_names = {i: token.content for i, token in added.items() if token.special}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         "Ids of texts; those that spell a special token are encoded again, by a marked copy."
         ids = [np.array(e.ids, np.int64) for e in self._encode(self.tokenizer, texts, "encode_batch_fast")]
-        control = [*self.control_names]
+        control = [*self.special_names]
         if spelled := [n for n, text_ids in enumerate(ids) if np.isin(text_ids, control).any()]:
             copy, _ = self._marked_copy(texts)
             for n, e in zip(spelled, self._encode(copy, [texts[n] for n in spelled])):
@@ -686,12 +686,12 @@ class _SafeEncoder:
 
     def encode_parts(self, rows: list[list[str | int]]) -> list[tuple[list[int], list[range]]]:
         "See `Tokenizer.encode_parts`."
-        encoded = self._encode_rows(self.tokenizer, rows, self.control_names)
-        return [self._encode_marked(row) if self._spells_control(row, *result) else result
+        encoded = self._encode_rows(self.tokenizer, rows, self.special_names)
+        return [self._encode_marked(row) if self._contains_special(row, *result) else result
                 for row, result in zip(rows, encoded)]
 
-    def _spells_control(self, row: list[str | int], ids: list[int], parts: list[range]) -> bool:
-        return any(i in self.control_names and row[covered[0]] != i for i, covered in zip(ids, parts))
+    def _contains_special(self, row: list[str | int], ids: list[int], parts: list[range]) -> bool:
+        return any(i in self.special_names and row[covered[0]] != i for i, covered in zip(ids, parts))
 
     def _encode_marked(self, row: list[str | int]) -> tuple[list[int], list[range]]:
         "Encode a row whose texts spell special tokens: by a copy in which these have other names."
@@ -701,7 +701,7 @@ class _SafeEncoder:
         # a special token next to letters may not match (`single_word`); then its name is text
         unmatched = {n for n, part in enumerate(row) if part in names and n not in matched}
         if not unmatched: return ids, parts
-        plain = [self.control_names[part] if n in unmatched else part for n, part in enumerate(row)]
+        plain = [self.special_names[part] if n in unmatched else part for n, part in enumerate(row)]
         return self._encode_rows(copy, [plain], names)[0]
 
     def _marked_copy(self, texts: list[str]):
@@ -776,7 +776,7 @@ class HFTokenizer(Tokenizer):
 
     def _decode(self, ids): return self._encoder.decode(ids)
 
-    def _control(self): return {name: i for i, name in self._encoder.control_names.items()}
+    def _control(self): return {name: i for i, name in self._encoder.special_names.items()}
 
     def _name(self, i): return _display_name(self._encoder, i)
 

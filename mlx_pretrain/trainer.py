@@ -235,7 +235,7 @@ def _evaluate_and_record(loop: "TrainingLoop", metrics: dict):
     if loop.metric_for_best in metrics: loop.record_best(metrics[loop.metric_for_best])
 
 # %% ../nbs/42_trainer.ipynb #428a61ab
-def _finish_step(loop: "TrainingLoop", metrics: dict):
+def _evaluate_and_call_back(loop: "TrainingLoop", metrics: dict):
     """Evaluate if it is due, and call the callbacks; each runs although another one failed.
 
     Raises the first error.
@@ -310,7 +310,7 @@ class TrainingLoop(LoggedProgress):
             self.last_metrics = metrics
             if self.held_out and _evaluation_is_due(self): yield "evaluate"
             with _timed(self):
-                _finish_step(self, metrics)
+                _evaluate_and_call_back(self, metrics)
                 self._on_step_end()
             return metrics
         finally: self._in_step = False

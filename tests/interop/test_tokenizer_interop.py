@@ -250,7 +250,7 @@ UNUSUAL = {  # family, change, text in front of the template
     "a token without a name": ("ByteLevel", in_config(), "{{ pad_token }}{{ mask_token }}"),
     "add_bos_token with tokenizer.json": ("ByteLevel", in_config(add_bos_token=True), ""),
     "a space in front as GPT2": ("GPT2Tokenizer", in_config(add_prefix_space=True), ""),
-    "a special token that is not special": (
+    "an added token that is not special": (
         FIRST,
         in_json(
             lambda c: [
